@@ -1,0 +1,347 @@
+"""Every setting of dcscale: the one place where a field, its unit, its default and its meaning are written.
+
+YAML files, ``key=value`` on the command line, ``tools/check_config.py --reference`` and the
+errors of :mod:`dcscale.config.check` all read the fields and the docstrings below them.
+Nothing here imports torch or reads a file, so a config can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass
+class ComposeConfig:
+    """How attention heads are composed (DCMHA); only read when ``model.attention`` is ``dcmha``."""
+
+    rank: int = 2
+    """Rank R of every low-rank branch, 1 to 4. The paper and all released models use 2."""
+
+    pre: bool = True
+    """Compose the scaled scores, before mask and softmax."""
+
+    post: bool = True
+    """Compose the probabilities, after the softmax."""
+
+    query_wise: bool = True
+    """Mix heads by matrices computed from the query's token."""
+
+    key_wise: bool = True
+    """Mix heads by matrices computed from the key's token."""
+
+    low_rank: bool = True
+    """The rank-R part of each branch; false leaves the gates only (one factor per head)."""
+
+    gates: bool = True
+    """The diagonal part of each branch: a factor 1 + tanh(.) per head."""
+
+    gelu: str = "tanh"
+    """GELU of the compose projection: ``tanh`` (JAX, all released weights) or ``erf`` (upstream PyTorch)."""
+
+    gate_init: float = 0.005
+    """Factor of the gates' initial standard deviation, times sqrt(2/(dim+heads)). JAX 0.005, upstream PyTorch 0.05."""
+
+
+@dataclass
+class ModelConfig:
+    """The network. Presets with the published sizes are in ``configs/model/``."""
+
+    attention: str = "dcmha"
+    """``dcmha`` for a DCFormer, ``mha`` for its Transformer twin: the same model without compose."""
+
+    backend: str = "auto"
+    """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition) or ``chunked`` (exact, no T x S tensor kept)."""
+
+    vocab_size: int = 256
+    """Rows of the embedding; at least the tokenizer's vocabulary, which the data's manifest states."""
+
+    layers: int = 12
+    """Number of blocks."""
+
+    dim: int = 768
+    """Width E of the residual stream."""
+
+    heads: int = 12
+    """Query heads H a layer."""
+
+    kv_heads: Optional[int] = None
+    """Key/value heads a layer; null means as many as ``heads``, fewer is grouped-query attention. Must divide ``heads``."""
+
+    head_dim: Optional[int] = None
+    """Width D of a head; null means dim / heads."""
+
+    ffn: str = "swiglu"
+    """Feed-forward network: ``swiglu`` (three matrices) or ``gelu`` (two, exact GELU)."""
+
+    ffn_dim: int = 2048
+    """Hidden width of the feed-forward network."""
+
+    multi_gate: Optional[int] = None
+    """Number of gates over equal parts of the swiglu's hidden width (upstream ``mgate_dim``); null for none. Must divide ``ffn_dim``."""
+
+    norm: str = "rmsnorm"
+    """Normalisation of blocks and output: ``rmsnorm`` or ``layernorm`` (with bias)."""
+
+    norm_eps: float = 1e-6
+    """Epsilon of those normalisations."""
+
+    qk_norm: bool = True
+    """RMSNorm over head_dim, with scale, on queries and keys before RoPE."""
+
+    qk_norm_eps: float = 1e-6
+    """Epsilon of ``qk_norm`` (upstream: 1e-6 in PyTorch, 1e-5 in the JAX configs)."""
+
+    bias: bool = False
+    """Biases in the attention and feed-forward matrices (DCPythia: true)."""
+
+    parallel_residual: bool = False
+    """Attention and feed-forward both read the block's input (DCPythia: true)."""
+
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding's wavelengths."""
+
+    rope_fraction: float = 1.0
+    """Leading part of each head that is rotated, in (0, 1]; fraction * head_dim is rounded down and must be even."""
+
+    windows: list[Optional[int]] = field(default_factory=lambda: [256, None])
+    """Keys a query sees, itself included, per layer; null sees all. The pattern repeats over the layers: [256, null] alternates."""
+
+    tied_embeddings: bool = False
+    """Use the embedding as the output matrix too."""
+
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
+    """Settings of the dynamic composition."""
+
+
+@dataclass
+class DataConfig:
+    """Where tokens come from and in which order."""
+
+    train: str = ""
+    """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``)."""
+
+    validation: Optional[str] = None
+    """Folder of held-out shards; null for no validation."""
+
+    sequence_length: int = 1024
+    """Tokens a sequence, as the model sees them."""
+
+    shuffle_shards: int = 8
+    """Shards whose documents are shuffled together (the window of the shuffle). More mixes better and holds more in memory."""
+
+    slots: int = 48
+    """Independent read positions over an epoch. Fixed for a run: changing it changes the order. Best a multiple of ranks."""
+
+    document_mask: bool = True
+    """Attention and targets stop at document bounds; false lets a sequence's documents see each other."""
+
+    prefetch_steps: int = 4
+    """Optimizer steps whose batches are prepared ahead in a background thread; 0 prepares them in the training loop."""
+
+    verify: bool = True
+    """Check every shard's SHA-256 against the manifest when it is read."""
+
+
+@dataclass
+class OptimizerRule:
+    """Settings for the parameters whose name matches; the first matching rule of the list counts."""
+
+    match: str = ""
+    """Shell-style pattern over the full parameter name, such as ``*.compose.*``."""
+
+    lr_scale: float = 1.0
+    """Factor on the learning rate."""
+
+    weight_decay: Optional[float] = None
+    """Decay of these parameters; null keeps what they would have without the rule."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Matrices decay; norms, biases and every other vector do not, nor does the embedding."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the first and second moment."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate, a step."""
+
+    rules: list[OptimizerRule] = field(default_factory=list)
+    """Exceptions by parameter name."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, as a function of the step only."""
+
+    kind: str = "cosine"
+    """``cosine``: warm-up, then half a cosine down to ``final_ratio``. ``wsd``: warm-up, stable, then a linear decay. ``constant``: warm-up, stable."""
+
+    warmup_steps: int = 100
+    """Steps of linear warm-up from zero."""
+
+    decay_steps: Optional[int] = None
+    """Steps of the decay at the end of ``wsd``; null means a fifth of ``train.steps``."""
+
+    final_ratio: float = 0.1
+    """Learning rate at the end, as a part of the peak."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run; the schedule spans them."""
+
+    stop_after: Optional[int] = None
+    """Stop, with a checkpoint, once this step is done, as a signal would; null goes on to ``steps``."""
+
+    global_batch_size: int = 64
+    """Sequences an optimizer step, over all ranks. A multiple of micro_batch_size * ranks."""
+
+    micro_batch_size: int = 8
+    """Sequences a rank takes through the model at once; the rest is accumulated."""
+
+    precision: str = "bf16"
+    """``bf16``: bfloat16 weights and activations with float32 master weights and moments; or ``fp32``."""
+
+    gradient_clip: float = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the data's order."""
+
+    recompute: str = "none"
+    """Activation checkpointing: ``none`` keeps all, ``block`` keeps each block's input and recomputes the rest."""
+
+    compile: bool = False
+    """Run each block through torch.compile."""
+
+    loss_chunk: int = 4096
+    """Tokens whose logits exist at once in the loss; the others are recomputed. 0 means all."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the state is spread over ranks (DeepSpeed ZeRO)."""
+
+    zero_stage: int = 1
+    """ZeRO stage: 0 none, 1 optimizer states, 2 also gradients, 3 also parameters."""
+
+    overlap_comm: bool = True
+    """Overlap the reduction of gradients with the backward pass, where the accelerator can."""
+
+    bucket_elements: int = 50_000_000
+    """Elements reduced or gathered at once; bounds the communication buffers' memory (times bytes an element)."""
+
+    timeout_minutes: float = 30.0
+    """A collective that waits longer fails, naming itself."""
+
+
+@dataclass
+class ValidationConfig:
+    """Loss and bits per byte on ``data.validation``."""
+
+    interval: int = 500
+    """Steps between validations; one is also made at the end. 0 turns validation off."""
+
+    sequences: int = 512
+    """Sequences of the held-out shards that are used, always the same; fewer when there are fewer."""
+
+
+@dataclass
+class SamplesConfig:
+    """Text that the model writes while it trains, into TensorBoard."""
+
+    interval: int = 0
+    """Steps between samples; one is also made at the end. 0 turns samples off."""
+
+    prompts: list[str] = field(default_factory=lambda: ["def "])
+    """Beginnings to be continued."""
+
+    new_tokens: int = 128
+    """Tokens written for each prompt."""
+
+    temperature: float = 0.8
+    """Softmax temperature; 0 takes the most likely token."""
+
+    top_p: float = 0.95
+    """Sample among the most likely tokens that together have this probability."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    interval: int = 1000
+    """Steps between checkpoints; one is also written at the end and when a signal asks to stop. 0: only these."""
+
+    keep_last: Optional[int] = 3
+    """Newest checkpoints that are kept; null keeps all."""
+
+    resume: str = "auto"
+    """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one; or the path of a checkpoint."""
+
+
+@dataclass
+class LogConfig:
+    """What is reported, and how often."""
+
+    interval: int = 10
+    """Steps between lines of metrics.jsonl and points in TensorBoard. Losses are means over these steps' tokens."""
+
+    peak_tflops: Optional[float] = None
+    """Peak dense TFLOP/s of one device in the run's precision, for MFU; null looks the device up and gives no MFU where it is unknown."""
+
+    progress: bool = True
+    """Show a progress bar on rank 0."""
+
+
+@dataclass
+class RunConfig:
+    """The run's name and place."""
+
+    name: str = "run"
+    """Name of the run, shown in TensorBoard."""
+
+    folder: str = "runs/${run.name}"
+    """Folder of everything the run writes."""
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.attention": ("dcmha", "mha"),
+    "model.backend": ("auto", "reference", "chunked"),
+    "model.compose.gelu": ("tanh", "erf"),
+    "model.ffn": ("swiglu", "gelu"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "train.precision": ("bf16", "fp32"),
+    "train.recompute": ("none", "block"),
+    "schedule.kind": ("cosine", "wsd", "constant"),
+    "parallel.zero_stage": (0, 1, 2, 3),
+}
+"""The allowed values of the fields that take one of a few."""
