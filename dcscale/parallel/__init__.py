@@ -1,0 +1,16 @@
+"""Many processes as one: who this process is, and the engine that spreads a model over all of them."""
+
+from dcscale.parallel.engine import Engine, NonFiniteError, start_distributed, stop_distributed
+from dcscale.parallel.environment import Environment, LaunchError, discover, free_port, share_cores
+
+__all__ = [
+    "Engine",
+    "Environment",
+    "LaunchError",
+    "NonFiniteError",
+    "discover",
+    "free_port",
+    "share_cores",
+    "start_distributed",
+    "stop_distributed",
+]

@@ -1,0 +1,208 @@
+"""The only place that knows DeepSpeed: build, forward, backward, update, save and load under any ZeRO stage."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dcscale.config import Config
+from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
+from dcscale.parallel.environment import Environment
+
+
+SETTINGS_OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is infinite or not a number; the weights have not been touched by it."""
+
+
+def _import_deepspeed(environment: Environment) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if environment.device.type == "cuda" else "cpu")
+    # DeepSpeed calls collectives by names that torch 2.13 renames; nothing a user of ours can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*")
+    warnings.filterwarnings("ignore", message=r".*(_all_gather_base|_reduce_scatter_base).*", category=FutureWarning)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def start_distributed(environment: Environment, timeout_minutes: float) -> None:
+    """Joins the process group of the run; collectives that wait longer than the timeout raise."""
+    deepspeed = _import_deepspeed(environment)
+    if environment.device.type == "cuda":
+        torch.cuda.set_device(environment.device)
+    deepspeed.init_distributed(
+        dist_backend=environment.backend,
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
+        rank=environment.rank,
+        world_size=environment.world_size,
+        verbose=False,
+    )
+
+
+def stop_distributed() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A model with its optimizer, spread over the ranks.
+
+    Args:
+        config: the run's settings.
+        environment: this process; :func:`start_distributed` must have been called.
+        build_model: makes the module; under ZeRO-3 its parameters are partitioned as they are made.
+        initialize: fills the module's parameters; gets the module and a context-manager factory that
+            gathers the parameters it is given and keeps what is written to them.
+        build_optimizer: makes the torch optimizer from the module.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        environment: Environment,
+        build_model: Callable[[], nn.Module],
+        initialize: Callable[[nn.Module, Callable], None],
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    ):
+        self._deepspeed = _import_deepspeed(environment)
+        self.environment = environment
+        self.stage = config.parallel.zero_stage
+        self._clip = config.train.gradient_clip or NO_CLIP
+        self._clips_here = self.stage == 0 and config.train.precision == "fp32"
+        self._grad_norm: float | None = None
+        ds_config = deepspeed_config(config, environment.world_size)
+
+        with self._deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
+            model = build_model()
+        initialize(model, self._gather_for_writing)
+        if self.stage != 3:
+            model.to(environment.device)
+            if config.train.precision == "bf16":
+                model.to(torch.bfloat16)
+        optimizer = build_optimizer(model)
+        optimizer.register_step_pre_hook(self._before_update)
+        self._group_settings = [{k: group[k] for k in SETTINGS_OF_A_GROUP} for group in optimizer.param_groups]
+        self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        # Counts, stop flags and errors travel on the CPU, so that no rank waits for its GPU to hear of them.
+        self._control = dist.new_group(backend="gloo")
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself; under ZeRO-3 its parameters are there only inside their own module's forward."""
+        return self._engine.module
+
+    # -- one optimizer step ---------------------------------------------------------------------------------
+
+    def forward_backward(self, inputs: dict[str, Tensor | None], scale: float, last: bool) -> Tensor:
+        """Adds the gradient of ``scale * loss`` for one micro-batch, where the loss is the module's float32 sum.
+
+        DeepSpeed averages gradients over ranks: for the gradient of a global mean, ``scale`` is
+        ranks / (targets of the whole global batch). ``last`` marks the step's last micro-batch.
+        Returns the unscaled loss sum of this rank, detached, on the device.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss = self._engine(**inputs)
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach()
+
+    def update(self, learning_rate: float) -> float:
+        """Clips the gradients, takes the optimizer step and returns the global gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: the norm is not finite; no weight was changed.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        self._grad_norm = None
+        self._engine.step()
+        norm = self._grad_norm if self._clips_here else float(self._engine.get_global_grad_norm())
+        self._require_finite(norm)
+        return norm
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # Runs inside DeepSpeed's step, after its reduction and before torch's update.
+        if self._clips_here:
+            self._grad_norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip))
+            self._require_finite(self._grad_norm)
+        else:
+            self._require_finite(float(self._engine.optimizer._global_grad_norm))
+
+    @staticmethod
+    def _require_finite(norm: float | None) -> None:
+        if norm is None or not 0 <= norm < float("inf"):
+            raise NonFiniteError(f"gradient norm {norm}")
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[Callable[..., Tensor]]:
+        """Gives the module's forward, without gradients and in eval mode."""
+        was_training = self.module.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield self._engine
+        finally:
+            self._engine.train(was_training)
+
+    # -- words between ranks ----------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, values: list[int]) -> list[int]:
+        """Sums small integers over the ranks, on the CPU."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self._control)
+        return tensor.tolist()
+
+    def sum_tensor_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sums a device tensor over the ranks in place and returns it."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def errors_of_ranks(self, error: str | None) -> dict[int, str]:
+        """Tells every rank which ranks failed and why; empty when none did."""
+        said: list[str | None] = [None] * self.environment.world_size
+        dist.all_gather_object(said, error, group=self._control)
+        return {rank: text for rank, text in enumerate(said) if text is not None}
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._control)
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Writes model, optimizer and master weights, every rank its part, into ``folder``. Not atomic by itself."""
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={}, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Loads what :meth:`save` wrote for the same world size, stage and precision.
+
+        DeepSpeed unpickles its files: only load checkpoints that you or your colleagues wrote.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
+        # The optimizer's state comes with the settings it was saved under; this run's config is what counts.
+        for group, settings in zip(self._engine.optimizer.param_groups, self._group_settings):
+            group.update(settings)
+
+    def weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Every parameter by name, whole, on the CPU; None on ranks other than 0. All ranks must iterate together."""
+        for name, parameter in self.module.named_parameters():
+            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                yield name, parameter.detach().cpu().clone() if self.environment.is_main else None
+
+    def _gather_for_writing(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3)
