@@ -1,7 +1,6 @@
-"""How a run is seen: terminal, metrics file, TensorBoard; and files that are never half-written."""
+"""How a run is seen: terminal, metrics file, TensorBoard."""
 
 from dcscale.observe.console import Console, Progress
-from dcscale.observe.files import sync_folder, write_atomically, write_json
 from dcscale.observe.metrics_file import MetricsFile, read_metrics
 
 __all__ = [
@@ -9,7 +8,4 @@ __all__ = [
     "MetricsFile",
     "Progress",
     "read_metrics",
-    "sync_folder",
-    "write_atomically",
-    "write_json",
 ]

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from dcscale.observe.files import write_atomically
+from dcscale.files import write_atomically
 
 
 class MetricsFile:

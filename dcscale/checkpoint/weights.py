@@ -1,0 +1,89 @@
+"""A model's weights as safetensors shards, written and read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dcscale.checkpoint.layout import CheckpointError
+from dcscale.files import write_json
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+
+
+def save_weights(weights: Iterable[tuple[str, Tensor | None]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes named tensors into ``folder`` as shards of at most ``shard_bytes`` (one tensor at least) and an index.
+
+    Holds one shard in memory. Tensors that are None are only iterated over (ranks that do not write).
+    """
+    shard: dict[str, Tensor] = {}
+    shard_of: dict[str, str] = {}
+    total = written = 0
+
+    def flush() -> None:
+        nonlocal written
+        if shard:
+            written += 1
+            name = f"model-{written:05d}.safetensors"
+            save_file(shard, folder / name, metadata={"format": "pt"})
+            shard_of.update(dict.fromkeys(shard, name))
+            shard.clear()
+
+    writes = False
+    for name, tensor in weights:
+        if tensor is None:
+            continue
+        if not writes:
+            folder.mkdir(parents=True)
+            writes = True
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        shard[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if writes:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fills every parameter of ``model`` from ``folder``, converting to the parameter's type and device.
+
+    Raises:
+        CheckpointError: a name, shape or file does not fit; all such names are listed and nothing is loaded.
+    """
+    index = folder / INDEX
+    try:
+        shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error}") from error
+    parameters = dict(model.named_parameters())
+    problems = [f"{name} is missing" for name in parameters if name not in shard_of]
+    problems += [f"{name} is unknown to the model" for name in shard_of if name not in parameters]
+    by_shard: dict[str, list[str]] = {}
+    for name, shard in shard_of.items():
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names the file {shard!r} outside its folder")
+        by_shard.setdefault(shard, []).append(name)
+    try:
+        for shard, names in by_shard.items():
+            with safe_open(folder / shard, framework="pt") as file:
+                for name in names:
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if name in parameters and shape != tuple(parameters[name].shape):
+                        problems.append(f"{name} has shape {shape}, the model wants {tuple(parameters[name].shape)}")
+        if problems:
+            raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(problems))
+        with torch.no_grad():
+            for shard, names in by_shard.items():
+                with safe_open(folder / shard, framework="pt") as file:
+                    for name in names:
+                        parameters[name].copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"weights in {folder} cannot be read: {error}") from error
