@@ -8,7 +8,7 @@ Nothing here imports torch or reads a file, so a config can be checked anywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 
 @dataclass
@@ -51,7 +51,8 @@ class ModelConfig:
     """``dcmha`` for a DCFormer, ``mha`` for its Transformer twin: the same model without compose."""
 
     backend: str = "auto"
-    """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition) or ``chunked`` (exact, no T x S tensor kept)."""
+    """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition) or
+    ``chunked`` (exact, no T x S tensor kept)."""
 
     vocab_size: int = 256
     """Rows of the embedding; at least the tokenizer's vocabulary, which the data's manifest states."""
@@ -65,10 +66,11 @@ class ModelConfig:
     heads: int = 12
     """Query heads H a layer."""
 
-    kv_heads: Optional[int] = None
-    """Key/value heads a layer; null means as many as ``heads``, fewer is grouped-query attention. Must divide ``heads``."""
+    kv_heads: int | None = None
+    """Key/value heads a layer; null means as many as ``heads``, fewer is grouped-query attention.
+    Must divide ``heads``."""
 
-    head_dim: Optional[int] = None
+    head_dim: int | None = None
     """Width D of a head; null means dim / heads."""
 
     ffn: str = "swiglu"
@@ -77,8 +79,9 @@ class ModelConfig:
     ffn_dim: int = 2048
     """Hidden width of the feed-forward network."""
 
-    multi_gate: Optional[int] = None
-    """Number of gates over equal parts of the swiglu's hidden width (upstream ``mgate_dim``); null for none. Must divide ``ffn_dim``."""
+    multi_gate: int | None = None
+    """Number of gates over equal parts of the swiglu's hidden width (upstream ``mgate_dim``); null for none.
+    Must divide ``ffn_dim``."""
 
     norm: str = "rmsnorm"
     """Normalisation of blocks and output: ``rmsnorm`` or ``layernorm`` (with bias)."""
@@ -104,8 +107,9 @@ class ModelConfig:
     rope_fraction: float = 1.0
     """Leading part of each head that is rotated, in (0, 1]; fraction * head_dim is rounded down and must be even."""
 
-    windows: list[Optional[int]] = field(default_factory=lambda: [256, None])
-    """Keys a query sees, itself included, per layer; null sees all. The pattern repeats over the layers: [256, null] alternates."""
+    windows: list[int | None] = field(default_factory=lambda: [256, None])
+    """Keys a query sees, itself included, per layer; null sees all.
+    The pattern repeats over the layers: [256, null] alternates."""
 
     tied_embeddings: bool = False
     """Use the embedding as the output matrix too."""
@@ -121,17 +125,19 @@ class DataConfig:
     train: str = ""
     """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``)."""
 
-    validation: Optional[str] = None
+    validation: str | None = None
     """Folder of held-out shards; null for no validation."""
 
     sequence_length: int = 1024
     """Tokens a sequence, as the model sees them."""
 
     shuffle_shards: int = 8
-    """Shards whose documents are shuffled together (the window of the shuffle). More mixes better and holds more in memory."""
+    """Shards whose documents are shuffled together (the window of the shuffle).
+    More mixes better and holds more in memory."""
 
     slots: int = 48
-    """Independent read positions over an epoch. Fixed for a run: changing it changes the order. Best a multiple of ranks."""
+    """Independent read positions over an epoch. Fixed for a run: changing it changes the order.
+    Best a multiple of ranks."""
 
     document_mask: bool = True
     """Attention and targets stop at document bounds; false lets a sequence's documents see each other."""
@@ -153,7 +159,7 @@ class OptimizerRule:
     lr_scale: float = 1.0
     """Factor on the learning rate."""
 
-    weight_decay: Optional[float] = None
+    weight_decay: float | None = None
     """Decay of these parameters; null keeps what they would have without the rule."""
 
 
@@ -182,12 +188,13 @@ class ScheduleConfig:
     """Learning rate over the run, as a function of the step only."""
 
     kind: str = "cosine"
-    """``cosine``: warm-up, then half a cosine down to ``final_ratio``. ``wsd``: warm-up, stable, then a linear decay. ``constant``: warm-up, stable."""
+    """``cosine``: warm-up, then half a cosine down to ``final_ratio``. ``wsd``: warm-up, stable, then a linear decay.
+    ``constant``: warm-up, stable."""
 
     warmup_steps: int = 100
     """Steps of linear warm-up from zero."""
 
-    decay_steps: Optional[int] = None
+    decay_steps: int | None = None
     """Steps of the decay at the end of ``wsd``; null means a fifth of ``train.steps``."""
 
     final_ratio: float = 0.1
@@ -201,7 +208,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps of the whole run; the schedule spans them."""
 
-    stop_after: Optional[int] = None
+    stop_after: int | None = None
     """Stop, with a checkpoint, once this step is done, as a signal would; null goes on to ``steps``."""
 
     global_batch_size: int = 64
@@ -284,11 +291,12 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints; one is also written at the end and when a signal asks to stop. 0: only these."""
 
-    keep_last: Optional[int] = 3
+    keep_last: int | None = 3
     """Newest checkpoints that are kept; null keeps all."""
 
     resume: str = "auto"
-    """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one; or the path of a checkpoint."""
+    """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one;
+    or the path of a checkpoint."""
 
 
 @dataclass
@@ -298,8 +306,9 @@ class LogConfig:
     interval: int = 10
     """Steps between lines of metrics.jsonl and points in TensorBoard. Losses are means over these steps' tokens."""
 
-    peak_tflops: Optional[float] = None
-    """Peak dense TFLOP/s of one device in the run's precision, for MFU; null looks the device up and gives no MFU where it is unknown."""
+    peak_tflops: float | None = None
+    """Peak dense TFLOP/s of one device in the run's precision, for MFU;
+    null looks the device up and gives no MFU where it is unknown."""
 
     progress: bool = True
     """Show a progress bar on rank 0."""
