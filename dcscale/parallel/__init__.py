@@ -2,14 +2,18 @@
 
 from dcscale.parallel.engine import Engine, NonFiniteError, start_distributed, stop_distributed
 from dcscale.parallel.environment import Environment, LaunchError, discover, free_port, share_cores
+from dcscale.parallel.together import RankError, decided_by_main, on_every_rank
 
 __all__ = [
     "Engine",
     "Environment",
     "LaunchError",
     "NonFiniteError",
+    "RankError",
+    "decided_by_main",
     "discover",
     "free_port",
+    "on_every_rank",
     "share_cores",
     "start_distributed",
     "stop_distributed",

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dcscale.config import Config
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
+from dcscale.parallel.together import errors_of_ranks
 
 
 SETTINGS_OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
@@ -108,7 +109,7 @@ class Engine:
 
     # -- one optimizer step ---------------------------------------------------------------------------------
 
-    def forward_backward(self, inputs: dict[str, Tensor | None], scale: float, last: bool) -> Tensor:
+    def forward_backward(self, inputs: Sequence[Tensor | None], scale: float, last: bool) -> Tensor:
         """Adds the gradient of ``scale * loss`` for one micro-batch, where the loss is the module's float32 sum.
 
         DeepSpeed averages gradients over ranks: for the gradient of a global mean, ``scale`` is
@@ -116,7 +117,7 @@ class Engine:
         Returns the unscaled loss sum of this rank, detached, on the device.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        loss = self._engine(**inputs)
+        loss = self._engine(*inputs)
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
 
@@ -173,9 +174,7 @@ class Engine:
 
     def errors_of_ranks(self, error: str | None) -> dict[int, str]:
         """Tells every rank which ranks failed and why; empty when none did."""
-        said: list[str | None] = [None] * self.environment.world_size
-        dist.all_gather_object(said, error, group=self._control)
-        return {rank: text for rank, text in enumerate(said) if text is not None}
+        return errors_of_ranks(error, self._control)
 
     def barrier(self) -> None:
         dist.barrier(group=self._control)

@@ -1,0 +1,167 @@
+"""From a config to a trainer that is ready to run: data, model, engine, hooks, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcscale.checkpoint.layout import ENGINE
+from dcscale.config import Config, check_config, raise_problems, to_yaml
+from dcscale.data import BatchLoader, SequenceStream, Tokenizer, load_tokenizer, open_stream
+from dcscale.files import write_atomically
+from dcscale.models import DCFormer, count_flops, count_parameters, initialize
+from dcscale.observe import Console
+from dcscale.parallel import Engine, Environment, decided_by_main, on_every_rank
+from dcscale.train.hooks import ComposeDistance, Hook, Samples, Saving, Throughput, Validation, peak_tflops
+from dcscale.train.optimizer import build_optimizer
+from dcscale.train.report import Reporter
+from dcscale.train.resume import check_fits, checkpoint_to_resume, read_state
+from dcscale.train.state import TrainState
+from dcscale.train.trainer import Trainer
+
+
+def build_trainer(config: Config, environment: Environment, console: Console) -> Trainer:
+    """Builds everything on this rank; all ranks call it together, after ``start_distributed``.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the settings, the data or the checkpoint do not fit;
+            nothing has been written then.
+    """
+    raise_problems(check_config(config, environment.world_size))
+    run = Path(config.run.folder)
+    stream, validation_stream, tokenizer = on_every_rank(lambda: _open_data(config))
+
+    # Everything that can be refused is refused before the model takes its memory and the folder is touched.
+    checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
+    state = TrainState(data_fingerprint=stream.fingerprint)
+    if checkpoint is not None:
+        state = decided_by_main(
+            lambda: check_fits(checkpoint, read_state(checkpoint), config, environment.world_size, stream.fingerprint)
+        )
+    engine = Engine(
+        config,
+        environment,
+        build_model=lambda: _build_model(config),
+        initialize=lambda model, gather: initialize(model, config.model, config.train.seed, gather=gather),
+        build_optimizer=lambda model: build_optimizer(model, config.optimizer, fused=environment.device.type == "cuda"),
+    )
+    if checkpoint is not None:
+        engine.load(checkpoint / ENGINE)
+
+    if environment.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(run / "config.yaml", to_yaml(config))
+    engine.barrier()
+    hooks: list[Hook] = [
+        Throughput(
+            count_flops(config.model, config.data.sequence_length).total,
+            peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),
+        )
+    ]
+    if validation_stream is not None:
+        hooks.append(_validation(config, environment, validation_stream))
+    if config.model.attention == "dcmha" and config.log.compose_interval > 0:
+        hooks.append(ComposeDistance(config.log.compose_interval))
+    if tokenizer is not None:
+        hooks.append(Samples(config.samples, tokenizer, config.train.seed))
+    hooks.append(Saving(config.checkpoint.interval))
+    for hook in hooks:
+        if hook.name in state.hooks:
+            hook.load_state_dict(state.hooks[hook.name])
+
+    reporter = Reporter(run, state.step, config.train.steps, console, config.log.progress, environment.is_main)
+    trainer = Trainer(
+        config,
+        engine,
+        _loader(config, environment, stream, config.data.prefetch_steps),
+        state,
+        reporter,
+        hooks,
+        run,
+    )
+    trainer.latest_checkpoint = checkpoint
+    _announce(console, config, environment, stream, trainer)
+    return trainer
+
+
+def _open_data(config: Config) -> tuple[SequenceStream, SequenceStream | None, Tokenizer | None]:
+    validates = config.data.validation is not None and config.validation.interval > 0
+    return (
+        _open_stream(config, config.data.train, shuffle=True),
+        _open_stream(config, config.data.validation, shuffle=False) if validates else None,
+        load_tokenizer(config.data.train) if config.samples.interval > 0 else None,
+    )
+
+
+def _open_stream(config: Config, folder: str, shuffle: bool) -> SequenceStream:
+    return open_stream(
+        folder,
+        vocab_size=config.model.vocab_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        shuffle_shards=config.data.shuffle_shards,
+        slots=config.data.slots,
+        document_mask=config.data.document_mask,
+        verify=config.data.verify,
+        shuffle=shuffle,
+    )
+
+
+def _loader(
+    config: Config, environment: Environment, stream: SequenceStream, prefetch_steps: int, limit: int | None = None
+) -> BatchLoader:
+    return BatchLoader(
+        stream,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        prefetch_steps=prefetch_steps,
+        limit=limit,
+    )
+
+
+def _validation(config: Config, environment: Environment, stream: SequenceStream) -> Validation:
+    sequences = min(config.validation.sequences, stream.sequences_per_epoch)
+    manifest = stream.manifest
+    return Validation(
+        _loader(config, environment, stream, prefetch_steps=0, limit=sequences),
+        config.validation.interval,
+        bytes_per_token=manifest.text_bytes / manifest.tokens,
+    )
+
+
+def _build_model(config: Config) -> nn.Module:
+    model = DCFormer(config.model, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+def _announce(
+    console: Console, config: Config, environment: Environment, stream: SequenceStream, trainer: Trainer
+) -> None:
+    """Says what is about to run, with everything that was derived."""
+    parameters = count_parameters(config.model)
+    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * environment.world_size)
+    device = torch.cuda.get_device_name() if environment.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    epoch = stream.sequences_per_epoch
+    console.line(
+        f"model      {'DCFormer' if config.model.attention == 'dcmha' else 'Transformer'}, "
+        f"{parameters.total:,} parameters ({parameters.compose:,} of compose)"
+    )
+    console.line(f"ranks      {environment.world_size} x {device}, ZeRO-{config.parallel.zero_stage}, {config.train.precision}")
+    console.line(
+        f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
+        f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, {accumulation} times"
+    )
+    console.line(
+        f"run        {config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens, "
+        f"{config.train.steps * config.train.global_batch_size / epoch:.2f} epochs of {config.data.train}"
+    )
+    console.line(f"folder     {trainer.run}")
+    if trainer.latest_checkpoint is not None:
+        console.line(f"resuming   from {trainer.latest_checkpoint}")

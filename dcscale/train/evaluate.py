@@ -1,0 +1,39 @@
+"""Loss on held-out data, the same number for any count of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dcscale.data import BatchLoader
+from dcscale.parallel import Engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    """Nats a token, mean over the targets."""
+
+    targets: int
+    """Targets that were predicted."""
+
+    def bits_per_byte(self, bytes_per_token: float) -> float:
+        """Bits needed for a byte of the text: independent of the tokenizer."""
+        return self.loss / math.log(2) / bytes_per_token
+
+
+def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
+    """Mean loss over all sequences of ``loader``; every rank calls it and gets the same result."""
+    device = engine.environment.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    targets = 0
+    with engine.evaluating() as forward:
+        for micro_batches in loader.steps():
+            for batch in micro_batches:
+                batch = batch.to(device)
+                total += forward(batch.input_ids, batch.targets, batch.document_ids)
+                targets += batch.target_count
+    (targets,) = engine.sum_over_ranks([targets])
+    return Evaluation(float(engine.sum_tensor_over_ranks(total)) / targets, targets)

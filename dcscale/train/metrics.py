@@ -1,0 +1,45 @@
+"""The metrics of a run: their names in ``metrics.jsonl``, units, meaning and place in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    unit: str
+    meaning: str
+    board: str | None
+    """Tag in TensorBoard; None keeps it out."""
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("steps", "optimizer steps done", None),
+    "tokens": Metric("tokens", "tokens read in training so far, over all ranks", "progress/tokens"),
+    "loss": Metric("nats/token", "training loss, mean over the targets since the last record", "loss/train"),
+    "grad_norm": Metric("1", "global L2 norm of the gradient before clipping, of this step", "optimizer/grad_norm"),
+    "lr": Metric("1", "peak-scaled learning rate of this step, before lr_scale of rules", "optimizer/learning_rate"),
+    "tokens_per_second": Metric("tokens/s", "over all ranks, since the last record", "speed/tokens_per_second"),
+    "tflops_per_device": Metric("TFLOP/s", "model FLOPs a second and device, compose terms included", "speed/tflops_per_device"),
+    "mfu": Metric("1", "tflops_per_device / peak TFLOP/s of a device; recomputation is not counted", "speed/mfu"),
+    "step_seconds": Metric("s", "mean wall-clock time of a step since the last record", "speed/step_seconds"),
+    "data_wait": Metric("1", "part of that time rank 0 waited for data", "speed/data_wait"),
+    "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on its GPU, or resident on a CPU", "memory/peak_gib"),
+    "validation_loss": Metric("nats/token", "mean over the targets of the held-out sequences", "loss/validation"),
+    "bits_per_byte": Metric("bits/byte", "validation_loss / ln 2 * tokens / bytes of text", "loss/bits_per_byte"),
+}
+"""Every metric but those of compose: ``compose/pre/layer_00`` and the like, one a layer and side, are
+the root mean square over tokens of ||M - I||_F / sqrt(H) for the composing matrix M of a token with itself:
+0 where heads are not mixed at all."""
+
+COMPOSE_PREFIX = "compose/"
+
+
+def board_values(record: Mapping[str, float | int | None]) -> dict[str, float]:
+    """The part of a record that TensorBoard shows, by tag."""
+    values = {}
+    for name, value in record.items():
+        tag = name if name.startswith(COMPOSE_PREFIX) else METRICS[name].board
+        if tag is not None and value is not None:
+            values[tag] = value
+    return values

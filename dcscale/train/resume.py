@@ -1,0 +1,98 @@
+"""Whether a run starts anew or goes on, and from where; and whether the checkpoint belongs to this run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
+from dcscale.checkpoint.layout import CONFIG, STATE, step_of
+from dcscale.config import Config, ConfigError, differences, load_config
+from dcscale.train.state import FORMAT, TrainState
+
+MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend",)
+"""Fields of the model section that may change between starts of a run."""
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint this start goes on from, or None for a new run.
+
+    Raises:
+        CheckpointError: the run's folder and ``checkpoint.resume`` do not go together, or the checkpoint is damaged.
+    """
+    run, resume = Path(config.run.folder), config.checkpoint.resume
+    existing = checkpoints_of(run)
+    if resume == "never":
+        if existing or (run / "metrics.jsonl").exists():
+            raise CheckpointError(
+                f"run.folder {run} holds a run already and checkpoint.resume is 'never': choose another run.name, "
+                "or checkpoint.resume=auto to go on"
+            )
+        return None
+    if resume == "auto":
+        return find_checkpoint(run) if existing else None
+    checkpoint = find_checkpoint(Path(resume))
+    newer = [p.name for p in existing if step_of(p) > step_of(checkpoint)]
+    if newer:
+        raise CheckpointError(
+            f"checkpoint.resume is {checkpoint}, but run.folder {run} has gone on to {newer[-1]}: choose another run.name "
+            "to branch off, or delete the newer checkpoints"
+        )
+    return checkpoint
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's ``state.json``."""
+    path = checkpoint / STATE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {content.get('format')!r}, this version of dcscale reads {FORMAT}")
+    return content
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The resolved config a checkpoint was written with."""
+    try:
+        return load_config([str(checkpoint / CONFIG)], []).config
+    except ConfigError as error:
+        raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error
+
+
+def check_fits(checkpoint: Path, content: dict[str, Any], config: Config, world_size: int, fingerprint: str) -> TrainState:
+    """The state to go on with.
+
+    Raises:
+        CheckpointError: model, data, or the way the state is spread differ; every difference is named.
+    """
+    problems = [
+        f"{path} is {there} there and {here} here: that is another model"
+        for path, there, here in differences(read_config(checkpoint), config)
+        if path.startswith("model.") and path not in MODEL_FIELDS_WITHOUT_WEIGHT
+    ]
+    same = {
+        "ranks": ("world_size", world_size),
+        "parallel.zero_stage": ("zero_stage", config.parallel.zero_stage),
+        "train.precision": ("precision", config.train.precision),
+        "train.global_batch_size": ("global_batch_size", config.train.global_batch_size),
+    }
+    for name, (key, here) in same.items():
+        if content[key] != here:
+            problems.append(f"{name}: {content[key]} there and {here} here; a run must go on with what it was saved with")
+    state = TrainState.from_json(content)
+    if state.data_fingerprint != fingerprint:
+        problems.append(
+            f"the data's fingerprint is {state.data_fingerprint} there and {fingerprint} here: the shards of data.train, "
+            "data.sequence_length, data.shuffle_shards, data.slots, data.document_mask or train.seed have changed"
+        )
+    if state.step > config.train.steps:
+        problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint} cannot be gone on from: " + "; ".join(problems) + ". Restore these settings, or start a new "
+            "run with another run.name"
+        )
+    return state

@@ -1,0 +1,54 @@
+"""What a run must remember beside weights and optimizer to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import dcscale
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """Counts up to and with the last finished optimizer step. All of it is in ``state.json`` of a checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    tokens: int = 0
+    """Tokens the model has read in training: sequences times their length, over all ranks."""
+
+    data_fingerprint: str = ""
+    """Identity of the data, its order and its cutting: the next sequence is step * global_batch_size of it."""
+
+    first_loss: float | None = None
+    """Loss of step 1, nats a token."""
+
+    last_loss: float | None = None
+    """Loss of the last record, nats a token."""
+
+    train_seconds: float = 0.0
+    """Wall-clock seconds spent in optimizer steps, over all starts of the run."""
+
+    pending: list[tuple[float, int]] = field(default_factory=list)
+    """(loss sum in nats, targets) of the steps since the last logged one, so that a resumed run logs the same mean."""
+
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """State of the hooks, by their name."""
+
+    def to_json(self, **extra: Any) -> dict[str, Any]:
+        versions = {"dcscale": dcscale.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        return {"format": FORMAT, **dataclasses.asdict(self), "versions": versions, **extra}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainState:
+        names = {f.name for f in dataclasses.fields(cls)}
+        state = cls(**{key: value for key, value in content.items() if key in names})
+        state.pending = [(float(loss), int(count)) for loss, count in state.pending]
+        return state

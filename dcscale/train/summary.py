@@ -1,0 +1,46 @@
+"""``summary.json``: a run's result in one small file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcscale.files import write_json
+from dcscale.models import count_parameters
+from dcscale.train.hooks import Samples, Validation
+from dcscale.train.trainer import Ending, Trainer
+
+
+def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
+    """The summary's content.
+
+    ``tokens`` counts tokens read in training over all ranks; losses are in nats a token, ``bits_per_byte``
+    in bits a byte of held-out text; ``tokens_per_second`` is over the training steps of all starts of the
+    run; ``completed`` tells whether ``train.steps`` was reached.
+    """
+    state = trainer.state
+    validation = next((hook.last for hook in trainer.hooks if isinstance(hook, Validation)), {})
+    sample = next((hook.last for hook in trainer.hooks if isinstance(hook, Samples)), None)
+    return {
+        "completed": ending is Ending.COMPLETED,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "first_loss": state.first_loss,
+        "last_loss": state.last_loss,
+        "validation_loss": validation.get("validation_loss"),
+        "bits_per_byte": validation.get("bits_per_byte"),
+        "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
+        "train_seconds": state.train_seconds,
+        "parameters": count_parameters(trainer.config.model).total,
+        "world_size": trainer.environment.world_size,
+        "device": str(trainer.environment.device.type),
+        "last_checkpoint": str(trainer.latest_checkpoint) if trainer.latest_checkpoint else None,
+        "sample": sample,
+    }
+
+
+def write_summary(trainer: Trainer, ending: Ending) -> dict[str, Any]:
+    """Writes ``summary.json`` into the run's folder (rank 0) and returns its content."""
+    content = summarize(trainer, ending)
+    if trainer.environment.is_main:
+        write_json(trainer.run / "summary.json", content)
+    return content

@@ -1,0 +1,206 @@
+"""The training loop: read a batch, add up gradients, update, report. Everything else is a hook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from dcscale.checkpoint import save_checkpoint
+from dcscale.config import Config, to_yaml
+from dcscale.data import Batch, BatchLoader, DataError
+from dcscale.parallel import Engine, NonFiniteError
+from dcscale.train.hooks import Hook, Record, due
+from dcscale.train.report import Reporter
+from dcscale.train.schedule import learning_rate
+from dcscale.train.signals import StopSignals
+from dcscale.train.state import TrainState
+
+
+class Ending(Enum):
+    """Why :meth:`Trainer.fit` returned."""
+
+    COMPLETED = "all steps of the run are done"
+    PAUSED = "train.stop_after was reached"
+    SIGNALLED = "a signal asked to stop"
+
+
+class Trainer:
+    """Trains from ``state.step`` to ``config.train.steps``.
+
+    Args:
+        config: the run's settings.
+        engine: the model and its optimizer.
+        loader: this rank's batches, for any step.
+        state: where the run stands; restored by the caller when it goes on from a checkpoint.
+        reporter: where records go.
+        hooks: features, called in order.
+        run: the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        loader: BatchLoader,
+        state: TrainState,
+        reporter: Reporter,
+        hooks: Sequence[Hook],
+        run: Path,
+    ):
+        self.config, self.engine, self.loader, self.state = config, engine, loader, state
+        self.environment = engine.environment
+        self.hooks, self.run = hooks, run
+        self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+        self.latest_batch: Batch | None = None
+        self.latest_checkpoint: Path | None = None
+        self.session_tokens, self.session_seconds = 0, 0.0
+        self._reporter = reporter
+        self._unsummed: list[tuple[torch.Tensor, int]] = []
+        self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
+
+    def fit(self) -> Ending:
+        """Trains until the run is complete or must stop; always leaves a checkpoint of the last step.
+
+        Raises:
+            DataError: the data of one rank failed; raised on all ranks.
+            NonFiniteError: a gradient is infinite or not a number; its update was not made.
+        """
+        train = self.config.train
+        batches = self.loader.steps(self.state.step)
+        ending = Ending.COMPLETED
+        with StopSignals() as signals:
+            while self.state.step < train.steps:
+                if train.stop_after is not None and self.state.step >= train.stop_after:
+                    ending = Ending.PAUSED
+                    break
+                start = time.perf_counter()
+                micro_batches, targets, stop = self._next_batches(batches, signals)
+                if stop:
+                    ending = Ending.SIGNALLED
+                    break
+                self._waited += time.perf_counter() - start
+                lr, grad_norm = self._step(micro_batches, targets)
+                seconds = time.perf_counter() - start
+                self._seconds += seconds
+                self._timed_steps += 1
+                self.session_seconds += seconds
+                self.state.train_seconds += seconds
+                if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
+                    self._record(lr, grad_norm)
+                for hook in self.hooks:
+                    hook.after_step(self)
+            for hook in self.hooks:
+                hook.finish(self, ending is Ending.COMPLETED)
+        return ending
+
+    def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> tuple[list[Batch], int, bool]:
+        """This rank's micro-batches, the targets of the whole global batch, and whether any rank was told to stop.
+
+        One exchange of three integers keeps the ranks together: none goes on alone after another's failure.
+        """
+        error = None
+        micro_batches: list[Batch] = []
+        try:
+            micro_batches = next(batches)
+        except (DataError, OSError) as caught:
+            error = str(caught)
+        own = sum(batch.target_count for batch in micro_batches)
+        targets, stops, failures = self.engine.sum_over_ranks([own, int(signals.received is not None), int(bool(error))])
+        if failures:
+            told = "; ".join(f"rank {rank}: {text}" for rank, text in self.engine.errors_of_ranks(error).items())
+            raise DataError(f"the data of step {self.state.step + 1} could not be read: {told}")
+        return micro_batches, targets, stops > 0
+
+    def _step(self, micro_batches: list[Batch], targets: int) -> tuple[float, float]:
+        """One optimizer step; returns its learning rate and gradient norm."""
+        # The loss is summed over all targets and divided once by their global count, so that it does not
+        # depend on how the batch is cut; the engine's averaging over ranks is undone here.
+        scale = self.environment.world_size / max(targets, 1)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.environment.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            batch = batch.to(self.environment.device)
+            inputs = (batch.input_ids, batch.targets, batch.document_ids)
+            loss_sum += self.engine.forward_backward(inputs, scale, last=number == len(micro_batches))
+        self.latest_batch = batch
+        self._unsummed.append((loss_sum, targets))
+        lr = learning_rate(
+            self.config.schedule, self.config.optimizer.learning_rate, self.config.train.steps, self.state.step
+        )
+        try:
+            grad_norm = self.engine.update(lr)
+        except NonFiniteError as error:
+            self._sum_losses()
+            raise NonFiniteError(
+                f"step {self.state.step + 1}: {error}, loss {self.state.pending[-1][0] / max(targets, 1)}; the update was "
+                f"not made. Newest checkpoint: {self.latest_checkpoint}. Lower optimizer.learning_rate, lengthen "
+                "schedule.warmup_steps, or look at the data of this step"
+            ) from error
+        self.state.step += 1
+        self.state.tokens += self.tokens_per_step
+        self.session_tokens += self.tokens_per_step
+        return lr, grad_norm
+
+    def _sum_losses(self) -> None:
+        """Moves the steps' losses from the ranks' devices into the state, summed over ranks."""
+        if self._unsummed:
+            sums = self.engine.sum_tensor_over_ranks(torch.stack([loss for loss, _ in self._unsummed]))
+            self.state.pending += zip(sums.tolist(), [targets for _, targets in self._unsummed])
+            self._unsummed.clear()
+
+    def _record(self, lr: float, grad_norm: float) -> None:
+        self._sum_losses()
+        loss = sum(s for s, _ in self.state.pending) / max(1, sum(n for _, n in self.state.pending))
+        if self.state.first_loss is None:
+            first_sum, first_targets = self.state.pending[0]
+            self.state.first_loss = first_sum / max(1, first_targets)
+        self.state.last_loss = loss
+        self.state.pending = []
+        record: Record = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+        }
+        for hook in self.hooks:
+            hook.add_to_record(self, record)
+        self.report(record)
+
+    def close(self) -> None:
+        """Stops the loader's thread and closes the reporter's files."""
+        self.loader.close()
+        self._reporter.close()
+
+    # -- for hooks -----------------------------------------------------------------------------------------------
+
+    def take_times(self) -> tuple[float, float, int]:
+        """Seconds spent in steps, part of them spent waiting for data, and steps, since the last call."""
+        times = self._seconds, self._waited, self._timed_steps
+        self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
+        return times
+
+    def report(self, record: Record) -> None:
+        """Sends a record to file, board and terminal."""
+        self._reporter.record(record)
+
+    def report_text(self, tag: str, markdown: str) -> None:
+        """Shows text in TensorBoard."""
+        self._reporter.text(tag, markdown, self.state.step)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last finished step."""
+        self._sum_losses()
+        self.state.hooks = {hook.name: hook.state_dict() for hook in self.hooks}
+        state = self.state.to_json(
+            world_size=self.environment.world_size,
+            zero_stage=self.config.parallel.zero_stage,
+            precision=self.config.train.precision,
+            global_batch_size=self.config.train.global_batch_size,
+        )
+        self.latest_checkpoint = save_checkpoint(
+            self.engine, self.run, self.state.step, state, to_yaml(self.config), self.config.checkpoint.keep_last
+        )

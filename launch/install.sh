@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Makes .venv beside this folder with dcscale and pinned packages in it; does nothing when that is already done.
+# Used by launch/quickstart.sh and tests/run.sh. Usage: bash launch/install.sh [EXTRAS]   (EXTRAS such as "test")
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=${1:-}
+stamp=.venv/installed-$extras
+
+say() { printf '\033[1m%s\033[0m\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# Whatever decides what is installed is in this fingerprint.
+wanted=$(cat pyproject.toml launch/constraints.txt launch/install.sh | cksum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python=$candidate; break; fi
+    done
+fi
+[ -n "$python" ] || die "no Python 3.10 or newer was found; install one or set PYTHON=/path/to/python"
+command -v c++ >/dev/null || command -v g++ >/dev/null || die "no C++ compiler was found; install g++ (DeepSpeed compiles a small part)"
+
+[ -x .venv/bin/python ] || { say "Making .venv with $($python --version)"; "$python" -m venv .venv \
+    || die "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; }
+pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    version=$(sed -n 's/^torch==//p' launch/constraints.txt)
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        say "Installing torch $version for NVIDIA GPUs (several GB)"
+        "${pip[@]}" "torch==$version"
+    else
+        say "Installing torch $version for the CPU (about 200 MB)"
+        # The +cpu version exists only without CUDA: asking for it can never fetch CUDA packages.
+        "${pip[@]}" "torch==$version+cpu" 2>/dev/null \
+            || "${pip[@]}" "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+    fi
+fi
+say "Installing dcscale and its packages"
+"${pip[@]}" --constraint launch/constraints.txt ninja psutil setuptools --editable ".${extras:+[$extras]}"
+
+if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    say "Compiling DeepSpeed's shared-memory communication (once a machine, up to a minute)"
+    PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - >/dev/null 2>.venv/compile.log <<'PYTHON' || die "it failed: see .venv/compile.log"
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+ShareMemCommBuilder().load(verbose=False)
+PYTHON
+fi
+printf '%s\n' "$wanted" > "$stamp"

@@ -1,0 +1,69 @@
+"""Train a DCFormer or its Transformer twin.
+
+    deepspeed launch/train.py CONFIG.yaml [MORE.yaml ...] [key=value ...]
+    torchrun --nproc-per-node N launch/train.py ...
+    srun python launch/train.py ...          (with MASTER_ADDR and MASTER_PORT set)
+    python launch/train.py ...               (one process)
+
+YAML files are merged in order, later wins, then key=value. `python tools/check_config.py --reference` lists
+every key; `python tools/check_config.py CONFIG.yaml ...` shows what a run would use, without starting it.
+
+Exit code: 0 done, 2 the settings, data or checkpoint do not fit, 75 stopped by a signal with a checkpoint
+written (start again with the same words to go on), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dcscale.checkpoint import CheckpointError
+from dcscale.config import ConfigError, load_config
+from dcscale.data import DataError
+from dcscale.observe import Console
+from dcscale.parallel import (
+    LaunchError,
+    NonFiniteError,
+    RankError,
+    discover,
+    share_cores,
+    start_distributed,
+    stop_distributed,
+)
+from dcscale.train import Ending, build_trainer, write_summary
+from dcscale.train.optimizer import RuleError
+
+DONE, UNFIT, SIGNALLED = 0, 2, 75
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml|key=value", help="settings, in order")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    words = parser.parse_args(arguments).words
+    environment = None
+    try:
+        environment = discover()
+        console = Console(enabled=environment.is_main)
+        config = load_config([w for w in words if "=" not in w], [w for w in words if "=" in w]).config
+        share_cores(environment)
+        start_distributed(environment, config.parallel.timeout_minutes)
+        trainer = build_trainer(config, environment, console)
+        try:
+            ending = trainer.fit()
+            summary = write_summary(trainer, ending)
+        finally:
+            trainer.close()
+    except (ConfigError, LaunchError, DataError, CheckpointError, RuleError, RankError, NonFiniteError) as error:
+        if environment is None or environment.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return UNFIT
+    finally:
+        stop_distributed()
+    console.line(f"{ending.value}: {summary['steps']} steps, checkpoint {summary['last_checkpoint']}")
+    console.line(f"look       tensorboard --logdir {trainer.run / 'tensorboard'}; {trainer.run / 'summary.json'}")
+    return SIGNALLED if ending is Ending.SIGNALLED else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
