@@ -1,0 +1,17 @@
+"""Pure tensor functions: attention, plain and composed, rotary embedding, loss. No config, no module, no process group."""
+
+from dcscale.ops.attention import attention
+from dcscale.ops.compose import ComposeWeights, choose_backend, compose_attention, identity_distance
+from dcscale.ops.loss import cross_entropy_sum
+from dcscale.ops.rope import apply_rope, rope_table
+
+__all__ = [
+    "ComposeWeights",
+    "apply_rope",
+    "attention",
+    "choose_backend",
+    "compose_attention",
+    "cross_entropy_sum",
+    "identity_distance",
+    "rope_table",
+]

@@ -1,0 +1,89 @@
+"""The public function: checks its arguments, chooses a backend and calls it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dcscale.ops.arguments import check_attention, check_tensor
+from dcscale.ops.attention import attention
+from dcscale.ops.compose.chunked import chunked_attention
+from dcscale.ops.compose.reference import reference_attention
+from dcscale.ops.compose.weights import ComposeWeights
+
+BACKENDS = ("auto", "reference", "chunked")
+
+_IMPLEMENTATIONS = {"reference": reference_attention, "chunked": chunked_attention}
+
+
+def compose_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre: ComposeWeights | None = None,
+    post: ComposeWeights | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    query_offset: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention whose heads are mixed before and after the softmax (DCMHA, arXiv 2405.08553)::
+
+        S_h = scale * q_h k_h^T      S' = compose_pre(S), masked      P_h = softmax_s(S'_h)
+        P' = compose_post(P)         O_h = P'_h v_h
+
+    q: [B, T, H, D]; k, v: [B, S, G, D] with G a divisor of H (head h reads key/value head h // (H/G)); one float type.
+    pre, post: :class:`ComposeWeights` in that type; None for the identity.
+    window: keys a query sees, itself included; None sees all before it.
+    scale: factor on the scores; 1/sqrt(D) by default.
+    document_ids: integers [B, S], the document of each key; a query sees keys of its own document only.
+    query_offset: position of the first query among the keys; S - T by default, so that the queries are the last T.
+    backend: "reference" (dense, the definition), "chunked" (keeps nothing of size T x S for backward), or "auto".
+
+    Returns [B, T, H, D] in q's type, differentiable in every float tensor. 16-bit input is computed in float32.
+    Raises ValueError for an argument that does not fit, naming it, its shape and what was expected.
+    """
+    scale, query_offset = check_attention(q, k, v, window, scale, document_ids, query_offset)
+    for stage, weights in (("pre", pre), ("post", post)):
+        if weights is not None:
+            _check_weights(stage, weights, q, k)
+    name, _ = choose_backend(backend, q, pre, post)
+    if name == "sdpa":
+        return attention(q, k, v, window=window, scale=scale, document_ids=document_ids, query_offset=query_offset)
+    return _IMPLEMENTATIONS[name](
+        q, k, v, pre, post, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
+    )
+
+
+def choose_backend(
+    requested: str, q: Tensor, pre: ComposeWeights | None = None, post: ComposeWeights | None = None
+) -> tuple[str, str]:
+    """(name, reason) of the implementation that :func:`compose_attention` runs for these arguments.
+
+    The name is "reference", "chunked", or "sdpa" for plain attention. Raises ValueError for an unknown ``requested``.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if requested != "auto":
+        return requested, "requested"
+    if pre is None and post is None:
+        return "sdpa", "without compose weights this is plain attention"
+    return "chunked", f"the fastest backend for compose on {q.device.type}"
+
+
+def _check_weights(stage: str, weights: ComposeWeights, q: Tensor, k: Tensor) -> None:
+    batch, queries, heads, _ = q.shape
+    ranks = {}
+    for name, tensor in weights.tensors().items():
+        positions = queries if name[0] == "q" else k.shape[1]
+        if name[1] == "g":
+            check_tensor(f"{stage}.{name}", tensor, (batch, positions, heads), q)
+            continue
+        if tensor.dim() != 4 or tensor.shape[2] == 0:
+            raise ValueError(
+                f"{stage}.{name} has shape {tuple(tensor.shape)}, "
+                f"expected [B={batch}, {positions}, R, H={heads}] with a rank R of at least 1"
+            )
+        rank = ranks.setdefault(name[0], tensor.shape[2])
+        check_tensor(f"{stage}.{name}", tensor, (batch, positions, rank, heads), q)
