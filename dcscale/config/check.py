@@ -1,0 +1,316 @@
+"""The rules between and within settings: pure, and every violation at once, before anything is built.
+
+Whether files exist and fit is for those who open them to say.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dcscale.config.fields import FIELDS, get, has_type, type_name
+from dcscale.config.problem import Problem, closest, show
+from dcscale.config.schema import CHOICES, Config
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of the finite numbers."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'at least'} {self.low}"
+        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+
+
+_COUNT, _NOT_NEGATIVE, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
+
+RANGES: dict[str, Range] = {
+    "model.compose.rank": Range(1, 4),
+    "model.compose.gate_init": _NOT_NEGATIVE,
+    "model.vocab_size": Range(2),
+    "model.layers": _COUNT,
+    "model.dim": _COUNT,
+    "model.heads": _COUNT,
+    "model.kv_heads": _COUNT,
+    "model.head_dim": _COUNT,
+    "model.ffn_dim": _COUNT,
+    "model.multi_gate": _COUNT,
+    "model.norm_eps": _POSITIVE,
+    "model.qk_norm_eps": _POSITIVE,
+    "model.rope_base": Range(1, open_low=True),
+    "model.rope_fraction": Range(0, 1, open_low=True),
+    "model.windows": _COUNT,
+    "data.sequence_length": Range(2),
+    "data.shuffle_shards": _COUNT,
+    "data.slots": _COUNT,
+    "data.prefetch_steps": _NOT_NEGATIVE,
+    "train.steps": _COUNT,
+    "train.stop_after": _COUNT,
+    "train.global_batch_size": _COUNT,
+    "train.micro_batch_size": _COUNT,
+    "train.gradient_clip": _NOT_NEGATIVE,
+    "train.seed": Range(0, 2**63, open_high=True),
+    "train.loss_chunk": _NOT_NEGATIVE,
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.betas": Range(0, 1, open_high=True),
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "schedule.warmup_steps": _NOT_NEGATIVE,
+    "schedule.decay_steps": _COUNT,
+    "schedule.final_ratio": Range(0, 1),
+    "parallel.bucket_elements": _COUNT,
+    "parallel.timeout_minutes": _POSITIVE,
+    "validation.interval": _NOT_NEGATIVE,
+    "validation.sequences": _COUNT,
+    "samples.interval": _NOT_NEGATIVE,
+    "samples.new_tokens": _COUNT,
+    "samples.temperature": _NOT_NEGATIVE,
+    "samples.top_p": Range(0, 1, open_low=True),
+    "checkpoint.interval": _NOT_NEGATIVE,
+    "checkpoint.keep_last": _COUNT,
+    "log.interval": _COUNT,
+    "log.peak_tflops": _POSITIVE,
+}
+"""The allowed values of every number, also of those in a list; null is allowed where the type allows it."""
+
+_SHARDS = "name a folder that tools/make_shards.py has written"
+_NEEDS_TEXT = {
+    "run.name": "the default is run",
+    "run.folder": "the default is runs/${run.name}",
+    "data.train": _SHARDS,
+    "data.validation": f"{_SHARDS}, or null for none",
+    "checkpoint.resume": "the default is auto",
+}
+"""Text that must not be empty, and what to do about it."""
+
+_COMPOSE_SWITCHES = ("pre", "post", "query_wise", "key_wise", "low_rank", "gates")
+"""Three pairs; with both of a pair off there is no compose."""
+
+
+def check_config(config: Config, world_size: int | None = None) -> list[Problem]:
+    """Returns everything that is wrong with a config, in the order of the schema; an empty list if nothing is.
+
+    Args:
+        world_size: number of ranks; None leaves open whether the batch can be shared out over them.
+    """
+    if world_size is not None and world_size < 1:
+        raise ValueError(f"world_size is {world_size}: it must be at least 1, or None if it is not known")
+    problems = [Problem(path, get(config, path), rule, fix) for path, rule, fix in _single_values(config)]
+    for reads, rule in _RULES:
+        if not reads.intersection(setting(problem.path) for problem in problems):
+            problems += [Problem(path, get(config, path), text, fix) for path, text, fix in rule(config, world_size)]
+    order = list(FIELDS)
+    return sorted(problems, key=lambda problem: order.index(setting(problem.path)))
+
+
+Findings = Iterator[tuple[str, str, str]]
+"""Path, rule and fix of each violation."""
+
+_RULES: list[tuple[frozenset[str], Callable[[Config, int | None], Findings]]] = []
+
+
+def _rule(*reads: str) -> Callable:
+    """Registers a rule between settings; it is not asked while one of those that it reads has a problem already."""
+
+    def register(rule: Callable[[Config, int | None], Findings]) -> Callable:
+        _RULES.append((frozenset(reads), rule))
+        return rule
+
+    return register
+
+
+def _single_values(config: Config) -> Findings:
+    """Each value by itself: its type, and the choices or the range of its field."""
+    for path, field in FIELDS.items():
+        value, fix = get(config, path), f"the default is {show(field.default)}"
+        if not has_type(value, field.type):
+            yield path, f"must be {type_name(field.type)}", fix
+        elif path in CHOICES and value not in CHOICES[path]:
+            names = [str(choice) for choice in CHOICES[path]]
+            yield path, f"must be one of {', '.join(names)}", closest(str(value), names)
+        elif path in RANGES:
+            places = [f"{path}[{i}]" for i in range(len(value))] if isinstance(value, list) else [path]
+            for place in places:
+                number = get(config, place)
+                if number is not None and number not in RANGES[path]:
+                    yield place, _must_be(RANGES[path], number), fix
+        elif path in _NEEDS_TEXT and value == "":
+            yield path, "must not be empty", _NEEDS_TEXT[path]
+
+
+@_rule("model.dim", "model.heads", "model.head_dim")
+def _heads_divide_dim(config: Config, world_size: int | None) -> Findings:
+    model = config.model
+    if model.head_dim is None and model.dim % model.heads:
+        rule = f"must divide model.dim = {model.dim} while model.head_dim is null"
+        yield "model.heads", rule, f"use {_near_divisors(model.dim, model.heads)}, or set model.head_dim"
+
+
+@_rule("model.heads", "model.kv_heads")
+def _kv_heads_divide_heads(config: Config, world_size: int | None) -> Findings:
+    heads, kv_heads = config.model.heads, config.model.kv_heads
+    if kv_heads is not None and heads % kv_heads:
+        fix = f"use {_near_divisors(heads, kv_heads)}, or null for as many as heads"
+        yield "model.kv_heads", f"must divide model.heads = {heads}", fix
+
+
+@_rule("model.dim", "model.heads", "model.head_dim", "model.rope_fraction")
+def _rope_rotates_pairs(config: Config, world_size: int | None) -> Findings:
+    model = config.model
+    head_dim = model.head_dim or model.dim // model.heads
+    count = int(model.rope_fraction * head_dim)
+    if count < 2 or count % 2:
+        rule = f"rotates {count} of the {head_dim} dimensions of a head, which must be an even number from 2"
+        even = sorted({max(2, count - count % 2), max(2, count + count % 2)})
+        fixes = [f"{_fraction(n, head_dim)} for {n} dimensions" for n in even if n <= head_dim]
+        yield "model.rope_fraction", rule, f"use {' or '.join(fixes)}" if fixes else "use a head_dim from 2"
+
+
+@_rule("model.ffn", "model.ffn_dim", "model.multi_gate")
+def _multi_gate_divides_ffn(config: Config, world_size: int | None) -> Findings:
+    model = config.model
+    if model.multi_gate is None:
+        return
+    if model.ffn != "swiglu":
+        yield "model.multi_gate", f"needs model.ffn=swiglu, which is {model.ffn}", "set it to null"
+    elif model.ffn_dim % model.multi_gate:
+        fix = f"use {_near_divisors(model.ffn_dim, model.multi_gate)}, or null for none"
+        yield "model.multi_gate", f"must divide model.ffn_dim = {model.ffn_dim}", fix
+
+
+@_rule("model.windows", "model.layers")
+def _windows_fit_layers(config: Config, world_size: int | None) -> Findings:
+    windows, layers = config.model.windows, config.model.layers
+    if not windows:
+        yield "model.windows", "must not be empty", "use [null] for full attention in every layer"
+    elif len(windows) > layers:
+        rule = f"has {len(windows)} entries for model.layers = {layers}, so that some would never be used"
+        yield "model.windows", rule, f"use {show(windows[:layers])}"
+
+
+@_rule("model.attention", *(f"model.compose.{name}" for name in _COMPOSE_SWITCHES))
+def _compose_composes(config: Config, world_size: int | None) -> Findings:
+    if config.model.attention != "dcmha":
+        return
+    for a, b in zip(_COMPOSE_SWITCHES[::2], _COMPOSE_SWITCHES[1::2]):
+        if not getattr(config.model.compose, a) and not getattr(config.model.compose, b):
+            fix = "turn one on, or set model.attention=mha for a plain Transformer"
+            yield f"model.compose.{a}", f"{a} and {b} are both off, so that nothing is composed", fix
+
+
+@_rule("data.validation", "validation.interval")
+def _validation_has_data(config: Config, world_size: int | None) -> Findings:
+    if config.validation.interval > 0 and config.data.validation is None:
+        fix = "set data.validation to a folder of held-out shards, or this to 0"
+        yield "validation.interval", "needs data.validation, which is null", fix
+
+
+@_rule("samples.interval", "samples.prompts")
+def _samples_have_prompts(config: Config, world_size: int | None) -> Findings:
+    prompts = config.samples.prompts
+    if config.samples.interval > 0 and (not prompts or "" in prompts):
+        fix = 'give some, such as ["def "], or set samples.interval=0'
+        yield "samples.prompts", "must hold texts to be continued, none of them empty", fix
+
+
+@_rule("train.global_batch_size", "train.micro_batch_size")
+def _batch_is_shared_out(config: Config, world_size: int | None) -> Findings:
+    size, micro, ranks = config.train.global_batch_size, config.train.micro_batch_size, world_size or 1
+    unit = micro * ranks
+    if size % unit:
+        lower = size - size % unit
+        fix = f"use {lower} or {lower + unit}" if lower else f"use {unit}"
+        if size % ranks == 0:
+            share = size // ranks
+            fix += f", or train.micro_batch_size={max(n for n in range(1, micro) if share % n == 0)}"
+        of = f"train.micro_batch_size = {micro}"
+        of = f"{of} times {ranks} ranks = {unit}" if world_size else of
+        yield "train.global_batch_size", f"must be a multiple of {of}", fix
+
+
+@_rule("train.steps", "train.stop_after")
+def _stop_is_within_run(config: Config, world_size: int | None) -> Findings:
+    stop, steps = config.train.stop_after, config.train.steps
+    if stop is not None and stop > steps:
+        yield "train.stop_after", f"must be at most train.steps = {steps}", "set it to null to go on to the end"
+
+
+@_rule("optimizer.betas")
+def _betas_are_two(config: Config, world_size: int | None) -> Findings:
+    if len(config.optimizer.betas) != 2:
+        yield "optimizer.betas", "must be two numbers", f"the default is {show(FIELDS['optimizer.betas'].default)}"
+
+
+@_rule("optimizer.rules")
+def _rules_are_complete(config: Config, world_size: int | None) -> Findings:
+    for i, item in enumerate(config.optimizer.rules):
+        path = f"optimizer.rules[{i}]"
+        if item.match == "":
+            yield f"{path}.match", "must not be empty", "name parameters by a pattern, such as *.compose.*"
+        if item.lr_scale not in _NOT_NEGATIVE:
+            yield (
+                f"{path}.lr_scale",
+                _must_be(_NOT_NEGATIVE, item.lr_scale),
+                "0 freezes the parameters, 1 changes nothing",
+            )
+        if item.weight_decay is not None and item.weight_decay not in _NOT_NEGATIVE:
+            yield f"{path}.weight_decay", _must_be(_NOT_NEGATIVE, item.weight_decay), "0 is none, null changes nothing"
+
+
+@_rule("train.steps", "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps")
+def _schedule_fits_steps(config: Config, world_size: int | None) -> Findings:
+    schedule, steps = config.schedule, config.train.steps
+    decay = 0
+    if schedule.kind == "wsd":
+        decay = steps // 5 if schedule.decay_steps is None else schedule.decay_steps
+    elif schedule.decay_steps is not None:
+        rule = f"is only read when schedule.kind is wsd, and it is {schedule.kind}"
+        yield "schedule.decay_steps", rule, "set it to null, or schedule.kind=wsd"
+    if decay > steps:
+        yield "schedule.decay_steps", f"must be at most train.steps = {steps}", f"use {steps // 5}, a fifth"
+    elif schedule.warmup_steps + decay > steps:
+        after = f" less the {decay} steps of decay" if decay else ""
+        rule = f"must be at most train.steps = {steps}{after}"
+        yield "schedule.warmup_steps", rule, f"use at most {steps - decay}, or more steps"
+
+
+@_rule("run.name")
+def _name_is_a_file_name(config: Config, world_size: int | None) -> Findings:
+    if config.run.name in (".", "..") or re.search(r"[/\\\0]", config.run.name):
+        yield "run.name", "must be usable as the name of a folder", "put the place into run.folder"
+
+
+def _must_be(allowed: Range, number: float) -> str:
+    return f"must be {allowed}" if math.isfinite(number) else "must be a finite number"
+
+
+def setting(path: str) -> str:
+    """The field that a path belongs to, which may name an item of a list."""
+    return path.partition("[")[0]
+
+
+def _near_divisors(number: int, near: int) -> str:
+    """The closest divisors of ``number`` on both sides of ``near``."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = small + [number // n for n in reversed(small)]
+    below, above = [n for n in divisors if n < near], [n for n in divisors if n > near]
+    return " or ".join(map(str, below[-1:] + above[:1]))
+
+
+def _fraction(part: int, whole: int) -> float:
+    """The number whose product with ``whole``, rounded down, is ``part``."""
+    fraction = part / whole
+    return fraction if int(fraction * whole) == part else math.nextafter(fraction, 1)

@@ -1,0 +1,107 @@
+"""The schema as a table: each field's dotted path, type, default and meaning."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
+
+from dcscale.config import schema
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting."""
+
+    path: str
+    """Dotted path, such as ``model.compose.rank``."""
+
+    type: Any
+    """Type of its values: a scalar, ``scalar | None`` or a list of scalars or dataclasses."""
+
+    default: Any
+
+    meaning: str
+    """The docstring below the field."""
+
+
+def walk(section: type, prefix: str = "") -> Iterator[Field]:
+    """Yields every field that holds a value, in the order of the schema; sections are gone into."""
+    hints, meanings = typing.get_type_hints(section), docstrings(section)
+    for item in fields(section):
+        path, hint = f"{prefix}{item.name}", hints[item.name]
+        if is_dataclass(hint):
+            yield from walk(hint, f"{path}.")
+        else:
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            yield Field(path, hint, default, meanings.get(item.name, ""))
+
+
+def sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yields path and class of every section below ``section``, outer before inner."""
+    for name, hint in typing.get_type_hints(section).items():
+        if is_dataclass(hint):
+            yield f"{prefix}{name}", hint
+            yield from sections(hint, f"{prefix}{name}.")
+
+
+@functools.cache
+def docstrings(section: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, on one line, by the field's name."""
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    found = {}
+    for node, below in itertools.pairwise(body):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and is_text and isinstance(below.value.value, str):
+            found[node.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+FIELDS: dict[str, Field] = {field.path: field for field in walk(schema.Config)}
+"""Every setting of :class:`~dcscale.config.schema.Config` by its path."""
+
+SECTIONS: dict[str, type] = dict(sections(schema.Config))
+"""Every section by its path."""
+
+
+def get(config: Any, path: str) -> Any:
+    """The value of ``config`` at a path, which may name an item, such as ``optimizer.rules[0].match``."""
+    for part in re.findall(r"\w+", path):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
+
+
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether ``value`` is of a field's type; an int is a float too, a bool is neither."""
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) is list:
+        return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
+    if arguments:
+        return any(has_type(value, argument) for argument in arguments)
+    if is_dataclass(wanted):
+        hints = typing.get_type_hints(wanted)
+        return isinstance(value, wanted) and all(has_type(getattr(value, name), hint) for name, hint in hints.items())
+    if wanted in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def type_name(wanted: Any) -> str:
+    """A field's type in words, such as ``list of (int or null)``."""
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) is list:
+        inner = type_name(arguments[0])
+        return f"list of ({inner})" if " or " in inner else f"list of {inner}"
+    if arguments:
+        return " or ".join(type_name(argument) for argument in arguments)
+    if is_dataclass(wanted):
+        hints = typing.get_type_hints(wanted)
+        return "{" + ", ".join(f"{name}: {type_name(hint)}" for name, hint in hints.items()) + "}"
+    return "null" if wanted is types.NoneType else wanted.__name__

@@ -1,0 +1,271 @@
+"""From YAML files and ``key=value`` arguments to a :class:`Config`, strictly, and back to YAML.
+
+Files are merged over the schema's defaults in order, then the overrides; later wins. OmegaConf converts and checks
+the types and resolves ``${section.key}``. Its resolvers, such as ``${oc.env:HOME}``, are refused: a config may come
+from outside and has no business in the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dcscale.config import dialect
+from dcscale.config.fields import FIELDS, SECTIONS, Field, has_type, type_name
+from dcscale.config.problem import NO_VALUE, ConfigError, Problem, closest, show
+from dcscale.config.schema import Config
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A config, and where each of its values came from."""
+
+    config: Config
+
+    origins: dict[str, str]
+    """By path: ``default``, ``FILE:LINE`` or ``command line``."""
+
+
+def load_config(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Loaded:
+    """Merges YAML files in order over the defaults, then ``key=value`` overrides.
+
+    Whether the values go together is :func:`~dcscale.config.check.check_config`'s question.
+
+    Raises:
+        ConfigError: everything that could not be read: files, YAML, keys, types.
+    """
+    merge = _Merge()
+    for file in files:
+        merge.file(Path(file))
+    for override in overrides:
+        merge.override(override)
+    return merge.finish()
+
+
+def from_dict(values: Mapping[str, Any], source: str = "dictionary") -> Config:
+    """The inverse of :func:`config_to_dict`; a key that is not there keeps its default.
+
+    Raises:
+        ConfigError: unknown keys and wrong types, said to be in ``source``.
+    """
+    merge = _Merge()
+    merge.section("", dialect.nodes(_escape(values)), source)
+    return merge.finish().config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dictionaries and lists of plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML text that :func:`load_config` reads back to an equal one."""
+    return dialect.dump(_escape(config_to_dict(config)))
+
+
+def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    """Path and both values of every setting in which two configs, or two sections of one class, differ."""
+    if type(a) is not type(b):
+        raise ValueError(f"only configs of one class can be compared, not {type(a).__name__} with {type(b).__name__}")
+    found = []
+    for item in dataclasses.fields(a):
+        x, y = getattr(a, item.name), getattr(b, item.name)
+        if dataclasses.is_dataclass(x):
+            found += [(f"{item.name}.{path}", *values) for path, *values in differences(x, y)]
+        elif x != y:
+            found.append((item.name, x, y))
+    return found
+
+
+class _Refused(Exception):
+    """Part of a setting's value that cannot be taken over: arguments of :meth:`_Merge.report`."""
+
+
+class _Merge:
+    """Takes over source after source, and collects what is wrong with any of them."""
+
+    def __init__(self) -> None:
+        self.tree = OmegaConf.structured(Config)
+        self.origins = dict.fromkeys(FIELDS, "default")
+        self.problems: list[Problem] = []
+
+    def report(self, path: str, rule: str, fix: str, value: Any = NO_VALUE, origin: str = "") -> None:
+        self.problems.append(Problem(path, value, rule, fix, origin))
+
+    def file(self, path: Path) -> None:
+        try:
+            node = dialect.parse(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self.report(str(path), "there is no such file", _near_files(path))
+        except dialect.DialectError as error:
+            place = f"{path}:{error.line}" if error.line else str(path)
+            self.report(place, f"this is not valid: {error}", "correct the file")
+        except (OSError, UnicodeDecodeError) as error:
+            self.report(str(path), f"cannot be read ({error})", "name a YAML file in UTF-8")
+        else:
+            if isinstance(node, yaml.MappingNode):
+                self.section("", node, str(path))
+            else:
+                self.report(str(path), "must hold sections with keys", 'such as "train: {steps: 10}"')
+
+    def override(self, text: str) -> None:
+        path, equals, value = text.partition("=")
+        if not equals:
+            self.report(text, "is not of the form key=value", "write, for example, train.steps=10", origin=COMMAND_LINE)
+            return
+        try:
+            self.setting(path, dialect.parse(value), COMMAND_LINE)
+        except dialect.DialectError as error:
+            self.report(path, f"this is not valid YAML: {error}", "put text in quotes", value, COMMAND_LINE)
+
+    def setting(self, path: str, node: yaml.Node, source: str) -> None:
+        """Takes over a field or a whole section."""
+        if path in FIELDS:
+            self.field(FIELDS[path], node, source)
+        elif path in SECTIONS:
+            self.section(f"{path}.", node, source)
+        else:
+            self.report(path, "unknown key", _suggestion(path), dialect.plain(node), _place(source, node))
+
+    def section(self, prefix: str, node: yaml.Node, source: str) -> None:
+        """Takes over the keys of a section; one that is written without any, as a null, changes nothing."""
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if "." in key.value:
+                    fix = "dots are for the command line: here write a section with its keys indented below it"
+                    self.report(prefix + key.value, "unknown key", fix, dialect.plain(value), _place(source, key))
+                else:
+                    self.setting(prefix + key.value, value, source)
+        elif node.tag != dialect.NULL:
+            fix = f"its keys are {', '.join(_below(prefix))}"
+            self.report(prefix[:-1], "must be a section", fix, dialect.plain(node), _place(source, node))
+
+    def field(self, field: Field, node: yaml.Node, source: str) -> None:
+        origin = _place(source, node)
+        try:
+            OmegaConf.update(self.tree, field.path, _value(field.path, node, field.type))
+        except _Refused as refused:
+            self.report(*refused.args, origin=origin)
+        except OmegaConfBaseException as error:
+            self.wrong_type(field, dialect.plain(node), origin, error)
+        else:
+            self.origins[field.path] = origin
+
+    def wrong_type(self, field: Field, value: Any, origin: str, error: Exception | None = None) -> None:
+        rule = f"must be {type_name(field.type)}"
+        if error and isinstance(value, list):
+            rule += f" ({str(error).splitlines()[0]})"  # names the item
+        self.report(field.path, rule, f"the default is {show(field.default)}", value, origin)
+
+    def finish(self) -> Loaded:
+        """Resolves ``${section.key}``; raises if anything was wrong."""
+        for field in FIELDS.values():
+            origin = self.origins[field.path]
+            try:
+                value = OmegaConf.select(self.tree, field.path)
+                value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                self.report(field.path, f"cannot be resolved ({reason})", "write the value itself", origin=origin)
+            else:
+                if not has_type(value, field.type):
+                    self.wrong_type(field, value, origin)
+        if self.problems:
+            raise ConfigError(self.problems)
+        return Loaded(OmegaConf.to_object(self.tree), self.origins)
+
+
+def _value(path: str, node: yaml.Node, wanted: Any) -> Any:
+    """The node as a plain value for a field of type ``wanted``; text stays as it was written, ``1e3`` or ``no``."""
+    if isinstance(node, yaml.SequenceNode):
+        inner = typing.get_args(wanted)[0] if typing.get_origin(wanted) is list else None
+        return [_value(f"{path}[{i}]", item, inner) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        hints = typing.get_type_hints(wanted) if dataclasses.is_dataclass(wanted) else {}
+        for key, value in node.value:
+            if hints and key.value not in hints:
+                raise _Refused(f"{path}.{key.value}", "unknown key", closest(key.value, hints), dialect.plain(value))
+        return {key.value: _value(f"{path}.{key.value}", item, hints.get(key.value)) for key, item in node.value}
+    if node.value == "???":
+        raise _Refused(path, "there is no value yet", "write one in place of the ???", "???")
+    _check_references(path, node.value)
+    is_text = wanted is str or str in typing.get_args(wanted) or "${" in node.value
+    return node.value if is_text and node.tag != dialect.NULL else dialect.plain(node)
+
+
+def _check_references(path: str, text: str) -> None:
+    r"""Allows ``${section.key}`` only; ``\${`` is text, as in OmegaConf's grammar."""
+    for match in re.finditer(r"(\\*)\$\{([\w.]*\})?", text):
+        if len(match[1]) % 2:
+            continue
+        if match[2] is None:
+            rule = "only ${section.key} is resolved; environment variables and functions are not"
+            raise _Refused(path, rule, r"write the value itself, or \${ for a literal ${", text)
+        name = match[2][:-1]
+        if name not in FIELDS:
+            raise _Refused(path, f"refers to {name}, which is no setting", _suggestion(name), text)
+
+
+def _escape(value: Any) -> Any:
+    r"""Writes ``\${`` for every literal ``${``, with the backslashes before it doubled."""
+    if isinstance(value, Mapping):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escape(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _place(source: str, node: yaml.Node) -> str:
+    mark = node.start_mark
+    return source if source == COMMAND_LINE or mark is None else f"{source}:{mark.line + 1}"
+
+
+def _below(prefix: str) -> list[str]:
+    """Names of the keys and sections right below a section."""
+    return [path[len(prefix) :] for path in _PATHS if path.startswith(prefix) and "." not in path[len(prefix) :]]
+
+
+_PATHS = [*SECTIONS, *FIELDS]
+
+
+def _suggestion(path: str) -> str:
+    """What an unknown path was meant to be: the same name elsewhere, or one like it; else what there is."""
+    above = [".".join(path.split(".")[:n]) for n in range(path.count("."), 0, -1)]
+    if field := next((FIELDS[p] for p in above if p in FIELDS), None):
+        return f"{field.path} is given whole, such as {field.path}={show(field.default)}"
+    prefix = next((f"{p}." for p in above if p in SECTIONS), "")
+    siblings = _below(prefix)
+    by_name: dict[str, list[str]] = {}
+    for known in _PATHS:
+        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    name = path.rpartition(".")[2]
+    if name in by_name:
+        found = by_name[name]
+    elif close := difflib.get_close_matches(name, siblings, n=1):
+        found = [prefix + close[0]]
+    elif close := difflib.get_close_matches(name, by_name, n=1, cutoff=0.7):
+        found = by_name[close[0]]
+    elif not prefix and (close := difflib.get_close_matches(path, _PATHS, n=1, cutoff=0.7)):
+        found = close
+    else:
+        return f"the keys {f'of {prefix[:-1]}' if prefix else 'at the top'} are {', '.join(siblings)}"
+    return f"did you mean {' or '.join(found)}?"
+
+
+def _near_files(path: Path) -> str:
+    """Names a file that resembles a missing one: beside it, or in the folder ``configs``."""
+    files = {file.name: file for file in (*Path("configs").rglob("*.y*ml"), *path.parent.glob("*.y*ml"))}
+    near = difflib.get_close_matches(path.name, files, n=1)
+    return f"did you mean {files[near[0]]}?" if near else "the presets are in the folder configs"
