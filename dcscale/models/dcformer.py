@@ -1,0 +1,166 @@
+"""The language model: DCFormer, its Transformer twin and DCPythia, by config.
+
+Axes in names: B batch, T tokens, E model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dcscale.config.schema import CHOICES, ModelConfig
+from dcscale.models.blocks import Block, make_norm
+from dcscale.models.dcmha import rotary_dim
+from dcscale.ops import cross_entropy_sum, identity_distance, rope_table
+
+
+class OutputHead(nn.Module):
+    """Hidden states to logits, or straight to the loss so that not all logits exist at once.
+
+    The loss is computed in here because under ZeRO-3 ``weight`` [V, E] is whole only while its owner runs.
+    ``tied``: the embedding's parameter, to be used as the weight; None makes an own one.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, loss_chunk: int, tied: nn.Parameter | None = None):
+        super().__init__()
+        self.loss_chunk = loss_chunk
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim)) if tied is None else tied
+
+    def forward(self, hidden_BTE: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        if targets_BT is not None:
+            return cross_entropy_sum(hidden_BTE, self.weight, targets_BT, self.loss_chunk)
+        logits_BTV = F.linear(hidden_BTE, self.weight)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+
+
+class DCFormer(nn.Module):
+    """A decoder-only language model whose attention heads are dynamically composed.
+
+    ``model.attention`` = ``mha`` gives the Transformer twin: the same parameters without ``*.compose.*``.
+    Parameters hold no meaningful values until :func:`~dcscale.models.initialize` or a checkpoint sets them.
+    There is no dropout and nothing depends on train/eval mode; no buffer is registered, so a cast of the
+    module leaves the rotary tables in float32.
+
+    ``recompute``: ``block`` keeps only each block's input for the backward pass and recomputes the rest.
+    ``loss_chunk``: tokens whose logits exist at once in the loss; 0 means all.
+
+    Raises ValueError for settings that fit no model.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: str = "none", loss_chunk: int = 4096):
+        super().__init__()
+        _check_settings(config, recompute, loss_chunk)
+        self.config = config
+        self.recompute = recompute
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        windows = (config.windows[layer % len(config.windows)] for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, window) for window in windows)
+        self.norm = make_norm(config)
+        tied = self.embedding.weight if config.tied_embeddings else None
+        self.output = OutputHead(config.vocab_size, config.dim, loss_chunk, tied)
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        *,
+        logits_at_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, or the loss where there are targets.
+
+        input_ids_BT: int32 or int64 token ids below vocab_size (not checked: that would wait for the device).
+        targets_BT: int64 ids to be predicted at each position, -100 where there is none.
+        document_ids_BT: integers; a token sees only tokens of its own document. None: one document a row.
+        logits_at_B: int64, one position a row; only its logits are computed.
+
+        Returns the float32 SUM of the losses over targets that are not -100; without targets the logits
+        [B, T, V], or [B, V] with ``logits_at_B``, in float32 (float64 for a float64 model).
+        Raises ValueError for inputs of another shape or type.
+        """
+        _check_inputs(input_ids_BT, targets_BT, document_ids_BT, logits_at_B)
+        x_BTE = self.embedding(input_ids_BT)
+        rope = rope_table(input_ids_BT.shape[1], rotary_dim(self.config), self.config.rope_base, input_ids_BT.device)
+        for block in self.blocks:
+            if self.recompute == "block" and torch.is_grad_enabled():
+                # Nothing in a block draws random numbers, so their state need not be saved.
+                x_BTE = checkpoint(block, x_BTE, rope, document_ids_BT, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTE = block(x_BTE, rope, document_ids_BT)
+        if logits_at_B is not None:
+            x_BTE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), logits_at_B]
+        return self.output(self.norm(x_BTE), targets_BT)
+
+    @torch.no_grad()
+    def compose_distances(self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> dict[str, Tensor]:
+        """How far each DCMHA layer's compose is from the identity on these tokens.
+
+        Returns float32 scalars under ``pre/layer_00``, ``post/layer_00``, ...; see
+        :func:`dcscale.ops.identity_distance`. Empty for a model without compose.
+        """
+        distances: dict[str, Tensor] = {}
+
+        def record(layer: int, _module: nn.Module, _inputs: tuple, weights: tuple) -> None:
+            for stage, weight in zip(("pre", "post"), weights):
+                if weight is not None:
+                    distances[f"{stage}/layer_{layer:02d}"] = identity_distance(weight)
+
+        with ExitStack() as stack:
+            # Compiled blocks would pass over hooks that were added after their compilation.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for layer, block in enumerate(self.blocks):
+                if block.attention.compose is not None:
+                    stack.enter_context(block.attention.compose.register_forward_hook(partial(record, layer)))
+            # With targets, as in training: the whole [B, T, V] of logits never exists.
+            self(input_ids_BT, input_ids_BT.long(), document_ids_BT)
+        return distances
+
+
+def _check_settings(config: ModelConfig, recompute: str, loss_chunk: int) -> None:
+    values = {
+        "model.attention": config.attention,
+        "model.compose.gelu": config.compose.gelu,
+        "model.ffn": config.ffn,
+        "model.norm": config.norm,
+        "train.recompute": recompute,
+    }
+    for name, value in values.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, CHOICES[name]))}")
+    if not config.windows or any(window is not None and window < 1 for window in config.windows):
+        raise ValueError(f"model.windows is {config.windows}, but must list numbers of 1 or more, or null, per layer")
+    if loss_chunk < 0:
+        raise ValueError(f"train.loss_chunk is {loss_chunk}, but must be 0 (all tokens at once) or more")
+
+
+def _check_inputs(
+    input_ids_BT: Tensor, targets_BT: Tensor | None, document_ids_BT: Tensor | None, logits_at_B: Tensor | None
+) -> None:
+    integers = (torch.int32, torch.int64)
+    if input_ids_BT.dim() != 2 or 0 in input_ids_BT.shape or input_ids_BT.dtype not in integers:
+        raise ValueError(
+            f"input_ids must be int32 or int64 of shape [batch, tokens], both 1 or more, "
+            f"but is {input_ids_BT.dtype} {list(input_ids_BT.shape)}"
+        )
+    for name, value, types in (
+        ("targets", targets_BT, (torch.int64,)),
+        ("document_ids", document_ids_BT, integers),
+    ):
+        if value is not None and (value.shape != input_ids_BT.shape or value.dtype not in types):
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, types))} of input_ids' shape {list(input_ids_BT.shape)}, "
+                f"but is {value.dtype} {list(value.shape)}"
+            )
+    if logits_at_B is not None:
+        if targets_BT is not None:
+            raise ValueError("logits_at and targets were both given: the loss needs every position; leave one out")
+        if logits_at_B.shape != input_ids_BT.shape[:1] or logits_at_B.dtype != torch.int64:
+            raise ValueError(
+                f"logits_at must be torch.int64 with one position for each of the {len(input_ids_BT)} rows, "
+                f"but is {logits_at_B.dtype} {list(logits_at_B.shape)}"
+            )

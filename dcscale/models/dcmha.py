@@ -1,0 +1,139 @@
+"""Attention of one layer, plain or dynamically composed (DCMHA; Xiao et al., ICML 2024, arXiv 2405.08553).
+
+Axes in names: B batch, T tokens, E model width, H query heads, G key/value heads, D head width,
+C active compose branches, R rank, K = 2*R*H hidden width of a compose branch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcscale.config.schema import ComposeConfig, ModelConfig
+from dcscale.ops import ComposeWeights, apply_rope, compose_attention
+
+W1_EPS = 1e-6
+"""Epsilon of w1's normalisation: the same in upstream JAX and PyTorch, and not a setting there either."""
+
+
+def active_branches(compose: ComposeConfig) -> tuple[tuple[str, str], ...]:
+    """The (stage, side) pairs that are switched on, in the order of axis C in every parameter.
+
+    Stage is ``pre`` (scores) or ``post`` (probabilities), side is ``query`` or ``key``.
+    """
+    if not (compose.low_rank or compose.gates):
+        return ()
+    stages = [stage for stage, on in (("pre", compose.pre), ("post", compose.post)) if on]
+    sides = [side for side, on in (("query", compose.query_wise), ("key", compose.key_wise)) if on]
+    return tuple((stage, side) for stage in stages for side in sides)
+
+
+class ComposeProjection(nn.Module):
+    """The compose weights of every token, from the layer's normalised input (paper, section 3).
+
+    Parameters, of which only the active parts exist: ``dw1`` [E, C, K], ``qkw`` [C, K, 2R, H] (low-rank),
+    ``dd`` [E, C*H] (gates). For one branch c and the input x of one token::
+
+        w1, w2 = split(gelu(x @ dw1[:, c]) @ qkw[c])      R rows each;  w1 <- w1 / rms(w1 over heads)
+        gate   = tanh(x @ dd[:, c])
+    """
+
+    def __init__(self, dim: int, heads: int, compose: ComposeConfig):
+        super().__init__()
+        self.branches = active_branches(compose)
+        if not self.branches:
+            raise ValueError(f"every part of compose is switched off ({compose}): use plain attention")
+        if compose.rank < 1:
+            raise ValueError(
+                f"compose.rank is {compose.rank}, but must be 1 or more; low_rank=false leaves the gates only"
+            )
+        self.heads = heads
+        self.rank = compose.rank
+        self.gelu_approximation = {"tanh": "tanh", "erf": "none"}[compose.gelu]
+        branches, hidden = len(self.branches), 2 * compose.rank * heads
+        self.dw1 = self.qkw = self.dd = None
+        if compose.low_rank:
+            self.dw1 = nn.Parameter(torch.empty(dim, branches, hidden))
+            self.qkw = nn.Parameter(torch.empty(branches, hidden, 2 * compose.rank, heads))
+        if compose.gates:
+            self.dd = nn.Parameter(torch.empty(dim, branches * heads))
+
+    def forward(self, x_BTE: Tensor) -> tuple[ComposeWeights | None, ComposeWeights | None]:
+        """The weights (pre, post) in x's type: w1 and w2 [B, T, R, H], gates [B, T, H]; None where switched off."""
+        weights: dict[str, dict[str, Tensor]] = {stage: {} for stage, _ in self.branches}
+        if self.dw1 is not None:
+            hidden_BTCK = (x_BTE @ self.dw1.flatten(1)).unflatten(-1, self.dw1.shape[1:])
+            hidden_BTCK = F.gelu(hidden_BTCK, approximate=self.gelu_approximation)
+            w_BTCRH = torch.einsum("btck,ckrh->btcrh", hidden_BTCK, self.qkw)
+            w1_BTCRH, w2_BTCRH = w_BTCRH.split(self.rank, dim=3)
+            # F.rms_norm computes in float32 whatever the type of its input, and rounds once.
+            w1_BTCRH = F.rms_norm(w1_BTCRH, (self.heads,), eps=W1_EPS)
+            for c, (stage, side) in enumerate(self.branches):
+                weights[stage][side[0] + "1"] = w1_BTCRH[:, :, c]
+                weights[stage][side[0] + "2"] = w2_BTCRH[:, :, c]
+        if self.dd is not None:
+            gates_BTCH = torch.tanh(x_BTE @ self.dd).unflatten(-1, (-1, self.heads))
+            for c, (stage, side) in enumerate(self.branches):
+                weights[stage][side[0] + "g"] = gates_BTCH[:, :, c]
+        pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
+        return pre, post
+
+
+class Attention(nn.Module):
+    """Causal self-attention with optional window, qk-norm, rotary embedding, grouped queries and compose.
+
+    ``window``: keys a query sees, itself included; None sees all before it.
+    ``compose`` is None for plain attention, and when every part of compose is switched off.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None):
+        super().__init__()
+        if config.head_dim is None and config.dim % config.heads:
+            raise ValueError(f"dim {config.dim} is not a multiple of heads {config.heads}: change one or set head_dim")
+        self.head_dim = config.head_dim or config.dim // config.heads
+        kv_heads = config.kv_heads or config.heads
+        if config.heads % kv_heads:
+            raise ValueError(f"kv_heads {kv_heads} does not divide heads {config.heads}")
+        rope_dim = rotary_dim(config)
+        if rope_dim < 2 or rope_dim > self.head_dim or rope_dim % 2:
+            raise ValueError(
+                f"rope_fraction {config.rope_fraction} rotates {rope_dim} of {self.head_dim} head dimensions: "
+                f"it must be an even number of 2 or more"
+            )
+        self.window = window
+        self.backend = config.backend
+        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=config.bias)
+        self.k = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
+        self.v = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.heads * self.head_dim, config.dim, bias=config.bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.qk_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.qk_norm_eps)
+        self.compose = None
+        if config.attention == "dcmha" and active_branches(config.compose):
+            self.compose = ComposeProjection(config.dim, config.heads, config.compose)
+
+    def forward(self, x_BTE: Tensor, rope: tuple[Tensor, Tensor], document_ids_BT: Tensor | None = None) -> Tensor:
+        """Attend within x [B, T, E], already normalised -> [B, T, E].
+
+        ``rope``: (cos, sin), float32 [T, rotated dimensions / 2].
+        ``document_ids_BT``: integers; a query sees only keys of its own document.
+        """
+        q_BTHD = self.q(x_BTE).unflatten(-1, (-1, self.head_dim))
+        k_BTGD = self.k(x_BTE).unflatten(-1, (-1, self.head_dim))
+        v_BTGD = self.v(x_BTE).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
+        q_BTHD, k_BTGD = apply_rope(q_BTHD, *rope), apply_rope(k_BTGD, *rope)
+        pre, post = (None, None) if self.compose is None else self.compose(x_BTE)
+        out_BTHD = compose_attention(
+            q_BTHD, k_BTGD, v_BTGD, pre, post, window=self.window, document_ids=document_ids_BT, backend=self.backend
+        )
+        return self.out(out_BTHD.flatten(2))
+
+
+def rotary_dim(config: ModelConfig) -> int:
+    """Dimensions of each head that the rotary embedding turns."""
+    return int(config.rope_fraction * (config.head_dim or config.dim // config.heads))

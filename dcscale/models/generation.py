@@ -1,0 +1,112 @@
+"""Continuing prompts, one full forward pass a token.
+
+Axes in names: B prompts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from dcscale.models.dcformer import DCFormer
+
+
+@torch.no_grad()
+def generate(
+    model: DCFormer,
+    prompt_ids: list[list[int]],
+    new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop_id: int | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by up to ``new_tokens`` tokens; returns the new tokens only, without the prompts.
+
+    ``temperature`` 0 takes the most likely token; otherwise one is drawn from softmax(logits / temperature),
+    among the most likely tokens that together have probability ``top_p`` (nucleus sampling, Holtzman et al.,
+    arXiv 1904.09751), at least one. A continuation ends before ``stop_id``, if that is given.
+
+    What a prompt is continued with depends on the seed and the prompt, not on the other prompts; a prompt that is
+    given several times gets several continuations. Under ZeRO-3 every rank must call this, with the same
+    ``new_tokens``: in a process group the model then runs equally often on every rank, stopped or not.
+
+    Raises ValueError for arguments out of range, and FloatingPointError for logits that are not finite.
+    """
+    _check_arguments(prompt_ids, model.config.vocab_size, new_tokens, temperature, top_p)
+    if not prompt_ids:
+        return []
+    device = next(model.parameters()).device
+    in_process_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    generators = _generators(prompt_ids, seed)
+    sequences = [list(prompt) for prompt in prompt_ids]
+    stopped = [False] * len(sequences)
+    # The length grows by one a token: compiled blocks would be compiled again and again.
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(new_tokens):
+            if all(stopped) and not in_process_group:
+                break
+            # Tokens only see what precedes them, so padding on the right changes nothing.
+            input_ids_BT = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(sequence) for sequence in sequences], batch_first=True
+            )
+            last_B = torch.tensor([len(sequence) - 1 for sequence in sequences])
+            logits_BV = model(input_ids_BT.to(device), logits_at_B=last_B.to(device))
+            uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+            next_B = sample(logits_BV, temperature, top_p, uniform_B.to(device))
+            for row, token in enumerate(next_B.tolist()):
+                stopped[row] = stopped[row] or token == stop_id
+                if not stopped[row]:
+                    sequences[row].append(token)
+    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompt_ids)]
+
+
+def sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> Tensor:
+    """One token id a row [B], by inverting the cumulative distribution at ``uniform_B`` in [0, 1).
+
+    Raises FloatingPointError where a row's logits are not finite.
+    """
+    if not torch.isfinite(logits_BV).all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training has diverged")
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    centred_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
+    probability_BV, token_BV = (centred_BV / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    # The first token has nothing before it, so it is always kept.
+    before_BV = probability_BV.cumsum(-1) - probability_BV
+    cumulative_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0).cumsum(-1)
+    threshold_B1 = uniform_B.unsqueeze(-1) * cumulative_BV[:, -1:]
+    return token_BV.gather(-1, torch.searchsorted(cumulative_BV, threshold_B1)).squeeze(-1)
+
+
+def _generators(prompt_ids: list[list[int]], seed: int) -> list[torch.Generator]:
+    seen: Counter[tuple[int, ...]] = Counter()
+    generators = []
+    for prompt in map(tuple, prompt_ids):
+        digest = hashlib.sha256(f"{seed}/{seen[prompt]}/{prompt}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+        seen[prompt] += 1
+    return generators
+
+
+def _check_arguments(
+    prompt_ids: list[list[int]], vocab_size: int, new_tokens: int, temperature: float, top_p: float
+) -> None:
+    for number, prompt in enumerate(prompt_ids):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty: give it at least one token, such as the end-of-text token")
+        beyond = [token for token in prompt if not 0 <= token < vocab_size]
+        if beyond:
+            raise ValueError(
+                f"prompt {number} has the token id {beyond[0]}, but the model's vocabulary has {vocab_size} ids: "
+                f"use the tokenizer of its training data"
+            )
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens is {new_tokens}, but must be 1 or more")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}, but must be 0 (most likely token) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")
