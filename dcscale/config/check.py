@@ -82,6 +82,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.interval": _NOT_NEGATIVE,
     "checkpoint.keep_last": _COUNT,
     "log.interval": _COUNT,
+    "log.compose_interval": _NOT_NEGATIVE,
     "log.peak_tflops": _POSITIVE,
 }
 """The allowed values of every number, also of those in a list; null is allowed where the type allows it."""
