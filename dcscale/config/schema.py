@@ -306,6 +306,10 @@ class LogConfig:
     interval: int = 10
     """Steps between lines of metrics.jsonl and points in TensorBoard. Losses are means over these steps' tokens."""
 
+    compose_interval: int = 100
+    """Steps between measurements of how far compose has moved from the identity; each costs one more forward of one
+    sequence. 0 turns them off."""
+
     peak_tflops: float | None = None
     """Peak dense TFLOP/s of one device in the run's precision, for MFU;
     null looks the device up and gives no MFU where it is unknown."""
