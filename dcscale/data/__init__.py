@@ -1,0 +1,32 @@
+"""Data: from text to token shards, and from shards to batches in a fixed order.
+
+Building: :mod:`corpus <dcscale.data.corpus>` -> :mod:`tokenizers <dcscale.data.tokenizers>` ->
+:mod:`scatter <dcscale.data.scatter>` -> :mod:`shards <dcscale.data.shards>` and
+:mod:`manifest <dcscale.data.manifest>`, all called by :mod:`build <dcscale.data.build>`.
+Reading: manifest -> :mod:`order <dcscale.data.order>` -> shards -> :mod:`packing <dcscale.data.packing>` ->
+:mod:`stream <dcscale.data.stream>` -> :mod:`loader <dcscale.data.loader>`.
+"""
+
+from dcscale.data.build import BuildReport, build_shards
+from dcscale.data.errors import DataError
+from dcscale.data.loader import Batch, BatchLoader
+from dcscale.data.manifest import Manifest, read_manifest
+from dcscale.data.stream import SequenceStream, open_stream
+from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, tokenizer_files
+
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "BuildReport",
+    "ByteTokenizer",
+    "DataError",
+    "HuggingFaceTokenizer",
+    "Manifest",
+    "SequenceStream",
+    "Tokenizer",
+    "build_shards",
+    "load_tokenizer",
+    "open_stream",
+    "read_manifest",
+    "tokenizer_files",
+]

@@ -1,0 +1,195 @@
+"""Batches for the training loop: which sequences a rank takes in which step, and reading them ahead.
+
+Axes: B sequences of a micro-batch, L tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dcscale.data.errors import DataError
+from dcscale.data.manifest import Manifest
+from dcscale.data.packing import IGNORED, Sequences
+from dcscale.data.stream import SequenceStream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L]."""
+
+    targets: torch.Tensor
+    """int64 [B, L]; -100 where there is no loss."""
+
+    document_ids: torch.Tensor | None
+    """int32 [B, L], from 0 in each row; None without the document mask."""
+
+    target_count: int
+    """Targets with a loss; a batch may have none."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on ``device``."""
+        tensors = (self.input_ids, self.targets, self.document_ids)
+        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in tensors), self.target_count)
+
+
+class BatchLoader:
+    """A rank's batches of a stream. It has no state: what a step holds follows from the step's number.
+
+    Step t consists of the sequences [t * global_batch_size, (t + 1) * global_batch_size); of these, rank r takes
+    number r and every ``world_size``-th after it, in micro-batches in that order.
+
+    Args:
+        stream: where the sequences come from.
+        global_batch_size: sequences a step, over all ranks; a multiple of ``micro_batch_size * world_size``.
+        micro_batch_size: sequences a batch.
+        rank: this process, from 0 to ``world_size - 1``.
+        world_size: number of processes.
+        prefetch_steps: steps prepared ahead by a thread; 0 prepares each step when it is asked for.
+        limit: use only the first ``limit`` sequences, at most one epoch. Missing rows of the last step are masked.
+
+    Raises:
+        DataError: the sizes do not fit, or one of this rank's share of the shards is missing or has the wrong size.
+    """
+
+    def __init__(
+        self,
+        stream: SequenceStream,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        prefetch_steps: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        for name, value, minimum in (
+            ("micro_batch_size", micro_batch_size, 1),
+            ("global_batch_size", global_batch_size, 1),
+            ("world_size", world_size, 1),
+            ("prefetch_steps", prefetch_steps, 0),
+            ("limit", 1 if limit is None else limit, 1),
+        ):
+            if value < minimum:
+                raise DataError(f"{name} is {value}, but must be at least {minimum}")
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank is {rank}, but must be from 0 to world_size - 1, {world_size - 1}")
+        if global_batch_size % (micro_batch_size * world_size):
+            raise DataError(
+                f"global_batch_size is {global_batch_size}, but must be a multiple of micro_batch_size * world_size, "
+                f"{micro_batch_size} * {world_size}; change one of the three"
+            )
+        stream.check_shard_files(rank, world_size)
+        self._stream = stream
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._prefetch_steps = prefetch_steps
+        self._limit = None if limit is None else min(limit, stream.sequences_per_epoch)
+        self._prefetch: _Prefetch | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the stream's shards."""
+        return self._stream.manifest
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """The rank's micro-batches of each step from ``start_step`` on; endless without ``limit``.
+
+        Closes the iterator of an earlier call.
+
+        Raises:
+            DataError: ``start_step`` is negative; or, while iterating, a shard cannot be used.
+        """
+        if start_step < 0:
+            raise DataError(f"start_step is {start_step}, but must not be negative")
+        self.close()
+        steps = self._steps(start_step)
+        if not self._prefetch_steps:
+            return steps
+        self._prefetch = _Prefetch(steps, self._prefetch_steps)
+        return self._prefetch
+
+    def close(self) -> None:
+        """Stop reading ahead; afterwards no thread is left. :meth:`steps` may be called again."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._prefetch = None
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _steps(self, step: int) -> Iterator[list[Batch]]:
+        while self._limit is None or step * self._global_batch_size < self._limit:
+            begin = step * self._global_batch_size
+            mine = range(begin + self._rank, begin + self._global_batch_size, self._world_size)
+            numbers = [g if self._limit is None or g < self._limit else None for g in mine]
+            yield self._batches(self._stream.sequences(numbers))
+            step += 1
+
+    def _batches(self, sequences: Sequences) -> list[Batch]:
+        def batch(rows: slice) -> Batch:
+            ids = sequences.document_ids_NL
+            return Batch(
+                torch.from_numpy(np.ascontiguousarray(sequences.tokens_NL1[rows, :-1])),
+                torch.from_numpy(sequences.targets_NL[rows]),
+                None if ids is None else torch.from_numpy(ids[rows]),
+                int(np.count_nonzero(sequences.targets_NL[rows] != IGNORED)),
+            )
+
+        size = self._micro_batch_size
+        return [batch(slice(begin, begin + size)) for begin in range(0, len(sequences.targets_NL), size)]
+
+
+class _Prefetch:
+    """Runs an iterator in a thread, at most ``depth`` items ahead of its consumer; its error is raised there."""
+
+    def __init__(self, source: Iterator[list[Batch]], depth: int) -> None:
+        self._free = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(source,), name="dcscale-prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self, source: Iterator[list[Batch]]) -> None:
+        try:
+            while True:
+                self._free.acquire()
+                if self._closed:
+                    return
+                self._ready.put((next(source), None))
+        except BaseException as error:  # StopIteration too: whatever ends the source ends the consumer's iteration
+            self._ready.put((None, error))
+
+    def __iter__(self) -> _Prefetch:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._closed:
+            raise RuntimeError(
+                "this iterator was closed, by BatchLoader.close() or a later steps(); call steps() again"
+            )
+        if self._end is None:
+            item, self._end = self._ready.get()
+            self._free.release()
+        if self._end is not None:
+            raise self._end
+        return item
+
+    def close(self) -> None:
+        self._closed = True
+        self._free.release()
+        self._thread.join()

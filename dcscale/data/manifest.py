@@ -1,0 +1,233 @@
+"""The manifest: what a folder of token shards holds, so that every sequence can be placed without reading a shard.
+
+``manifest.json`` lies beside the shards and is written after them. It is read strictly: whatever does not follow the
+rules stated on the fields below is refused with the file, the field, its value, the rule and the way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from dcscale.data.atomic import write_atomic
+from dcscale.data.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "dcscale-token-shards"
+VERSION = 1
+DTYPES = ("uint16", "uint32")
+_TOTALS = ("bytes", "samples", "documents", "tokens", "text_bytes")
+
+_SHA256 = (r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")
+_SHARD_NAME = (
+    r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*\.tar",
+    "a relative path inside the folder, ending in .tar, of letters, digits and ._- , no part starting with a dot",
+)
+
+
+def _at_least(minimum: int) -> Any:
+    return field(metadata={"minimum": minimum})
+
+
+def _like(pattern: str, rule: str) -> Any:
+    return field(metadata={"pattern": pattern, "rule": rule})
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: a tar of bundles of whole documents."""
+
+    name: str = _like(*_SHARD_NAME)
+    """Path of the tar, relative to the manifest."""
+
+    bytes: int = _at_least(1)
+    """Size of the tar."""
+
+    sha256: str = _like(*_SHA256)
+    """Checksum of the whole tar."""
+
+    samples: int = _at_least(1)
+    """Bundles in it."""
+
+    documents: int = _at_least(1)
+    """Documents in it."""
+
+    tokens: int = _at_least(1)
+    """Tokens in it, end-of-document tokens included."""
+
+    text_bytes: int = _at_least(0)
+    """UTF-8 bytes of the documents' text; 0 where the text is not known."""
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the tokens."""
+
+    spec: str = _like(r"byte|tokenizer\.json", "'byte', or 'tokenizer.json' for the file beside the manifest")
+    """``byte``, or ``tokenizer.json``: the Hugging Face tokenizer that lies beside the manifest."""
+
+    fingerprint: str = _like(*_SHA256)
+    """SHA-256 of the tokenizer's definition."""
+
+    vocab_size: int = _at_least(1)
+    """One more than the largest token id that the tokenizer can give."""
+
+    eos_id: int = _at_least(0)
+    """The token that ends every document."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known about a folder of shards."""
+
+    dtype: str
+    """Type of the tokens on disk: ``uint16``, or ``uint32`` for vocabularies above 65,536."""
+
+    tokenizer: TokenizerInfo
+    """What made the tokens."""
+
+    max_token_id: int
+    """Largest token id in the shards."""
+
+    shards: tuple[ShardInfo, ...]
+    """The shards, in the order that unshuffled reading follows."""
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Sums over the shards: ``bytes``, ``samples``, ``documents``, ``tokens``, ``text_bytes``."""
+        return {name: sum(getattr(shard, name) for shard in self.shards) for name in _TOTALS}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides which tokens are read: it changes with the data, not with file names."""
+        content = {
+            "dtype": self.dtype,
+            "tokenizer": [self.tokenizer.fingerprint, self.tokenizer.vocab_size, self.tokenizer.eos_id],
+            "shards": [[shard.sha256, shard.documents, shard.tokens] for shard in self.shards],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``folder/manifest.json`` atomically; it must come after the shards that it names."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": manifest.dtype,
+        "tokenizer": asdict(manifest.tokenizer),
+        "max_token_id": manifest.max_token_id,
+        "totals": manifest.totals,
+        "shards": [asdict(shard) for shard in manifest.shards],
+    }
+    write_atomic(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read ``folder/manifest.json``.
+
+    Raises:
+        DataError: the folder or the manifest is missing, unreadable, of another version, or breaks a rule.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder of shards, as tools/make_shards.py writes it")
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        inside = [child.name for child in sorted(folder.iterdir()) if (child / MANIFEST_NAME).is_file()]
+        hint = f"did you mean {folder / inside[0]}?" if inside else "make the shards with tools/make_shards.py"
+        raise DataError(f"{path}: no such file, so {folder} is not a folder of shards; {hint}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; it must be a readable file") from error
+    return _Reader(path).manifest(text)
+
+
+class _Reader:
+    """Strict reading of one manifest: every method returns a value that keeps the rules, or raises."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, name: str, value: object, rule: str, fix: str = "") -> NoReturn:
+        fix = (
+            fix or "the file is damaged or was edited: copy the folder again or make it anew with tools/make_shards.py"
+        )
+        shown = repr(value) if len(repr(value)) <= 100 else repr(value)[:100] + "..."
+        raise DataError(f"{self.path}: {name} is {shown}, but must be {rule}; {fix}")
+
+    def manifest(self, text: bytes) -> Manifest:
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            self.fail("the content", text[:60], f"a JSON object ({error})")
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            value = content.get("format") if isinstance(content, dict) else content
+            self.fail("format", value, repr(FORMAT), "give a folder that tools/make_shards.py wrote")
+        if content.get("version") != VERSION:
+            fix = "make the shards again with this version's tools/make_shards.py, or use the version that wrote them"
+            self.fail("version", content.get("version"), f"{VERSION}, the version that this code reads", fix)
+        known = {"format", "version", "dtype", "tokenizer", "max_token_id", "totals", "shards"}
+        self.keys("the manifest", content, known)
+
+        dtype, tokenizer = content["dtype"], self.record(TokenizerInfo, "tokenizer", content["tokenizer"])
+        if dtype not in DTYPES:
+            self.fail("dtype", dtype, " or ".join(DTYPES))
+        if tokenizer.eos_id >= tokenizer.vocab_size:
+            self.fail("tokenizer.eos_id", tokenizer.eos_id, f"below tokenizer.vocab_size, {tokenizer.vocab_size}")
+        largest = min(tokenizer.vocab_size - 1, int(np.iinfo(dtype).max))
+        if type(content["max_token_id"]) is not int or not 0 <= content["max_token_id"] <= largest:
+            self.fail(
+                "max_token_id", content["max_token_id"], f"a whole number from 0 to {largest} (vocabulary, dtype)"
+            )
+
+        if not isinstance(content["shards"], list) or not content["shards"]:
+            self.fail("shards", content["shards"], "a list of at least one shard")
+        shards = tuple(self.shard(f"shards[{i}]", shard) for i, shard in enumerate(content["shards"]))
+        names: dict[str, int] = {}
+        for i, shard in enumerate(shards):
+            if shard.name in names:
+                self.fail(f"shards[{i}].name", shard.name, f"unique, but shards[{names[shard.name]}] has it too")
+            names[shard.name] = i
+
+        manifest = Manifest(dtype, tokenizer, content["max_token_id"], shards)
+        self.keys("totals", content["totals"], set(_TOTALS))
+        for name in _TOTALS:
+            if content["totals"][name] != manifest.totals[name]:
+                self.fail(
+                    f"totals.{name}", content["totals"][name], f"the sum over the shards, {manifest.totals[name]}"
+                )
+        return manifest
+
+    def shard(self, where: str, value: Any) -> ShardInfo:
+        shard = self.record(ShardInfo, where, value)
+        if not shard.samples <= shard.documents <= shard.tokens:
+            counts = {"samples": shard.samples, "documents": shard.documents, "tokens": shard.tokens}
+            self.fail(where, counts, "such that samples <= documents <= tokens")
+        return shard
+
+    def record(self, kind: type, where: str, value: Any) -> Any:
+        """``value`` as a ``kind``, each field checked against the rule in its metadata."""
+        self.keys(where, value, {item.name for item in fields(kind)})
+        for item in fields(kind):
+            name, entry = f"{where}.{item.name}", value[item.name]
+            if "minimum" in item.metadata:
+                if type(entry) is not int or entry < item.metadata["minimum"]:
+                    self.fail(name, entry, f"a whole number, at least {item.metadata['minimum']}")
+            elif not isinstance(entry, str) or not re.fullmatch(item.metadata["pattern"], entry):
+                self.fail(name, entry, item.metadata["rule"])
+        return kind(**value)
+
+    def keys(self, where: str, value: Any, known: set[str]) -> None:
+        if not isinstance(value, dict):
+            self.fail(where, value, f"an object with {', '.join(sorted(known))}")
+        if set(value) != known:
+            missing, unknown = sorted(known - set(value)), sorted(set(value) - known)
+            self.fail(f"the fields of {where}", {"missing": missing, "unknown": unknown}, "exactly those of the format")

@@ -1,0 +1,202 @@
+"""A folder of shards as an endless, numbered stream of packed sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dcscale.data.errors import DataError
+from dcscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from dcscale.data.order import ORDER_VERSION, Order
+from dcscale.data.packing import SequenceBuffer, Sequences, Window, pack_window
+from dcscale.data.shards import check_shard_file, read_shard
+
+
+def open_stream(
+    folder: str | Path,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    seed: int,
+    shuffle_shards: int,
+    slots: int,
+    document_mask: bool,
+    verify: bool,
+    shuffle: bool = True,
+) -> SequenceStream:
+    """Open a folder of shards. Only its manifest is read here.
+
+    Args:
+        folder: folder with a ``manifest.json``, as ``tools/make_shards.py`` writes it.
+        vocab_size: the model's; at least the tokenizer's.
+        sequence_length: L, inputs (and targets) a sequence.
+        seed: seed of the order, any whole number.
+        shuffle_shards: shards whose documents are shuffled together.
+        slots: independent read positions over an epoch.
+        document_mask: mask targets that lie in another document than their input, and give document ids.
+        verify: check every shard's SHA-256 when it is read.
+        shuffle: false reads the documents in the manifest's order, the same in every epoch, one shard at a time, from
+            one position; ``seed``, ``shuffle_shards`` and ``slots`` are then not used.
+
+    Raises:
+        DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
+            data do not fill one sequence, or an argument is out of range.
+    """
+    limits = {"vocab_size": vocab_size, "sequence_length": sequence_length, "slots": slots}
+    for name, value in {**limits, "shuffle_shards": shuffle_shards}.items():
+        if value < 1:
+            raise DataError(f"{name} is {value}, but must be at least 1")
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    path = folder / MANIFEST_NAME
+    if manifest.tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{path}: tokenizer.vocab_size is {manifest.tokenizer.vocab_size}, but model.vocab_size is {vocab_size}: "
+            f"tokens could lie outside the embedding; set model.vocab_size to at least {manifest.tokenizer.vocab_size}"
+        )
+    tokens = manifest.totals["tokens"]
+    if tokens < sequence_length + 1:
+        raise DataError(
+            f"{path}: totals.tokens is {tokens}, but a sequence takes data.sequence_length + 1, {sequence_length + 1}; "
+            f"set data.sequence_length to at most {tokens - 1}, or make shards of more text"
+        )
+    if not shuffle:
+        slots = shuffle_shards = 1
+        seed = 0
+    order = Order(
+        [shard.tokens for shard in manifest.shards],
+        sequence_length=sequence_length,
+        slots=slots,
+        shuffle_shards=shuffle_shards,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    identity = {
+        "order_version": ORDER_VERSION,
+        "data": manifest.fingerprint,
+        "sequence_length": sequence_length,
+        "slots": slots,
+        "shuffle": shuffle,
+        "shuffle_shards": shuffle_shards,
+        "seed": seed,
+        "document_mask": document_mask,
+    }
+    return SequenceStream(folder, manifest, order, identity, vocab_size=vocab_size, verify=verify)
+
+
+class SequenceStream:
+    """Packed sequences by global number; made by :func:`open_stream`. Any thread may read.
+
+    Memory: position g belongs to lane g mod ``slots``, and the stream keeps the window in which each lane that it was
+    asked for stands, shared between lanes. Of a stream read by one of R ranks that is
+
+        at most min(slots / gcd(slots, R), windows in use) windows, plus the one being made and the raw shards of it,
+
+    where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token.
+    Reading: an epoch reads each of its windows once and once more for each slot that begins inside it, as long as the
+    number of ranks divides ``slots``; otherwise each rank visits more slots and reads what those need.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        order: Order,
+        identity: dict[str, Any],
+        *,
+        vocab_size: int,
+        verify: bool,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.identity = identity
+        """What decides the content of every sequence, for messages about what has changed."""
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
+        self.shards_read = 0
+        """Shards read so far, repetitions included."""
+        self._order = order
+        self._vocab_size = vocab_size
+        self._verify = verify
+        self._lock = threading.Lock()
+        self._windows: dict[tuple[int, int], Window] = {}
+        self._lanes: dict[int, tuple[int, int]] = {}
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences in an epoch; numbers [e * this, (e + 1) * this) are epoch e."""
+        return self._order.sequences_per_epoch
+
+    @property
+    def targets_per_epoch(self) -> int:
+        """Targets with a loss in an epoch."""
+        totals = self.manifest.totals
+        return totals["tokens"] - (totals["documents"] if self.identity["document_mask"] else 1)
+
+    @property
+    def text_bytes_per_target(self) -> float | None:
+        """UTF-8 bytes of text a target stands for, on average; None where the text is not known.
+
+        Bits per byte = (mean loss in nats a target) / ln 2 / this.
+        """
+        return self.manifest.totals["text_bytes"] / self.targets_per_epoch or None
+
+    def check_shard_files(self, rank: int = 0, world_size: int = 1) -> None:
+        """Check, without reading them, that this rank's share of the shards is there with the right sizes.
+
+        Raises:
+            DataError: a shard is missing or has another size.
+        """
+        for info in self.manifest.shards[rank::world_size]:
+            check_shard_file(self.folder, info)
+
+    def sequence(self, g: int) -> Sequences:
+        """Sequence ``g`` as one row, N = 1; see :meth:`sequences`."""
+        return self.sequences([g])
+
+    def sequences(self, numbers: Sequence[int | None]) -> Sequences:
+        """The sequences with these global numbers, a row each; None gives a row of padding.
+
+        Raises:
+            DataError: a shard that they lie in cannot be used, or a number is negative.
+        """
+        buffer = SequenceBuffer(len(numbers), self._order.sequence_length, self.manifest.tokenizer.eos_id)
+        with self._lock:
+            for row, g in enumerate(numbers):
+                if g is None:
+                    continue
+                if g < 0:
+                    raise DataError(f"sequence number {g} must not be negative")
+                epoch, index = self._order.locate(g)
+                for piece in self._order.pieces(epoch, index):
+                    window = self._stand_in(g % self._order.slots, epoch, piece.window)
+                    buffer.append(row, window, piece.start, piece.stop)
+        return buffer.finish(self.identity["document_mask"])
+
+    def _stand_in(self, lane: int, epoch: int, number: int) -> Window:
+        """Move a lane to a window, which is then kept until the last lane leaves it."""
+        key = (epoch, number)
+        if self._lanes.get(lane) != key:
+            self._lanes[lane] = key
+            in_use = set(self._lanes.values())
+            self._windows = {kept: window for kept, window in self._windows.items() if kept in in_use}
+        if key not in self._windows:
+            self._windows[key] = self._load(epoch, number)
+        return self._windows[key]
+
+    def _load(self, epoch: int, number: int) -> Window:
+        documents = []
+        for shard in self._order.shards(epoch, number):
+            documents += read_shard(
+                self.folder,
+                self.manifest.shards[shard],
+                dtype=self.manifest.dtype,
+                vocab_size=self._vocab_size,
+                verify=self._verify,
+            )
+            self.shards_read += 1
+        return pack_window(documents, self._order.documents(epoch, number, len(documents)))

@@ -1,0 +1,48 @@
+"""Folders of token shards with known content, written without the text side of the data path."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dcscale.data.manifest import Manifest, TokenizerInfo, write_manifest
+from dcscale.data.shards import write_shard
+from dcscale.data.tokenizers import ByteTokenizer
+
+Documents = Sequence[Sequence[int]]
+
+
+def write_token_shards(
+    folder: Path, shards: Sequence[Documents], *, dtype: str = "uint16", vocab_size: int = 257, bundle: int = 3
+) -> Manifest:
+    """Writes each list of documents as a shard, ``bundle`` documents a sample, and the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = []
+    for number, documents in enumerate(shards):
+        arrays = [np.array(document, dtype=dtype) for document in documents]
+        bundles = [(f"{number:03d}-{i:03d}", arrays[i : i + bundle]) for i in range(0, len(arrays), bundle)]
+        infos.append(
+            write_shard(folder, f"shard-{number:03d}.tar", bundles, dtype=dtype, text_bytes=sum(map(len, documents)))
+        )
+    largest = max(max(document) for documents in shards for document in documents)
+    tokenizer = TokenizerInfo("byte", ByteTokenizer.fingerprint, vocab_size, 256)
+    manifest = Manifest(dtype, tokenizer, largest, tuple(infos))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def numbered_shards(sizes: Sequence[int], *, longest: int = 12, seed: int = 0) -> list[list[list[int]]]:
+    """Shards of ``sizes`` tokens in which token number k of the whole is k, so that each can be recognised."""
+    generator = random.Random(seed)
+    shards, token = [], 0
+    for size in sizes:
+        documents = []
+        while size:
+            length = min(size, generator.randint(1, longest))
+            documents.append(list(range(token, token + length)))
+            token, size = token + length, size - length
+        shards.append(documents)
+    return shards

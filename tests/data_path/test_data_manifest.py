@@ -1,0 +1,157 @@
+"""The manifest: round trip, and everything malformed refused by name."""
+
+import json
+
+import pytest
+
+from dcscale.data import DataError, read_manifest
+from dcscale.data.manifest import Manifest, ShardInfo, TokenizerInfo, write_manifest
+
+TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
+SHARDS = (
+    ShardInfo("shard-0.tar", 10240, "1" * 64, samples=2, documents=3, tokens=40, text_bytes=37),
+    ShardInfo("part/shard-1.tar", 20480, "2" * 64, samples=1, documents=1, tokens=9, text_bytes=8),
+)
+MANIFEST = Manifest("uint16", TOKENIZER, 256, SHARDS)
+
+
+def test_round_trip(tmp_path):
+    write_manifest(tmp_path, MANIFEST)
+    assert read_manifest(tmp_path) == MANIFEST
+    assert MANIFEST.totals == {"bytes": 30720, "samples": 3, "documents": 4, "tokens": 49, "text_bytes": 45}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_writing_is_reproducible_and_replaces(tmp_path):
+    write_manifest(tmp_path, Manifest("uint16", TOKENIZER, 3, SHARDS[:1]))
+    write_manifest(tmp_path, MANIFEST)
+    first = (tmp_path / "manifest.json").read_bytes()
+    write_manifest(tmp_path, MANIFEST)
+    assert (tmp_path / "manifest.json").read_bytes() == first
+
+
+def test_an_interrupted_write_leaves_the_old_manifest(tmp_path, monkeypatch):
+    write_manifest(tmp_path, MANIFEST)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_manifest(tmp_path, Manifest("uint16", TOKENIZER, 3, SHARDS[:1]))
+    assert read_manifest(tmp_path) == MANIFEST
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def set_at(path, value):
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def drop(*path):
+    def change(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        del content[last]
+
+    return change
+
+
+FAULTS = {
+    "another format": (set_at(["format"], "x"), r"format is 'x', but must be 'dcscale-token-shards'"),
+    "a later version": (set_at(["version"], 2), r"version is 2, but must be 1.*make the shards again"),
+    "no version": (drop("version"), r"version is None, but must be 1"),
+    "a missing field": (drop("dtype"), r"fields of the manifest .*'missing': \['dtype'\]"),
+    "an unknown field": (set_at(["extra"], 1), r"fields of the manifest .*'unknown': \['extra'\]"),
+    "another dtype": (set_at(["dtype"], "int64"), r"dtype is 'int64', but must be uint16 or uint32"),
+    "tokenizer is no object": (set_at(["tokenizer"], "byte"), r"tokenizer is 'byte', but must be an object"),
+    "tokenizer elsewhere": (set_at(["tokenizer", "spec"], "../t.json"), r"tokenizer\.spec is '\.\./t\.json'"),
+    "fingerprint": (set_at(["tokenizer", "fingerprint"], "12"), r"tokenizer\.fingerprint is '12', .*64 lower-case"),
+    "eos beyond": (set_at(["tokenizer", "eos_id"], 257), r"tokenizer\.eos_id is 257, but must be below .*257"),
+    "no vocabulary": (set_at(["tokenizer", "vocab_size"], 0), r"tokenizer\.vocab_size is 0, .* at least 1"),
+    "token beyond": (set_at(["max_token_id"], 257), r"max_token_id is 257, but must be a whole number from 0 to 256"),
+    "token is text": (set_at(["max_token_id"], "1"), r"max_token_id is '1'"),
+    "no shards": (set_at(["shards"], []), r"shards is \[\], but must be a list of at least one shard"),
+    "shards is no list": (set_at(["shards"], {}), r"shards is \{\}, but must be a list"),
+    "a shard is no object": (set_at(["shards", 1], 7), r"shards\[1\] is 7, but must be an object"),
+    "zero tokens": (set_at(["shards", 0, "tokens"], 0), r"shards\[0\]\.tokens is 0, .* at least 1"),
+    "negative bytes": (set_at(["shards", 0, "bytes"], -1), r"shards\[0\]\.bytes is -1, .* at least 1"),
+    "a fraction": (set_at(["shards", 0, "samples"], 2.0), r"shards\[0\]\.samples is 2\.0, but must be a whole number"),
+    "a truth value": (set_at(["shards", 0, "documents"], True), r"shards\[0\]\.documents is True"),
+    "checksum": (set_at(["shards", 0, "sha256"], "g" * 64), r"shards\[0\]\.sha256 is 'ggg"),
+    "checksum is no text": (set_at(["shards", 0, "sha256"], None), r"shards\[0\]\.sha256 is None"),
+    "counts that contradict": (set_at(["shards", 0, "samples"], 4), r"shards\[0\] is .*samples <= documents <= tokens"),
+    "a shard twice": (set_at(["shards", 1, "name"], "shard-0.tar"), r"shards\[1\]\.name .* unique, but shards\[0\]"),
+    "a shard lost": (drop("shards", 1), r"totals\.bytes is 30720, but must be the sum over the shards, 10240"),
+    "a total": (set_at(["totals", "tokens"], 50), r"totals\.tokens is 50, but must be the sum over the shards, 49"),
+    "totals incomplete": (drop("totals", "tokens"), r"fields of totals .*'missing': \['tokens'\]"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
+def test_malformed_manifests_are_refused(tmp_path, change, message):
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message) as error:
+        read_manifest(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/x.tar", "../x.tar", "a/../../x.tar", "./x.tar", "a//x.tar", "x.tgz", ".tar", "", "pipe:cat x.tar",
+     "a\\x.tar", "http://host/x.tar", "x.tar\n", "-x.tar", "$(x).tar", ".hidden/x.tar"],
+)  # fmt: skip
+def test_names_that_leave_the_folder_or_mean_something_else_are_refused(tmp_path, name):
+    write_manifest(tmp_path, MANIFEST)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["shards"][0]["name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"shards\[0\]\.name is .*a relative path inside the folder"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"x"', "\xff"])
+def test_what_is_no_manifest_at_all_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"manifest\.json: (the content|format) is .* must be"):
+        read_manifest(tmp_path)
+
+
+def test_uint32_tokens_may_be_large(tmp_path):
+    tokenizer = TokenizerInfo("tokenizer.json", "0" * 64, 200_000, 0)
+    write_manifest(tmp_path, Manifest("uint32", tokenizer, 199_999, SHARDS))
+    assert read_manifest(tmp_path).max_token_id == 199_999
+    write_manifest(tmp_path, Manifest("uint16", tokenizer, 65_536, SHARDS))
+    with pytest.raises(DataError, match="from 0 to 65535"):
+        read_manifest(tmp_path)
+
+
+def test_missing_folder_and_missing_manifest(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no such folder; .*make_shards\.py"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"manifest\.json: no such file, .*make the shards"):
+        read_manifest(tmp_path)
+
+
+def test_the_folder_above_is_pointed_down(tmp_path):
+    (tmp_path / "train").mkdir()
+    write_manifest(tmp_path / "train", MANIFEST)
+    with pytest.raises(DataError, match=r"no such file.*did you mean .*train\?"):
+        read_manifest(tmp_path)
+
+
+def test_manifest_that_cannot_be_read(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read: Is a directory"):
+        read_manifest(tmp_path)

@@ -1,0 +1,77 @@
+"""Turn text into token shards for training: OUTPUT/train, and OUTPUT/validation for held-out documents.
+
+Inputs are text files (a document each), JSONL files (.jsonl, .jsonl.gz; a document a line) and folders of both.
+
+    python tools/make_shards.py notes/ --suffix .md .txt --output data/notes --hold-out 0.02
+    python tools/make_shards.py web.jsonl.gz --tokenizer tokenizer.json --output data/web --workers 16
+
+The result is the same, byte for byte, for any number of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+
+def parse_arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("inputs", nargs="+", help="text files, JSONL files, folders")
+    parser.add_argument("--output", required=True, help="folder to be made; appears when it is complete")
+    parser.add_argument("--tokenizer", default="byte", help="'byte' (default) or the path of a tokenizer.json")
+    parser.add_argument("--eos-token", help="the tokenizer.json's token that ends a document, if it cannot be told")
+    parser.add_argument("--suffix", nargs="+", metavar="SUFFIX", help="files to take from folders, such as .py .md")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="files and folders to leave out")
+    parser.add_argument("--text-field", default="text", help="field of a JSONL object that holds the text")
+    parser.add_argument("--hold-out", type=float, default=0.0, help="part of the documents to hold out")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 22, help="tokens a shard (default 4,194,304)")
+    parser.add_argument("--bundle-tokens", type=int, default=1 << 16, help="tokens a sample (default 65,536)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of documents over shards")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
+    )
+    parser.add_argument("--skip-undecodable", action="store_true", help="leave out documents that are not UTF-8")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards that are in OUTPUT already")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # After the arguments, since these take seconds and --help should not.
+    from dcscale.data.build import build_shards
+    from dcscale.data.corpus import DEFAULT_SUFFIXES
+    from dcscale.data.errors import DataError
+
+    options = vars(arguments)
+    inputs, output = options.pop("inputs"), options.pop("output")
+    suffixes = options.pop("suffix") or DEFAULT_SUFFIXES
+    started = time.perf_counter()
+    try:
+        report = build_shards(inputs, output, suffixes=suffixes, progress=True, **options)
+    except DataError as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 1
+
+    print(f"Made in {time.perf_counter() - started:.1f} s with {arguments.workers} processes:")
+    for folder, manifest in report.manifests.items():
+        totals = manifest.totals
+        print(
+            f"  {folder}: {totals['tokens']:,} tokens of {totals['documents']:,} documents "
+            f"({totals['text_bytes']:,} bytes of text) in {len(manifest.shards):,} shards"
+        )
+    if report.empty:
+        print(f"Left out, since empty: {report.empty:,}")
+    if report.undecodable:
+        print(f"Left out, since not UTF-8: {len(report.undecodable):,}, such as {report.undecodable[0]}")
+    print("To train on them, set (vocab_size may be larger):")
+    settings = [f"data.{folder.name}={folder}" for folder in report.manifests]
+    vocab_size = next(iter(report.manifests.values())).tokenizer.vocab_size
+    print(f"  {' '.join(settings)} model.vocab_size={vocab_size}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
