@@ -67,7 +67,7 @@ def print_numbers(config: Config, world_size: int | None) -> None:
         from dcscale.models import count_flops, count_parameters
         from dcscale.parallel.deepspeed_config import deepspeed_config
     except ModuleNotFoundError as error:
-        print(f"no counts and no DeepSpeed config: {error.name} is not installed")
+        print(f"no parameter counts and no DeepSpeed config: {error.name} is not installed")
         return
     parameters, flops = count_parameters(config.model), count_flops(config.model, length)
     print(f"parameters         {parameters.total:,}, of which compose {parameters.compose:,}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dcscale.config.fields import FIELDS, get, has_type, type_name
-from dcscale.config.problem import Problem, closest, show
+from dcscale.config.problem import Problem, did_you_mean, show
 from dcscale.config.schema import CHOICES, Config
 
 
@@ -141,7 +141,7 @@ def _single_values(config: Config) -> Findings:
             yield path, f"must be {type_name(field.type)}", fix
         elif path in CHOICES and value not in CHOICES[path]:
             names = [str(choice) for choice in CHOICES[path]]
-            yield path, f"must be one of {', '.join(names)}", closest(str(value), names)
+            yield path, f"must be one of {', '.join(names)}", did_you_mean(str(value), names) or fix
         elif path in RANGES:
             places = [f"{path}[{i}]" for i in range(len(value))] if isinstance(value, list) else [path]
             for place in places:

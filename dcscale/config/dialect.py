@@ -30,7 +30,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "* begins an alias, which is not supported: quote the text", mark)
+            raise yaml.composer.ComposerError(
+                None, None, "* begins an alias, which is not supported: quote the text", mark
+            )
         node = super().compose_node(parent, index)
         if node.tag not in _TAGS:
             raise yaml.composer.ComposerError(None, None, f"the tag {node.tag} is not supported", node.start_mark)
@@ -58,8 +60,13 @@ class _Dumper(yaml.SafeDumper):
         short = not any(isinstance(item, (dict, list)) for item in items)
         return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=short)
 
+    def represent_text(self, text: str) -> yaml.Node:
+        # PyYAML takes U+0085 for a line break and folds it, unless it is escaped.
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
 
 _Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 class DialectError(ValueError):

@@ -98,7 +98,7 @@ def type_name(wanted: Any) -> str:
     arguments = typing.get_args(wanted)
     if typing.get_origin(wanted) is list:
         inner = type_name(arguments[0])
-        return f"list of ({inner})" if " or " in inner else f"list of {inner}"
+        return f"list of ({inner})" if typing.get_args(arguments[0]) else f"list of {inner}"
     if arguments:
         return " or ".join(type_name(argument) for argument in arguments)
     if is_dataclass(wanted):

@@ -18,11 +18,11 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from dcscale.config import dialect
 from dcscale.config.fields import FIELDS, SECTIONS, Field, has_type, type_name
-from dcscale.config.problem import NO_VALUE, ConfigError, Problem, closest, show
+from dcscale.config.problem import NO_VALUE, ConfigError, Problem, did_you_mean, show
 from dcscale.config.schema import Config
 
 COMMAND_LINE = "command line"
@@ -155,33 +155,27 @@ class _Merge:
     def field(self, field: Field, node: yaml.Node, source: str) -> None:
         origin = _place(source, node)
         try:
-            OmegaConf.update(self.tree, field.path, _value(field.path, node, field.type))
+            value = _value(field.path, node, field.type)
+            if not isinstance(value, (str, list, dict)) and not has_type(value, field.type):
+                raise ValidationError("of a plain value nothing is converted: OmegaConf would take 5 for true")
+            OmegaConf.update(self.tree, field.path, value)
+            self.origins[field.path] = origin
+        except OmegaConfBaseException:
+            fix = f"the default is {show(field.default)}"
+            self.report(field.path, f"must be {type_name(field.type)}", fix, dialect.plain(node), origin)
         except _Refused as refused:
             self.report(*refused.args, origin=origin)
-        except OmegaConfBaseException as error:
-            self.wrong_type(field, dialect.plain(node), origin, error)
-        else:
-            self.origins[field.path] = origin
-
-    def wrong_type(self, field: Field, value: Any, origin: str, error: Exception | None = None) -> None:
-        rule = f"must be {type_name(field.type)}"
-        if error and isinstance(value, list):
-            rule += f" ({str(error).splitlines()[0]})"  # names the item
-        self.report(field.path, rule, f"the default is {show(field.default)}", value, origin)
 
     def finish(self) -> Loaded:
         """Resolves ``${section.key}``; raises if anything was wrong."""
         for field in FIELDS.values():
-            origin = self.origins[field.path]
             try:
                 value = OmegaConf.select(self.tree, field.path)
-                value = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+                if OmegaConf.is_config(value):
+                    OmegaConf.to_container(value, resolve=True)
             except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0]
-                self.report(field.path, f"cannot be resolved ({reason})", "write the value itself", origin=origin)
-            else:
-                if not has_type(value, field.type):
-                    self.wrong_type(field, value, origin)
+                rule = f"cannot be resolved ({str(error).splitlines()[0]})"
+                self.report(field.path, rule, "write the value itself", origin=self.origins[field.path])
         if self.problems:
             raise ConfigError(self.problems)
         return Loaded(OmegaConf.to_object(self.tree), self.origins)
@@ -196,7 +190,8 @@ def _value(path: str, node: yaml.Node, wanted: Any) -> Any:
         hints = typing.get_type_hints(wanted) if dataclasses.is_dataclass(wanted) else {}
         for key, value in node.value:
             if hints and key.value not in hints:
-                raise _Refused(f"{path}.{key.value}", "unknown key", closest(key.value, hints), dialect.plain(value))
+                fix = did_you_mean(key.value, hints) or f"the keys are {', '.join(hints)}"
+                raise _Refused(f"{path}.{key.value}", "unknown key", fix, dialect.plain(value))
         return {key.value: _value(f"{path}.{key.value}", item, hints.get(key.value)) for key, item in node.value}
     if node.value == "???":
         raise _Refused(path, "there is no value yet", "write one in place of the ???", "???")

@@ -61,8 +61,7 @@ def show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=lambda item: asdict(item) if is_dataclass(item) else str(item))
 
 
-def closest(word: str, options: Iterable[str]) -> str:
-    """``did you mean ...?`` where an option resembles ``word``, else all options."""
-    options = list(options)
-    found = difflib.get_close_matches(word, options, n=1)
-    return f"did you mean {found[0]}?" if found else f"known are {', '.join(options)}"
+def did_you_mean(word: str, options: Iterable[str]) -> str | None:
+    """The question, where one of the options resembles ``word``."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f"did you mean {near[0]}?" if near else None

@@ -1,0 +1,343 @@
+"""Every rule between and within settings: what breaks it, and what is said then; and what just keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+
+import pytest
+
+from dcscale.config import Config, check_config, load_config
+from dcscale.config.check import RANGES, Range
+from dcscale.config.fields import FIELDS, get
+from dcscale.config.schema import CHOICES, DataConfig, OptimizerRule, ValidationConfig
+
+VALID = ["data.train=shards", "validation.interval=0"]
+
+
+def config(*overrides: str) -> Config:
+    return load_config([], [*VALID, *overrides]).config
+
+
+def found(*overrides: str, world_size: int | None = None) -> list[str]:
+    return [str(problem) for problem in check_config(config(*overrides), world_size)]
+
+
+def config_with(path: str, value: object) -> Config:
+    """A config that is right but perhaps for one value."""
+    settings = Config(data=DataConfig(train="shards"), validation=ValidationConfig(interval=0))
+    section, _, name = path.rpartition(".")
+    setattr(get(settings, section), name, value)
+    return settings
+
+
+def scalar_types(hint: object) -> set[type]:
+    return {hint} if isinstance(hint, type) else {t for a in typing.get_args(hint) for t in scalar_types(a)}
+
+
+BROKEN = [
+    # Heads.
+    (
+        "model.dim=768; model.heads=10",
+        "model.heads = 10: must divide model.dim = 768 while model.head_dim is null; "
+        "use 8 or 12, or set model.head_dim",
+    ),
+    (
+        "model.dim=7; model.heads=8",
+        "model.heads = 8: must divide model.dim = 7 while model.head_dim is null; use 7, or",
+    ),
+    (
+        "model.heads=12; model.kv_heads=5",
+        "model.kv_heads = 5: must divide model.heads = 12; use 4 or 6, or null for as many as heads",
+    ),
+    ("model.kv_heads=24", "model.kv_heads = 24: must divide model.heads = 12; use 12, or null for as many as heads"),
+    # RoPE: heads of 64.
+    (
+        "model.rope_fraction=0.02",
+        "model.rope_fraction = 0.02: rotates 1 of the 64 dimensions of a head, which must be an even number from 2; "
+        "use 0.03125 for 2 dimensions",
+    ),
+    (
+        "model.rope_fraction=0.05",
+        "rotates 3 of the 64 dimensions of a head, which must be an even number from 2; "
+        "use 0.03125 for 2 dimensions or 0.0625 for 4 dimensions",
+    ),
+    (
+        "model.rope_fraction=0.01",
+        "rotates 0 of the 64 dimensions of a head, which must be an even number from 2; use 0.03",
+    ),
+    (
+        "model.head_dim=5",
+        "rotates 5 of the 5 dimensions of a head, which must be an even number from 2; use 0.8 for 4 dim",
+    ),
+    (
+        "model.head_dim=1",
+        "rotates 1 of the 1 dimensions of a head, which must be an even number from 2; use a head_dim from",
+    ),
+    # Feed-forward network.
+    (
+        "model.ffn_dim=5632; model.multi_gate=43",
+        "model.multi_gate = 43: must divide model.ffn_dim = 5632; use 32 or 44, or null for none",
+    ),
+    (
+        "model.ffn=gelu; model.multi_gate=4",
+        "model.multi_gate = 4: needs model.ffn=swiglu, which is gelu; set it to null",
+    ),
+    # Windows.
+    ("model.windows=[]", "model.windows = []: must not be empty; use [null] for full attention in every layer"),
+    ("model.windows=[64,0]", "model.windows[1] = 0: must be at least 1; the default is [256, null]"),
+    (
+        "model.layers=2; model.windows=[8,null,16]",
+        "model.windows = [8, null, 16]: has 3 entries for model.layers = 2, so that some would never be used; "
+        "use [8, null]",
+    ),
+    # Compose.
+    (
+        "model.compose={pre: false, post: false}",
+        "model.compose.pre = false: pre and post are both off, so that nothing is composed; "
+        "turn one on, or set model.attention=mha for a plain Transformer",
+    ),
+    (
+        "model.compose={query_wise: false, key_wise: false}",
+        "model.compose.query_wise = false: query_wise and key_wise are",
+    ),
+    (
+        "model.compose={low_rank: false, gates: false}",
+        "model.compose.low_rank = false: low_rank and gates are both off",
+    ),
+    # Data.
+    ("data.train=''", 'data.train = "": must not be empty; name a folder that tools/make_shards.py has written'),
+    (
+        "data.validation=''",
+        'data.validation = "": must not be empty; name a folder that tools/make_shards.py has written, or',
+    ),
+    (
+        "validation.interval=5",
+        "validation.interval = 5: needs data.validation, which is null; "
+        "set data.validation to a folder of held-out shards, or this to 0",
+    ),
+    (
+        "samples.interval=5; samples.prompts=[]",
+        "samples.prompts = []: must hold texts to be continued, none of them empty; "
+        'give some, such as ["def "], or set samples.interval=0',
+    ),
+    ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold texts to be continued'),
+    # Training.
+    (
+        "train.global_batch_size=20; train.micro_batch_size=8",
+        "train.global_batch_size = 20: must be a multiple of train.micro_batch_size = 8; "
+        "use 16 or 24, or train.micro_batch_size=5",
+    ),
+    (
+        "train.global_batch_size=5; train.micro_batch_size=8",
+        "train.global_batch_size = 5: must be a multiple of train.micro_batch_size = 8; "
+        "use 8, or train.micro_batch_size=5",
+    ),
+    (
+        "train.stop_after=1001",
+        "train.stop_after = 1001: must be at most train.steps = 1000; set it to null to go on to",
+    ),
+    ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]: must be two numbers; the default is [0.9, 0.95]"),
+    ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas = [0.9, 0.9, 0.9]: must be two numbers"),
+    ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1] = 1.0: must be in [0, 1); the default is [0.9, 0.95]"),
+    ("optimizer.rules=[{}]", 'optimizer.rules[0].match = "": must not be empty; name parameters by a pattern, such as'),
+    (
+        "optimizer.rules=[{match: a},{match: b, lr_scale: -1}]",
+        "optimizer.rules[1].lr_scale = -1.0: must be at least 0; 0 freezes the parameters, 1 changes nothing",
+    ),
+    (
+        "optimizer.rules=[{match: a, weight_decay: .inf}]",
+        "optimizer.rules[0].weight_decay = Infinity: must be a finite number; 0 is none, null changes nothing",
+    ),
+    # Schedule, over 1000 steps.
+    (
+        "schedule.warmup_steps=1001",
+        "schedule.warmup_steps = 1001: must be at most train.steps = 1000; use at most 1000, or more steps",
+    ),
+    (
+        "schedule.kind=wsd; schedule.warmup_steps=801",
+        "schedule.warmup_steps = 801: must be at most train.steps = 1000 less the 200 steps of decay; use at most 800",
+    ),
+    (
+        "schedule.kind=wsd; schedule.decay_steps=901",
+        "schedule.warmup_steps = 100: must be at most train.steps = 1000 less the 901 steps of decay; use at most 99",
+    ),
+    (
+        "schedule.kind=wsd; schedule.decay_steps=1001",
+        "schedule.decay_steps = 1001: must be at most train.steps = 1000; use 200, a fifth",
+    ),
+    (
+        "schedule.decay_steps=5",
+        "schedule.decay_steps = 5: is only read when schedule.kind is wsd, and it is cosine; "
+        "set it to null, or schedule.kind=wsd",
+    ),
+    # Names and choices.
+    ("run.name=a/b", 'run.name = "a/b": must be usable as the name of a folder; put the place into run.folder'),
+    (r"run.name=a\b", r'run.name = "a\\b": must be usable as the name of a folder'),
+    ("run.name=..", 'run.name = "..": must be usable as the name of a folder'),
+    ("run.name=''", 'run.name = "": must not be empty; the default is run'),
+    ("run.folder=''", 'run.folder = "": must not be empty; the default is runs/${run.name}'),
+    ("checkpoint.resume=''", 'checkpoint.resume = "": must not be empty; the default is auto'),
+    ("model.attention=dmha", 'model.attention = "dmha": must be one of dcmha, mha; did you mean dcmha?'),
+    ("train.precision=fp16", 'train.precision = "fp16": must be one of bf16, fp32; did you mean bf16?'),
+    ("schedule.kind=zzz", 'schedule.kind = "zzz": must be one of cosine, wsd, constant; the default is "cosine"'),
+    ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2, 3; the default is 1"),
+    ("optimizer.eps=.nan", "optimizer.eps = NaN: must be a finite number; the default is 1e-08"),
+    (
+        "optimizer.learning_rate=.inf",
+        "optimizer.learning_rate = Infinity: must be a finite number; the default is 0.0003",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BROKEN, ids=[overrides for overrides, _ in BROKEN])
+def test_a_broken_rule(overrides: str, message: str) -> None:
+    problems = found(*overrides.split("; "))
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+KEPT = [
+    (),
+    ("model.head_dim=80", "model.heads=7"),
+    ("model.kv_heads=1",),
+    ("model.kv_heads=12",),
+    ("model.rope_fraction=0.03125",),
+    ("model.ffn_dim=5632", "model.multi_gate=44"),
+    ("model.ffn=gelu",),
+    ("model.layers=3", "model.windows=[1,null,2]"),
+    ("model.compose={post: false, key_wise: false, gates: false}",),
+    ("model.attention=mha", "model.compose={pre: false, post: false, low_rank: false, gates: false}"),
+    ("validation.interval=5", "data.validation=x"),
+    ("samples.prompts=[]",),
+    ("train.stop_after=1000",),
+    ("optimizer.betas=[0,0]",),
+    ("optimizer.rules=[{match: a, lr_scale: 0, weight_decay: 0}, {match: b}]",),
+    ("schedule.warmup_steps=1000",),
+    ("schedule.warmup_steps=0",),
+    ("schedule.kind=wsd", "schedule.warmup_steps=800"),
+    ("schedule.kind=wsd", "schedule.warmup_steps=0", "schedule.decay_steps=1000"),
+    ("schedule.kind=constant",),
+    ("run.name=a run, with.dots",),
+    ("checkpoint.keep_last=null",),
+    ("train.seed=9223372036854775807",),
+]
+
+
+@pytest.mark.parametrize("overrides", KEPT, ids=[" ".join(overrides) or "defaults" for overrides in KEPT])
+def test_a_rule_that_is_kept(overrides: tuple[str, ...]) -> None:
+    assert found(*overrides) == []
+
+
+def test_the_defaults_need_data_only() -> None:
+    assert [problem.path for problem in check_config(Config())] == ["data.train", "validation.interval"]
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "ranks", "fix"),
+    [
+        (64, 8, 3, "use 48 or 72"),
+        (12, 8, 3, "use 24, or train.micro_batch_size=4"),
+        (2, 1, 3, "use 3"),
+        (64, 6, 8, "use 48 or 96, or train.micro_batch_size=4"),
+        (64, 8, 1, None),
+        (64, 8, 2, None),
+        (64, 8, 8, None),
+    ],
+)
+def test_the_batch_is_shared_out_over_the_ranks(size: int, micro: int, ranks: int, fix: str | None) -> None:
+    overrides = [f"train.global_batch_size={size}", f"train.micro_batch_size={micro}"]
+    message = (
+        f"train.global_batch_size = {size}: must be a multiple of "
+        f"train.micro_batch_size = {micro} times {ranks} ranks = {micro * ranks}; {fix}"
+    )
+    assert found(*overrides, world_size=ranks) == ([message] if fix else [])
+
+
+@pytest.mark.parametrize("world_size", [0, -1])
+def test_a_world_without_ranks_is_refused(world_size: int) -> None:
+    with pytest.raises(ValueError, match=f"world_size is {world_size}: it must be at least 1"):
+        check_config(Config(), world_size)
+
+
+def test_every_number_has_a_range_and_every_rule_a_field() -> None:
+    numbers = {path for path, field in FIELDS.items() if {int, float} & scalar_types(field.type)}
+    assert numbers == set(RANGES) | {path for path in CHOICES if isinstance(CHOICES[path][0], int)}
+    assert set(CHOICES) <= set(FIELDS)
+    for path, field in FIELDS.items():
+        assert path not in CHOICES or field.default in CHOICES[path]
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_the_bounds_of_every_number(path: str) -> None:
+    allowed, in_list = RANGES[path], isinstance(FIELDS[path].default, list)
+    kind = float if float in scalar_types(FIELDS[path].type) else int
+    step = (lambda x, to: math.nextafter(x, to)) if kind is float else (lambda x, to: x + (1 if to > 0 else -1))
+    inside = {kind(allowed.low)} if not allowed.open_low else {step(kind(allowed.low), math.inf)}
+    outside = {kind(allowed.low)} if allowed.open_low else {step(kind(allowed.low), -math.inf)}
+    if allowed.high < math.inf:
+        (outside if allowed.open_high else inside).add(kind(allowed.high))
+        if not allowed.open_high:
+            outside.add(step(kind(allowed.high), math.inf))
+    rule = f"must be {allowed}"
+    for values, expected in ((inside, False), (outside, True)):
+        for value in values:
+            problems = check_config(config_with(path, [value, value] if in_list else value))
+            ours = [p for p in problems if p.path.partition("[")[0] == path and p.rule == rule]
+            assert bool(ours) == expected, (value, problems)
+            assert not ours or (ours[0].value == value and ours[0].fix.startswith("the default is "))
+
+
+def test_a_config_made_in_python_is_checked_for_types_too() -> None:
+    settings = config()
+    settings.model.dim = "wide"  # type: ignore[assignment]
+    settings.model.qk_norm = 1  # type: ignore[assignment]
+    settings.train.steps = True
+    settings.model.windows = (1, 2)  # type: ignore[assignment]
+    settings.optimizer.rules = [OptimizerRule("a", lr_scale="2")]  # type: ignore[arg-type]
+    settings.optimizer.betas = [0, 1.5]
+    assert [f"{p.path} {p.rule}" for p in check_config(settings)] == [
+        "model.dim must be int",
+        "model.qk_norm must be bool",
+        "model.windows must be list of (int or null)",
+        "train.steps must be int",
+        "optimizer.betas[1] must be in [0, 1)",
+        "optimizer.rules must be list of {match: str, lr_scale: float, weight_decay: float or null}",
+    ]
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_schema() -> None:
+    problems = check_config(
+        config(
+            *("run.name=a/b", "model.heads=5", "model.windows=[]", "model.compose.rank=9", "data.train=''"),
+            *("train.global_batch_size=9", "optimizer.betas=[2]", "schedule.kind=x", "log.interval=0"),
+        ),
+        world_size=4,
+    )
+    paths = ["run.name", "model.heads", "model.windows", "model.compose.rank", "data.train", "train.global_batch_size"]
+    assert [problem.path for problem in problems] == [*paths, "optimizer.betas[0]", "schedule.kind", "log.interval"]
+
+
+def test_rules_that_read_a_broken_value_wait() -> None:
+    assert [p.path for p in check_config(config("model.heads=0"))] == ["model.heads"]
+    assert [p.path for p in check_config(config("model.dim=0", "train.micro_batch_size=0"))] == [
+        "model.dim",
+        "train.micro_batch_size",
+    ]
+
+
+def test_checking_changes_nothing() -> None:
+    settings = config("model.heads=5", "run.name=a/b")
+    before = dataclasses.asdict(settings)
+    assert check_config(settings, 3) == check_config(settings, 3) != []
+    assert dataclasses.asdict(settings) == before
+
+
+def test_ranges_are_written_as_one_reads_them() -> None:
+    assert [str(Range(1)), str(Range(0, open_low=True)), str(Range(0, 1)), str(Range(0, 1, True, True))] == [
+        "at least 1",
+        "above 0",
+        "in [0, 1]",
+        "in (0, 1)",
+    ]

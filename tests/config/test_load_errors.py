@@ -1,0 +1,280 @@
+"""What cannot be loaded is said with its path, value, place, rule and the way out; all of it at once."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import string
+from pathlib import Path
+
+import pytest
+
+from dcscale.config import ConfigError, Problem, load_config, raise_problems
+from dcscale.config.fields import FIELDS, SECTIONS
+
+
+def problems_of(files: list, overrides: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, overrides)
+    assert str(caught.value).count("\n") == len(caught.value.problems)
+    return [str(problem) for problem in caught.value.problems]
+
+
+CLI = "(command line)"
+OVERRIDES = [
+    # Unknown keys: the same name elsewhere, a typing error, a wrong section, a section for a value, else what there is.
+    ("steps=10", f"steps = 10 {CLI}: unknown key; did you mean train.steps?"),
+    ("rank=3", f"rank = 3 {CLI}: unknown key; did you mean model.compose.rank?"),
+    ("model.rank=3", f"model.rank = 3 {CLI}: unknown key; did you mean model.compose.rank?"),
+    ("train.stepz=10", f"train.stepz = 10 {CLI}: unknown key; did you mean train.steps?"),
+    ("modle.layer=1", f"modle.layer = 1 {CLI}: unknown key; did you mean model.layers?"),
+    ("trian={steps: 3}", f'trian = {{"steps": 3}} {CLI}: unknown key; did you mean train?'),
+    ("run.namf.x=1", f"run.namf.x = 1 {CLI}: unknown key; the keys of run are name, folder"),
+    (
+        "interval=1",
+        f"interval = 1 {CLI}: unknown key; did you mean "
+        "validation.interval or samples.interval or checkpoint.interval or log.interval?",
+    ),
+    ("run.qqq=1", f"run.qqq = 1 {CLI}: unknown key; the keys of run are name, folder"),
+    ("=1", f" = 1 {CLI}: unknown key; the keys at the top are {', '.join(p for p in SECTIONS if '.' not in p)}"),
+    ("train.steps.x=1", f"train.steps.x = 1 {CLI}: unknown key; train.steps is given whole, such as train.steps=1000"),
+    (
+        "model.windows.0=1",
+        f"model.windows.0 = 1 {CLI}: unknown key; model.windows is given whole, such as model.windows=[256, null]",
+    ),
+    ("--steps", f"--steps {CLI}: is not of the form key=value; write, for example, train.steps=10"),
+    # Types.
+    ("train.steps=ten", f'train.steps = "ten" {CLI}: must be int; the default is 1000'),
+    ("train.steps=1.5", f"train.steps = 1.5 {CLI}: must be int; the default is 1000"),
+    ("train.steps=true", f"train.steps = true {CLI}: must be int; the default is 1000"),
+    ("train.steps=null", f"train.steps = null {CLI}: must be int; the default is 1000"),
+    ("train.steps=[1]", f"train.steps = [1] {CLI}: must be int; the default is 1000"),
+    ("train.steps={a: 1}", f'train.steps = {{"a": 1}} {CLI}: must be int; the default is 1000'),
+    ("train.compile=5", f"train.compile = 5 {CLI}: must be bool; the default is false"),
+    ("train.compile=3.5", f"train.compile = 3.5 {CLI}: must be bool; the default is false"),
+    ("optimizer.eps=small", f'optimizer.eps = "small" {CLI}: must be float; the default is 1e-08'),
+    ("model.kv_heads=few", f'model.kv_heads = "few" {CLI}: must be int or null; the default is null'),
+    ("run.name=null", f'run.name = null {CLI}: must be str; the default is "run"'),
+    ("run.name=a: b", f'run.name = {{"a": "b"}} {CLI}: must be str; the default is "run"'),
+    ("run.name=[a]", f'run.name = ["a"] {CLI}: must be str; the default is "run"'),
+    ("model.windows=256", f"model.windows = 256 {CLI}: must be list of (int or null); the default is [256, null]"),
+    ("model.windows=null", f"model.windows = null {CLI}: must be list of (int or null); the default is [256, null]"),
+    (
+        "model.windows=[256,x]",
+        f'model.windows = [256, "x"] {CLI}: must be list of (int or null); the default is [256, null]',
+    ),
+    (
+        "optimizer.betas=[0.9,null]",
+        f"optimizer.betas = [0.9, null] {CLI}: must be list of float; the default is [0.9, 0.95]",
+    ),
+    ("model.compose=2", f"model.compose = 2 {CLI}: must be a section; its keys are rank, pre, post,"),
+    ("model.compose=[1]", f"model.compose = [1] {CLI}: must be a section; its keys are rank, pre, post,"),
+    (
+        "optimizer.rules=[3]",
+        f"optimizer.rules = [3] {CLI}: must be list of {{match: str, lr_scale: float, weight_decay",
+    ),
+    (
+        "optimizer.rules=[{match: a, lr_scale: x}]",
+        f'optimizer.rules = [{{"match": "a", "lr_scale": "x"}}] {CLI}: must be list of',
+    ),
+    (
+        "optimizer.rules=[{match: a}, {lrscale: 2}]",
+        f"optimizer.rules[1].lrscale = 2 {CLI}: unknown key; did you mean lr_scale?",
+    ),
+    (
+        "optimizer.rules=[{zzz: 2}]",
+        f"optimizer.rules[0].zzz = 2 {CLI}: unknown key; the keys are match, lr_scale, weight_decay",
+    ),
+    # YAML.
+    (
+        "samples.prompts=[a",
+        f'samples.prompts = "[a" {CLI}: this is not valid YAML: while parsing a flow sequence expected',
+    ),
+    ("run.name=%x", f'run.name = "%x" {CLI}: this is not valid YAML: expected'),
+    ("run.name=*x", f'run.name = "*x" {CLI}: this is not valid YAML: * begins an alias, which is not supported: quote'),
+    (
+        "run.name=!!python/name:os.system x",
+        "the tag tag:yaml.org,2002:python/name:os.system is not supported; put text",
+    ),
+    ("model=!!python/object:os.stat_result {dim: 1}", "python/object:os.stat_result is not supported"),
+    ("model={? [1] : 2}", "this is not valid YAML: a key must be a word"),
+    ("model={dim: 1, dim: 2}", "this is not valid YAML: the key dim is there twice, first in line 1"),
+    ("run.name=\x07", "this is not valid YAML: unacceptable character #x0007"),
+    ("run.name=" + "[" * 1000, "this is not valid YAML: nested too deeply"),
+    ("train.steps=" + "9" * 5000, "must be int; the default is 1000"),
+    # References.
+    ("run.name=???", f'run.name = "???" {CLI}: there is no value yet; write one in place of the ???'),
+    ("samples.prompts=[a, '???']", f'samples.prompts[1] = "???" {CLI}: there is no value yet; write one in place'),
+    (
+        "run.name=${run.nam}",
+        f'run.name = "${{run.nam}}" {CLI}: refers to run.nam, which is no setting; did you mean run.n',
+    ),
+    ("train.steps=${train}", "refers to train, which is no setting"),
+    ("run.name=${run.name}", f"run.name {CLI}: cannot be resolved ("),
+    ("run.name=${run.folder}", f"run.name {CLI}: cannot be resolved ("),
+    ("train.steps=${data.sequence_length}${train.seed}.", "could not be converted to Integer); write the value itself"),
+    ("optimizer.betas=${samples.prompts}", "optimizer.betas (command line): cannot be resolved (Value 'def "),
+    ("train.steps=${model.windows}", "train.steps"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[text[:40] for text, _ in OVERRIDES])
+def test_an_override_that_cannot_be_taken_over(override: str, message: str) -> None:
+    assert message in problems_of([], [override])[0]
+
+
+RESOLVERS = [
+    *("${oc.env:HOME}", "${oc.env:HOME,x}", "x${oc.env:PATH}y", "${oc.decode:'1'}", "${oc.create:{a:1}}", "${now:%Y}"),
+    *(
+        "${${run.name}}",
+        "${oc.${run.name}:HOME}",
+        "${run.name",
+        "${}",
+        "${ run.name }",
+        "${.name}",
+        r"\\${oc.env:HOME}",
+    ),
+    *("${run.name}${oc.env:HOME}", r"\${a}${oc.env:HOME}", "${oc.select:run.name}", "${run['name']}", "${:x}"),
+]
+
+
+@pytest.mark.parametrize("text", RESOLVERS)
+@pytest.mark.parametrize(
+    "override", ["run.name='{}'", "samples.prompts=[a, '{}']", "optimizer.rules=[{{match: '{}'}}]"]
+)
+def test_neither_the_environment_nor_any_function_can_be_reached(override: str, text: str) -> None:
+    override = override.format(text.replace("'", "''"))
+    found = problems_of([], [override])
+    assert (
+        "only ${section.key} is resolved; environment variables and functions are not" in found[0]
+        or ("${}" in text and "refers to , which is no setting" in found[0])
+        or ("${.name}" in text and "refers to .name, which is no setting" in found[0])
+    )
+    assert os.environ["PATH"] not in found[0]
+
+
+FILES = [
+    ("train:\n  steps: ten\n", ":2): must be int; the default is 1000"),
+    ("train:\n  steps: 1\n  stepz: 3\n", "train.stepz = 3 ({}:3): unknown key; did you mean train.steps?"),
+    ("trian:\n  steps: 1\n", 'trian = {{"steps": 1}} ({}:2): unknown key; did you mean train?'),
+    ("train.steps: 1\n", "train.steps = 1 ({}:1): unknown key; dots are for the command line: here write a section"),
+    ("train: 5\n", "train = 5 ({}:1): must be a section; its keys are steps, stop_after"),
+    ("model:\n  compose: [1, 2]\n", "model.compose = [1, 2] ({}:2): must be a section; its keys are rank"),
+    ("<<: {train: {steps: 3}}\n", "<< = "),
+    ("- a\n- b\n", '{}: must hold sections with keys; such as "train: {{steps: 10}}"'),
+    ("just words\n", "{}: must hold sections with keys"),
+    ("", "{}: must hold sections with keys"),
+    ("# nothing\n", "{}: must hold sections with keys"),
+    ("train:\n  steps: [1\nmodel: {}\n", "{}:3: this is not valid: while parsing a flow sequence"),
+    (
+        "train: {steps: 1}\nmodel: {}\ntrain: {seed: 2}\n",
+        "{}:3: this is not valid: the key train is there twice, first in line 1",
+    ),
+    ("train: &a {steps: 1}\nmodel: *a\n", "{}:2: this is not valid: * begins an alias"),
+    (
+        "run: {name: !!python/object/apply:os.system [ls]}\n",
+        "{}:1: this is not valid: the tag tag:yaml.org,2002:python",
+    ),
+    (
+        "a: 1\n---\nb: 2\n",
+        "{}:2: this is not valid: expected a single document in the stream but found another document",
+    ),
+    ("run:\n\tname: x\n", "{}:2: this is not valid: while scanning for the next token found character '\\t'"),
+    ("run: {name: \x00}\n", "{}: this is not valid: unacceptable character #x0000"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES, ids=[text[:20] for text, _ in FILES])
+def test_a_file_that_cannot_be_taken_over(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    found = problems_of([path], [])
+    assert len(found) == 1
+    assert message.format(path) in found[0]
+
+
+def test_missing_files_are_named_with_those_that_are_like_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "small.yaml").write_text("model: {dim: 8}\n")
+    (tmp_path / "mine.yaml").write_text("model: {dim: 8}\n")
+    missing = "there is no such file"
+    assert problems_of(["smal.yml"], []) == [f"smal.yml: {missing}; did you mean configs/model/small.yaml?"]
+    assert problems_of(["small"], []) == [f"small: {missing}; did you mean configs/model/small.yaml?"]
+    assert problems_of(["mime.yaml"], []) == [f"mime.yaml: {missing}; did you mean mine.yaml?"]
+    assert problems_of(["zzz/qqqqqqqqq"], []) == [f"zzz/qqqqqqqqq: {missing}; the presets are in the folder configs"]
+
+
+def test_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "a.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    folder, file = problems_of([tmp_path, binary], [])
+    assert folder.startswith(f"{tmp_path}: cannot be read (")
+    assert folder.endswith("; name a YAML file in UTF-8")
+    assert file.startswith(f"{binary}: cannot be read ('utf-8' codec")
+
+
+def test_everything_is_reported_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train:\n  steps: ten\n  stepz: 1\nmodel:\n  compose: 1\n  dim: wide\n")
+    (tmp_path / "b.yaml").write_text("train: {")
+    found = problems_of([tmp_path / "a.yaml", tmp_path / "b.yaml", "c.yaml"], ["train.seed=x", "seed=1", "train.seed"])
+    starts = ["train.steps", "train.stepz", "model.compose", "model.dim", f"{tmp_path}/b.yaml", "c.yaml"]
+    starts += ["train.seed =", "seed", "train.seed ("]
+    assert [text.startswith(start) for text, start in zip(found, starts, strict=True)] == [True] * 9
+
+
+def test_a_wrong_value_is_reported_even_if_a_later_one_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {steps: ten}\n")
+    assert len(problems_of([tmp_path / "a.yaml"], ["train.steps=10"])) == 1
+
+
+def mistype(generator: random.Random, word: str) -> str:
+    """One letter dropped, doubled, replaced or swapped with the next."""
+    i = generator.randrange(len(word))
+    letter = generator.choice(string.ascii_lowercase)
+    kind = generator.randrange(4)
+    if kind == 0:
+        return word[:i] + word[i + 1 :]
+    if kind == 1:
+        return word[:i] + word[i] + word[i:]
+    return word[:i] + letter + word[i + 1 :] if kind == 2 else word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mistyped_keys_always_get_a_suggestion_or_the_list_of_keys(seed: int) -> None:
+    generator = random.Random(seed)
+    known = {*FIELDS, *SECTIONS}
+    typed = {}
+    for path in FIELDS:
+        parts = path.split(".")
+        i = generator.randrange(len(parts))
+        parts[i] = mistype(generator, parts[i])
+        if ".".join(parts) not in known:
+            typed[".".join(parts)] = path
+    found = problems_of([], [f"{path}=1" for path in typed])
+    right = 0
+    for (path, meant), problem in zip(typed.items(), found, strict=True):
+        assert problem.startswith(f"{path} = 1 (command line): unknown key; ")
+        fix = problem.partition("; ")[2]
+        assert fix.startswith(("did you mean ", "the keys of ", "the keys at the top are "))
+        named = fix.removeprefix("did you mean ").rstrip("?").split(" or ")
+        assert fix.startswith("the keys ") or set(named) <= known
+        right += meant in named or ("." in meant and meant.rpartition(".")[2] in fix)
+    assert right >= 0.9 * len(typed)
+
+
+def test_problems_carry_origins_and_survive_a_process_boundary() -> None:
+    raise_problems([])
+    problems = [Problem("model.windows[1]", 0, "must be at least 1", "x"), Problem("a", None, "is bad", "y", "here")]
+    with pytest.raises(ConfigError) as caught:
+        raise_problems(problems, {"model.windows": "a.yaml:3", "a": "there"})
+    text = (
+        "the config has 2 problems:\n  - model.windows[1] = 0 (a.yaml:3): must be at least 1; x\n"
+        "  - a = null (here): is bad; y"
+    )
+    assert str(caught.value) == text
+    assert str(pickle.loads(pickle.dumps(caught.value))) == text
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(ConfigError, match="the config has a problem:\n  - a"):
+        raise_problems(problems[1:])
