@@ -6,6 +6,7 @@
         COMPLETE                 written last: {"format", "files": {name: bytes}}
         state.json               step, tokens, data position, versions: see dcscale.train.state
         config.yaml              the resolved config
+        tokenizer.json           the tokenizer, where it is not the bytes
         deepspeed/               model, optimizer and master weights, each rank its part
         weights/                 the model alone: safetensors shards and their index
 """

@@ -7,7 +7,7 @@ only then rank 0 seals the folder, renames it, points ``latest`` at it and remov
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,17 @@ from dcscale.parallel import Engine
 
 
 def save_checkpoint(
-    engine: Engine, run: Path, step: int, state: dict[str, Any], config_yaml: str, keep_last: int | None
+    engine: Engine,
+    run: Path,
+    step: int,
+    state: dict[str, Any],
+    config_yaml: str,
+    keep_last: int | None,
+    copies: Sequence[Path] = (),
 ) -> Path:
     """Writes the checkpoint of ``step``; all ranks call it together. Returns its folder.
 
-    A checkpoint of that step that is already whole is left as it is.
+    ``copies`` are files that it holds copies of. A checkpoint of that step that is already whole is left as it is.
 
     Raises:
         CheckpointError: on every rank if any of them failed; the earlier checkpoints stay.
@@ -50,6 +56,8 @@ def save_checkpoint(
         if is_main:
             write_json(temporary / layout.STATE, state)
             write_atomically(temporary / layout.CONFIG, config_yaml)
+            for file in copies:
+                shutil.copy(file, temporary / file.name)
 
     def publish() -> None:
         if is_main:

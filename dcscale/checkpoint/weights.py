@@ -21,35 +21,51 @@ SHARD_BYTES = 4 * 2**30
 def save_weights(weights: Iterable[tuple[str, Tensor | None]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes named tensors into ``folder`` as shards of at most ``shard_bytes`` (one tensor at least) and an index.
 
-    Holds one shard in memory. Tensors that are None are only iterated over (ranks that do not write).
+    Holds one shard in memory. ``weights`` is always iterated to its end, also after a failed write and on
+    ranks whose tensors are None, because the ranks gather each tensor together.
     """
-    shard: dict[str, Tensor] = {}
-    shard_of: dict[str, str] = {}
-    total = written = 0
-
-    def flush() -> None:
-        nonlocal written
-        if shard:
-            written += 1
-            name = f"model-{written:05d}.safetensors"
-            save_file(shard, folder / name, metadata={"format": "pt"})
-            shard_of.update(dict.fromkeys(shard, name))
-            shard.clear()
-
-    writes = False
+    writer = _ShardWriter(folder, shard_bytes)
+    failure: Exception | None = None
     for name, tensor in weights:
-        if tensor is None:
-            continue
-        if not writes:
-            folder.mkdir(parents=True)
-            writes = True
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        shard[name] = tensor
-        total += tensor.nbytes
-    flush()
-    if writes:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
+        if tensor is not None and failure is None:
+            try:
+                writer.add(name, tensor)
+            except Exception as error:  # raised below, once no other rank waits for this one
+                failure = error
+    if failure is not None:
+        raise failure
+    writer.finish()
+
+
+class _ShardWriter:
+    def __init__(self, folder: Path, shard_bytes: int):
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._shard_of: dict[str, str] = {}
+        self._in_shard = self._total = self._written = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._in_shard + tensor.nbytes > self._shard_bytes:
+            self._flush()
+        self._shard[name] = tensor
+        self._in_shard += tensor.nbytes
+
+    def _flush(self) -> None:
+        if not self._shard:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._written += 1
+        name = f"model-{self._written:05d}.safetensors"
+        save_file(self._shard, self._folder / name, metadata={"format": "pt"})
+        self._shard_of.update(dict.fromkeys(self._shard, name))
+        self._total += self._in_shard
+        self._shard.clear()
+        self._in_shard = 0
+
+    def finish(self) -> None:
+        self._flush()
+        if self._shard_of:
+            write_json(self._folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": self._shard_of})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -21,6 +23,9 @@ from dcscale.parallel.environment import Environment
 from dcscale.parallel.together import errors_of_ranks
 
 
+TAG = "state"
+"""DeepSpeed's name for the state it saves; a checkpoint holds one."""
+
 SETTINGS_OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
 
 
@@ -30,13 +35,24 @@ class NonFiniteError(FloatingPointError):
 
 def _import_deepspeed(environment: Environment) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if environment.device.type == "cuda" else "cpu")
-    # DeepSpeed calls collectives by names that torch 2.13 renames; nothing a user of ours can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*")
-    warnings.filterwarnings("ignore", message=r".*(_all_gather_base|_reduce_scatter_base).*", category=FutureWarning)
+    # DeepSpeed calls collectives by names that torch 2.13 is renaming; nothing a user of ours can act on.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keeps what DeepSpeed prints on every rank while it starts from the user, unless it then fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def start_distributed(environment: Environment, timeout_minutes: float) -> None:
@@ -44,14 +60,15 @@ def start_distributed(environment: Environment, timeout_minutes: float) -> None:
     deepspeed = _import_deepspeed(environment)
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
-    deepspeed.init_distributed(
-        dist_backend=environment.backend,
-        auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
-        rank=environment.rank,
-        world_size=environment.world_size,
-        verbose=False,
-    )
+    with _without_chatter():
+        deepspeed.init_distributed(
+            dist_backend=environment.backend,
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=timeout_minutes),
+            rank=environment.rank,
+            world_size=environment.world_size,
+            verbose=False,
+        )
 
 
 def stop_distributed() -> None:
@@ -69,7 +86,7 @@ class Engine:
         build_model: makes the module; under ZeRO-3 its parameters are partitioned as they are made.
         initialize: fills the module's parameters; gets the module and a context-manager factory that
             gathers the parameters it is given and keeps what is written to them.
-        build_optimizer: makes the torch optimizer from the module.
+        build_optimizer: makes the torch optimizer, with learning rate 0, from the module.
     """
 
     def __init__(
@@ -96,9 +113,14 @@ class Engine:
             if config.train.precision == "bf16":
                 model.to(torch.bfloat16)
         optimizer = build_optimizer(model)
-        optimizer.register_step_pre_hook(self._before_update)
         self._group_settings = [{k: group[k] for k in SETTINGS_OF_A_GROUP} for group in optimizer.param_groups]
-        self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        with _without_chatter():
+            self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        # To make the optimizer's state DeepSpeed has taken a step with zero gradients (and our learning rate of 0).
+        # Without ZeRO it also counts that step, which would falsify Adam's bias correction.
+        for state in optimizer.state.values():
+            state["step"].zero_()
+        optimizer.register_step_pre_hook(self._before_update)
         # Counts, stop flags and errors travel on the CPU, so that no rank waits for its GPU to hear of them.
         self._control = dist.new_group(backend="gloo")
 
@@ -183,14 +205,14 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Writes model, optimizer and master weights, every rank its part, into ``folder``. Not atomic by itself."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={}, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Loads what :meth:`save` wrote for the same world size, stage and precision.
 
         DeepSpeed unpickles its files: only load checkpoints that you or your colleagues wrote.
         """
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
         # The optimizer's state comes with the settings it was saved under; this run's config is what counts.

@@ -35,10 +35,10 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
-    state = TrainState(data_fingerprint=stream.fingerprint)
+    state = TrainState(data_identity=stream.identity)
     if checkpoint is not None:
         state = decided_by_main(
-            lambda: check_fits(checkpoint, read_state(checkpoint), config, environment.world_size, stream.fingerprint)
+            lambda: check_fits(checkpoint, read_state(checkpoint), config, environment.world_size, stream.identity)
         )
     engine = Engine(
         config,
@@ -80,6 +80,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         reporter,
         hooks,
         run,
+        stream.manifest.tokenizer,
     )
     trainer.latest_checkpoint = checkpoint
     _announce(console, config, environment, stream, trainer)
@@ -125,11 +126,10 @@ def _loader(
 
 def _validation(config: Config, environment: Environment, stream: SequenceStream) -> Validation:
     sequences = min(config.validation.sequences, stream.sequences_per_epoch)
-    manifest = stream.manifest
     return Validation(
         _loader(config, environment, stream, prefetch_steps=0, limit=sequences),
         config.validation.interval,
-        bytes_per_token=manifest.text_bytes / manifest.tokens,
+        stream.text_bytes_per_target,
     )
 
 

@@ -19,9 +19,9 @@ class Evaluation:
     targets: int
     """Targets that were predicted."""
 
-    def bits_per_byte(self, bytes_per_token: float) -> float:
+    def bits_per_byte(self, text_bytes_per_target: float) -> float:
         """Bits needed for a byte of the text: independent of the tokenizer."""
-        return self.loss / math.log(2) / bytes_per_token
+        return self.loss / math.log(2) / text_bytes_per_target
 
 
 def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:

@@ -26,7 +26,7 @@ METRICS: dict[str, Metric] = {
     "data_wait": Metric("1", "part of that time rank 0 waited for data", "speed/data_wait"),
     "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on its GPU, or resident on a CPU", "memory/peak_gib"),
     "validation_loss": Metric("nats/token", "mean over the targets of the held-out sequences", "loss/validation"),
-    "bits_per_byte": Metric("bits/byte", "validation_loss / ln 2 * tokens / bytes of text", "loss/bits_per_byte"),
+    "bits_per_byte": Metric("bits/byte", "validation_loss / ln 2 / bytes of text a target stands for", "loss/bits_per_byte"),
 }
 """Every metric but those of compose: ``compose/pre/layer_00`` and the like, one a layer and side, are
 the root mean square over tokens of ||M - I||_F / sqrt(H) for the composing matrix M of a token with itself:

@@ -55,13 +55,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`; the learning rate is set at each step.
+    """AdamW over :func:`parameter_groups`, with learning rate 0 until the engine sets it, at each step.
 
     ``fused`` runs one kernel for all parameters of a group.
     """
     return torch.optim.AdamW(
         parameter_groups(model, config),
-        lr=config.learning_rate,
+        lr=0.0,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         fused=fused,

@@ -62,7 +62,7 @@ def read_config(checkpoint: Path) -> Config:
         raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error
 
 
-def check_fits(checkpoint: Path, content: dict[str, Any], config: Config, world_size: int, fingerprint: str) -> TrainState:
+def check_fits(checkpoint: Path, content: dict[str, Any], config: Config, world_size: int, identity: dict[str, Any]) -> TrainState:
     """The state to go on with.
 
     Raises:
@@ -83,11 +83,12 @@ def check_fits(checkpoint: Path, content: dict[str, Any], config: Config, world_
         if content[key] != here:
             problems.append(f"{name}: {content[key]} there and {here} here; a run must go on with what it was saved with")
     state = TrainState.from_json(content)
-    if state.data_fingerprint != fingerprint:
-        problems.append(
-            f"the data's fingerprint is {state.data_fingerprint} there and {fingerprint} here: the shards of data.train, "
-            "data.sequence_length, data.shuffle_shards, data.slots, data.document_mask or train.seed have changed"
-        )
+    changed = [key for key in {**state.data_identity, **identity} if state.data_identity.get(key) != identity.get(key)]
+    problems += [
+        f"the data's {key} was {state.data_identity.get(key)!r} there and is {identity.get(key)!r} here, so the sequences "
+        "would be others"
+        for key in changed
+    ]
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")
     if problems:

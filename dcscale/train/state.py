@@ -24,8 +24,8 @@ class TrainState:
     tokens: int = 0
     """Tokens the model has read in training: sequences times their length, over all ranks."""
 
-    data_fingerprint: str = ""
-    """Identity of the data, its order and its cutting: the next sequence is step * global_batch_size of it."""
+    data_identity: dict[str, Any] = field(default_factory=dict)
+    """What decides the data's content, order and cutting; the next sequence is number step * global_batch_size of it."""
 
     first_loss: float | None = None
     """Loss of step 1, nats a token."""

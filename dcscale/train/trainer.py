@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -12,6 +13,8 @@ import torch
 from dcscale.checkpoint import save_checkpoint
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError
+from dcscale.data.manifest import TokenizerInfo
+from dcscale.data.tokenizers import TOKENIZER_NAME
 from dcscale.parallel import Engine, NonFiniteError
 from dcscale.train.hooks import Hook, Record, due
 from dcscale.train.report import Reporter
@@ -39,6 +42,7 @@ class Trainer:
         reporter: where records go.
         hooks: features, called in order.
         run: the run's folder.
+        tokenizer: what made the data's tokens; goes into checkpoints, so that they can be used alone.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Trainer:
         reporter: Reporter,
         hooks: Sequence[Hook],
         run: Path,
+        tokenizer: TokenizerInfo,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
@@ -58,7 +63,7 @@ class Trainer:
         self.latest_batch: Batch | None = None
         self.latest_checkpoint: Path | None = None
         self.session_tokens, self.session_seconds = 0, 0.0
-        self._reporter = reporter
+        self._reporter, self._tokenizer = reporter, tokenizer
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
 
@@ -200,7 +205,14 @@ class Trainer:
             zero_stage=self.config.parallel.zero_stage,
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
+            tokenizer=dataclasses.asdict(self._tokenizer),
         )
         self.latest_checkpoint = save_checkpoint(
-            self.engine, self.run, self.state.step, state, to_yaml(self.config), self.config.checkpoint.keep_last
+            self.engine,
+            self.run,
+            self.state.step,
+            state,
+            to_yaml(self.config),
+            self.config.checkpoint.keep_last,
+            copies=[Path(self.config.data.train, TOKENIZER_NAME)] if self._tokenizer.spec == TOKENIZER_NAME else [],
         )

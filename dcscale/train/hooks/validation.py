@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 
 class Validation(Hook):
-    """Evaluates ``loader``'s sequences every ``interval`` steps and when the run is complete."""
+    """Evaluates ``loader``'s sequences every ``interval`` steps and when the run is complete.
+
+    ``text_bytes_per_target`` None (the shards do not say) leaves bits per byte out.
+    """
 
     name = "validation"
 
-    def __init__(self, loader: BatchLoader, interval: int, bytes_per_token: float):
-        self._loader, self._interval, self._bytes_per_token = loader, interval, bytes_per_token
+    def __init__(self, loader: BatchLoader, interval: int, text_bytes_per_target: float | None):
+        self._loader, self._interval, self._text_bytes_per_target = loader, interval, text_bytes_per_target
         self._done_at = -1
         self.last: dict[str, float] = {}
         """``validation_loss`` and ``bits_per_byte`` of the latest validation; empty before the first."""
@@ -34,10 +37,9 @@ class Validation(Hook):
     def _validate(self, trainer: Trainer) -> None:
         result = evaluate(trainer.engine, self._loader)
         self._done_at = trainer.state.step
-        self.last = {
-            "validation_loss": result.loss,
-            "bits_per_byte": result.bits_per_byte(self._bytes_per_token),
-        }
+        self.last = {"validation_loss": result.loss}
+        if self._text_bytes_per_target is not None:
+            self.last["bits_per_byte"] = result.bits_per_byte(self._text_bytes_per_target)
         trainer.report({"step": trainer.state.step, **self.last})
 
     def state_dict(self) -> dict[str, Any]:

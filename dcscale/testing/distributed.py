@@ -1,0 +1,65 @@
+"""A function on N processes joined by gloo, as a launcher would start them."""
+
+from __future__ import annotations
+
+import os
+import queue
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+from dcscale.parallel import free_port
+
+
+def _child(function: Callable, rank: int, world_size: int, port: int, answers: Any, arguments: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        answers.put((rank, function(*arguments), None))
+    except BaseException:  # shown by the parent
+        answers.put((rank, None, traceback.format_exc()))
+
+
+def run_distributed(function: Callable, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
+    """Calls ``function(*arguments)`` in ``world_size`` fresh processes and returns their results by rank.
+
+    ``function`` must be importable (defined at the top of a module) and results picklable.
+
+    Raises:
+        AssertionError: a process failed or did not answer within ``timeout`` seconds; shows its traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_child, args=(function, rank, world_size, port, answers, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: list[Any] = [None] * world_size
+    try:
+        for _ in processes:
+            try:
+                rank, result, error = answers.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f"{function.__name__}: no answer from all ranks within {timeout} s") from None
+            assert error is None, f"rank {rank} of {function.__name__} failed:\n{error}"
+            results[rank] = result
+        for process in processes:
+            process.join(timeout=30)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    return results

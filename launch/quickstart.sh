@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Install, then train a small DCFormer on this machine: see usage below.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+    cat <<'USAGE'
+Usage: bash launch/quickstart.sh [--new] [--name NAME] [--processes N] [key=value ...]
+
+Makes .venv, turns the Python standard library's source files into token shards, and trains a small DCFormer
+with `deepspeed launch/train.py configs/quickstart.yaml`: on all GPUs, or with 2 processes on the CPU
+(a few minutes on 2 cores). What is already there is used again; an unfinished run goes on where it stopped.
+
+  --new            start another run (quickstart-2, quickstart-3, ...) instead of going on
+  --name NAME      name of the run; its folder is runs/NAME (default: quickstart)
+  --processes N    number of processes (default: one a GPU, or 2 on the CPU)
+  key=value        any setting, such as train.steps=200 or model.attention=mha (the Transformer twin)
+USAGE
+}
+
+name=quickstart new=no processes= settings=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --help|-h) usage; exit 0 ;;
+        --new) new=yes ;;
+        --name|--processes)
+            [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+            if [ "$1" = --name ]; then name=$2; else processes=$2; fi; shift ;;
+        *=*) settings+=("$1") ;;
+        *) echo "error: unknown option '$1'; see bash launch/quickstart.sh --help" >&2; exit 2 ;;
+    esac
+    shift
+done
+[[ "$name" =~ ^[A-Za-z0-9._-]+$ ]] || { echo "error: --name '$name': use letters, digits, '.', '_' and '-'" >&2; exit 2; }
+[[ -z "$processes" || "$processes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --processes '$processes' is not a number above 0" >&2; exit 2; }
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+say "1/3  Installation"
+bash launch/install.sh
+export PATH="$PWD/.venv/bin:$PATH"
+echo "in .venv"
+
+say "2/3  Data: the source files of the Python standard library"
+data=runs/data/python-stdlib
+if [ -f "$data/train/manifest.json" ] && [ -f "$data/validation/manifest.json" ]; then
+    echo "already in $data"
+else
+    stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+    python tools/make_shards.py "$stdlib" --suffix .py --exclude site-packages --skip-undecodable \
+        --tokenizer byte --hold-out 0.02 --shard-tokens 2000000 --output "$data"
+fi
+
+say "3/3  Training"
+if [ "$new" = yes ]; then
+    base=$name number=2
+    while [ -e "runs/$name" ]; do name=$base-$number; number=$((number + 1)); done
+fi
+run=runs/$name
+if python - "$run" <<'PYTHON'
+import json, pathlib, sys
+run = pathlib.Path(sys.argv[1])
+summary = run / "summary.json"
+result = json.loads(summary.read_text()) if summary.exists() else {}
+if result.get("completed"):
+    print(f"{run} is complete: {result['steps']} steps, {result['bits_per_byte']:.3f} bits/byte.")
+    sys.exit(0)
+if (run / "checkpoints").exists():
+    print(f"{run} is there and unfinished: going on from its newest checkpoint.")
+sys.exit(1)
+PYTHON
+then
+    echo "Start another with:  bash launch/quickstart.sh --new"
+else
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" -gt 0 ]; then
+        # The batch of 32 sequences is cut evenly over 1, 2 or 4 GPUs.
+        default=1; for n in 2 4; do [ "$n" -le "$gpus" ] && default=$n; done
+        settings=(train.precision=bf16 "${settings[@]}")
+    else
+        default=2
+    fi
+    deepspeed --quiet --num_accelerators "${processes:-$default}" launch/train.py configs/quickstart.yaml \
+        "run.name=$name" "${settings[@]}"
+fi
+
+say "Next"
+cat <<NEXT
+  look at the curves      .venv/bin/tensorboard --logdir runs          (then open the address it prints)
+  let the model write     .venv/bin/python tools/generate.py $run --prompt "def "
+  the Transformer twin    bash launch/quickstart.sh --name twin model.attention=mha
+  your own text           see README.md, "Train on your own data"
+NEXT

@@ -1,0 +1,59 @@
+"""Which checkpoints are whole, and which one a path means."""
+
+import json
+
+import pytest
+
+from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
+from dcscale.checkpoint.layout import defect, seal, step_name, step_of
+
+
+def make(run, step):
+    folder = run / "checkpoints" / step_name(step)
+    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "deepspeed" / "part").write_bytes(b"12345")
+    seal(folder)
+    return folder
+
+
+def test_names_and_order(tmp_path):
+    made = [make(tmp_path, step) for step in (100, 20, 123456789)]
+    (tmp_path / "checkpoints" / ".unfinished-step-00000200").mkdir()
+    (tmp_path / "checkpoints" / "step-7").mkdir()
+    assert [p.name for p in checkpoints_of(tmp_path)] == ["step-00000020", "step-00000100", "step-123456789"]
+    assert step_of(made[2]) == 123456789
+
+
+def test_newest_whole_checkpoint_of_a_run(tmp_path):
+    older, newer = make(tmp_path, 1), make(tmp_path, 2)
+    assert find_checkpoint(tmp_path) == newer
+    (newer / "deepspeed" / "part").unlink()
+    assert find_checkpoint(tmp_path) == older
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "COMPLETE").unlink(), "COMPLETE is missing: the checkpoint was not finished"),
+        (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE is not readable"),
+        (lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})), "format 99, this version .* 1"),
+        (lambda f: (f / "deepspeed" / "part").unlink(), "part is missing"),
+        (lambda f: (f / "deepspeed" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    folder = make(tmp_path, 3)
+    assert defect(folder) is None
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(folder)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint: name a run's folder or a step-XXXXXXXX"):
+        find_checkpoint(tmp_path)
+
+
+def test_not_a_checkpoint_name(tmp_path):
+    with pytest.raises(CheckpointError, match="step-7 is not named like a checkpoint"):
+        step_of(tmp_path / "step-7")

@@ -1,0 +1,92 @@
+"""Weights as safetensors shards."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dcscale.checkpoint import CheckpointError, load_weights, save_weights
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+
+
+def named(module):
+    return [(name, parameter.detach().clone()) for name, parameter in module.named_parameters()]
+
+
+@pytest.mark.parametrize(("shard_bytes", "files"), [(1 << 30, 1), (700, 2), (1, 6)])
+def test_round_trip_in_any_number_of_shards(tmp_path, shard_bytes, files):
+    source, target = model(), model()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.fill_(torch.nan)
+    save_weights(named(source), tmp_path / "weights", shard_bytes)
+    assert len(list((tmp_path / "weights").glob("*.safetensors"))) == files
+    index = json.loads((tmp_path / "weights" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in source.parameters())
+    load_weights(target, tmp_path / "weights")
+    for a, b in zip(source.parameters(), target.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_ranks_without_tensors_write_nothing(tmp_path):
+    save_weights([("a", None), ("b", None)], tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_failed_write_is_raised_only_after_all_tensors_were_gathered(tmp_path):
+    (tmp_path / "weights").write_text("a file where the folder should be")
+    gathered = []
+
+    def gather():
+        for name, tensor in named(model()):
+            gathered.append(name)
+            yield name, tensor
+
+    with pytest.raises(FileExistsError):
+        save_weights(gather(), tmp_path / "weights", shard_bytes=1)
+    assert len(gathered) == 6
+
+
+def test_every_misfit_is_listed_and_nothing_is_loaded(tmp_path):
+    tensors = dict(named(model()))
+    tensors["extra.weight"] = torch.zeros(2)
+    tensors["0.weight"] = torch.zeros(16, 9)
+    del tensors["2.bias"]
+    save_weights(tensors.items(), tmp_path / "weights")
+    target = model()
+    before = named(target)
+    with pytest.raises(CheckpointError) as error:
+        load_weights(target, tmp_path / "weights")
+    for part in (
+        "2.bias is missing",
+        "extra.weight is unknown",
+        "0.weight has shape (16, 9), the model wants (16, 8)",
+    ):
+        assert part in str(error.value)
+    for (_, a), b in zip(before, target.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "index.json cannot be read"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json cannot be read"),
+        (lambda f: (f / "model-00001.safetensors").unlink(), "weights in .* cannot be read"),
+        (lambda f: (f / "model-00001.safetensors").write_bytes(b"junk" * 9), "weights in .* cannot be read"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"0.weight": "../x.safetensors"}}'),
+            "outside its folder",
+        ),
+    ],
+)
+def test_damaged_files(tmp_path, damage, message):
+    save_weights(named(model()), tmp_path / "weights")
+    damage(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model(), tmp_path / "weights")

@@ -1,0 +1,146 @@
+"""The three ways to start a run, as a user would: same losses; errors that can be acted on; a signal and a resume."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dcscale.observe import read_metrics
+from dcscale.parallel import free_port
+from dcscale.testing.runs import make_shards, tiny_settings
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def launcher(name):
+    return {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())],
+        "python": [sys.executable],
+    }[name]
+
+
+def environment():
+    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    return {**keep, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def start(name, *words):
+    return subprocess.Popen(
+        [*launcher(name), str(ROOT / "launch" / "train.py"), *words],
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(name, *words):
+    process = start(name, *words)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def settings(tmp_path, shards, *more):
+    """A YAML file and overrides, as a user would give them."""
+    values = tiny_settings(tmp_path, shards)
+    return ["configs/quickstart.yaml", *values, "samples.interval=0", *more]
+
+
+def test_every_launcher_gives_the_same_losses(tmp_path, shards):
+    losses = {}
+    for name in ("deepspeed", "torchrun", "python"):
+        code, out, err = run(name, *settings(tmp_path / name, shards))
+        assert code == 0, err
+        assert "DCFormer, 41,216 parameters" in out
+        assert "all steps of the run are done: 8 steps" in out
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [(r["loss"], r["grad_norm"]) for r in records]
+        world_size = json.loads((tmp_path / name / "summary.json").read_text())["world_size"]
+        assert world_size == (1 if name == "python" else 2)
+    for step in range(8):
+        assert losses["deepspeed"][step] == losses["torchrun"][step]
+        assert losses["python"][step] == pytest.approx(losses["deepspeed"][step], rel=1e-5)
+
+
+def test_bad_settings_are_listed_together_without_a_traceback(tmp_path, shards):
+    code, out, err = run("python", *settings(tmp_path / "run", shards, "model.heads=5", "train.micro_batch_size=3"))
+    assert code == 2
+    assert "model.heads" in err
+    assert "train.global_batch_size" in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_key_is_corrected(tmp_path, shards):
+    code, _, err = run("python", *settings(tmp_path / "run", shards, "train.stepz=3"))
+    assert code == 2
+    assert "did you mean train.steps" in err
+
+
+def test_missing_shards_stop_all_ranks_with_one_message(tmp_path, shards):
+    code, out, err = run("torchrun", *settings(tmp_path / "run", shards, f"data.train={tmp_path / 'nothing'}"))
+    assert code != 0
+    assert re.findall(r"^error: .*", err, re.MULTILINE) == re.findall(r"^error: .*nothing.*", err, re.MULTILINE) != []
+    assert len(re.findall(r"^error: ", err, re.MULTILINE)) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_too_small_for_the_data(tmp_path, shards):
+    code, _, err = run("python", *settings(tmp_path / "run", shards, "model.vocab_size=256"))
+    assert code == 2
+    assert "set model.vocab_size to at least 257" in err
+
+
+def test_a_checkpoint_of_another_model(tmp_path, shards):
+    assert run("python", *settings(tmp_path / "run", shards, "train.stop_after=1"))[0] == 0
+    code, _, err = run("python", *settings(tmp_path / "run", shards, "model.layers=3"))
+    assert code == 2
+    assert "model.layers is 2 there and 3 here: that is another model" in err
+
+
+def test_no_settings_and_help():
+    assert run("python")[0] == 2
+    code, out, _ = run("python", "--help")
+    assert code == 0
+    assert "deepspeed launch/train.py CONFIG.yaml" in out
+
+
+@pytest.mark.parametrize("name", ["torchrun", "python"])
+def test_a_signal_stops_with_a_checkpoint_and_the_same_words_go_on(tmp_path, shards, name):
+    words = settings(tmp_path / "run", shards, "train.steps=100000", "schedule.warmup_steps=2", "checkpoint.interval=0")
+    process = start(name, *words)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    # torchrun reports a stopped child as failed in its own way.
+    assert process.returncode == (75 if name == "python" else 1), err
+    assert "a signal asked to stop" in out
+    stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert not stopped["completed"]
+    steps = stopped["steps"]
+    code, out, err = run(name, *words, f"train.stop_after={steps + 2}")
+    assert code == 0, err
+    assert f"resuming   from {tmp_path}/run/checkpoints/step-{steps:08d}" in out
+    numbers = [r["step"] for r in read_metrics(metrics)]
+    assert numbers == list(range(1, steps + 3))

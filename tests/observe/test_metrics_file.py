@@ -1,0 +1,46 @@
+"""metrics.jsonl over crashes and resumes."""
+
+import json
+
+from dcscale.observe import MetricsFile, read_metrics
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_going_on_drops_what_lies_beyond(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, last_step=0)
+    for step in range(1, 6):
+        first.write({"step": step, "loss": 1.0 / step})
+    first.close()
+    second = MetricsFile(path, last_step=3)
+    assert steps(path) == [1, 2, 3]
+    second.write({"step": 4, "loss": 9.0})
+    second.close()
+    assert steps(path) == [1, 2, 3, 4]
+
+
+def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    MetricsFile(path, last_step=10).close()
+    assert steps(path) == [1]
+
+
+def test_a_new_run_starts_empty(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    MetricsFile(path, last_step=0).close()
+    assert path.read_text() == ""
+
+
+def test_records_of_a_step_are_merged_when_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, last_step=0)
+    file.write({"step": 1, "loss": 2.0})
+    file.write({"step": 1, "validation_loss": 3.0})
+    file.write({"step": 2, "loss": 1.0})
+    file.close()
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0, "validation_loss": 3.0}, {"step": 2, "loss": 1.0}]

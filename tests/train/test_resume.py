@@ -1,0 +1,129 @@
+"""Where a run goes on from, and which checkpoints it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dcscale.checkpoint import CheckpointError
+from dcscale.checkpoint.layout import seal, step_name
+from dcscale.config import to_yaml
+from dcscale.testing.runs import tiny_config
+from dcscale.train.resume import check_fits, checkpoint_to_resume, read_state
+from dcscale.train.state import TrainState
+
+IDENTITY = {"data": "abc", "sequence_length": 32}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path / "run", tmp_path / "shards")
+
+
+def write(config, step, **changes):
+    """A checkpoint without weights."""
+    from pathlib import Path
+
+    folder = Path(config.run.folder) / "checkpoints" / step_name(step)
+    folder.mkdir(parents=True)
+    extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8, **changes}
+    state = TrainState(step=step, tokens=step * 256, data_identity=IDENTITY, pending=[(1.5, 3)], first_loss=2.0)
+    (folder / "state.json").write_text(json.dumps(state.to_json(**extra)))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    seal(folder)
+    return folder
+
+
+def fits(folder, config, world_size=2, identity=IDENTITY):
+    return check_fits(folder, read_state(folder), config, world_size, identity)
+
+
+def test_a_new_run_has_nothing_to_go_on_from(config):
+    assert checkpoint_to_resume(config) is None
+
+
+def test_auto_takes_the_newest_whole_checkpoint(config):
+    older, newer = write(config, 2), write(config, 4)
+    assert checkpoint_to_resume(config) == newer
+    (newer / "COMPLETE").unlink()
+    assert checkpoint_to_resume(config) == older
+
+
+def test_never_refuses_a_folder_with_a_run(config):
+    config.checkpoint.resume = "never"
+    assert checkpoint_to_resume(config) is None
+    write(config, 2)
+    with pytest.raises(CheckpointError, match="holds a run already .* choose another run.name, or checkpoint.resume=auto"):
+        checkpoint_to_resume(config)
+
+
+def test_a_named_checkpoint(config, tmp_path):
+    older = write(config, 2)
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", f"checkpoint.resume={older}")
+    assert checkpoint_to_resume(branch) == older
+
+
+def test_going_back_in_the_same_folder_would_leave_newer_checkpoints_of_another_past(config):
+    older = write(config, 2)
+    write(config, 4)
+    config.checkpoint.resume = str(older)
+    with pytest.raises(CheckpointError, match="has gone on to step-00000004: choose another run.name"):
+        checkpoint_to_resume(config)
+
+
+def test_a_missing_checkpoint(config, tmp_path):
+    config.checkpoint.resume = str(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="nothing holds no checkpoint"):
+        checkpoint_to_resume(config)
+
+
+def test_state_round_trip(config):
+    state = fits(write(config, 3), config)
+    assert (state.step, state.tokens, state.first_loss) == (3, 768, 2.0)
+    assert state.pending == [(1.5, 3)]
+
+
+def test_the_backend_may_change(config):
+    folder = write(config, 3)
+    assert fits(folder, replace(config, model=replace(config.model, backend="reference"))).step == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.dim=64"], "model.dim is 32 there and 64 here: that is another model"),
+        (["model.attention=mha"], "model.attention is dcmha there and mha here"),
+        (["model.compose.rank=1"], "model.compose.rank is 2 there and 1 here"),
+        (["parallel.zero_stage=2"], "parallel.zero_stage: 1 there and 2 here"),
+        (["train.precision=bf16"], "train.precision: fp32 there and bf16 here"),
+        (["train.global_batch_size=16"], "train.global_batch_size: 8 there and 16 here"),
+        (["train.steps=2"], "it is at step 3, past train.steps 2"),
+    ],
+)
+def test_another_model_or_run_is_refused(config, tmp_path, overrides, message):
+    folder = write(config, 3)
+    with pytest.raises(CheckpointError, match=message):
+        fits(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *overrides))
+
+
+def test_other_ranks_or_data_are_refused_and_all_is_named(config):
+    folder = write(config, 3)
+    with pytest.raises(CheckpointError) as error:
+        fits(folder, config, world_size=4, identity={**IDENTITY, "data": "xyz"})
+    assert "ranks: 2 there and 4 here" in str(error.value)
+    assert "the data's data was 'abc' there and is 'xyz' here" in str(error.value)
+    assert "start a new run with another run.name" in str(error.value)
+
+
+def test_damaged_parts_are_named(config):
+    folder = write(config, 3)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="state.json cannot be read"):
+        read_state(folder)
+    (folder / "state.json").write_text('{"format": 7}')
+    with pytest.raises(CheckpointError, match="format 7, this version of dcscale reads 1"):
+        read_state(folder)
+    other = write(config, 5)
+    (other / "config.yaml").write_text("model: {colour: red}")
+    with pytest.raises(CheckpointError, match="config of .* cannot be read.*colour"):
+        fits(other, config)
