@@ -1,4 +1,4 @@
-"""Pure tensor functions: attention, plain and composed, rotary embedding, loss. No config, no module, no process group."""
+"""Pure tensor functions: attention, plain and composed, rotary embedding, loss. They know no config and no module."""
 
 from dcscale.ops.attention import attention
 from dcscale.ops.compose import ComposeWeights, choose_backend, compose_attention, identity_distance

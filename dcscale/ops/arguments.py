@@ -16,7 +16,7 @@ def check_attention(
     document_ids: Tensor | None,
     query_offset: int | None,
 ) -> tuple[float, int]:
-    """Raise ValueError at the first argument that does not fit; return (scale, query_offset) with defaults filled in."""
+    """Raise ValueError at the first argument that does not fit; return scale and query_offset with their defaults."""
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected four axes [B, T, H, D]")
     batch, queries, heads, head_dim = q.shape

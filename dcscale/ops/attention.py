@@ -28,7 +28,7 @@ def attention(
     document_ids: Tensor | None = None,
     query_offset: int | None = None,
 ) -> Tensor:
-    """``softmax(scale * q k^T, masked) v`` for each head; arguments and errors as :func:`dcscale.ops.compose_attention`.
+    """``softmax(scale * q k^T, masked) v`` by head; arguments and errors as :func:`dcscale.ops.compose_attention`.
 
     q: [B, T, H, D]; k, v: [B, S, G, D]. Returns [B, T, H, D] in q's type, differentiable in q, k and v.
     """
@@ -49,18 +49,18 @@ def attention(
         first, last = key_range(start, end - 1, window)
         seen = visible_keys(range(start, end), range(first, last), window, document_ids, q.device)
         q_part = q[:, start - query_offset : end - query_offset]
-        parts.append(_sdpa(q_part, k[:, first:last], v[:, first:last], scale, mask=seen))
+        parts.append(_sdpa(q_part, k[:, first:last], v[:, first:last], scale, seen))
     return torch.cat(parts, dim=1)
 
 
 def _sdpa(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     out_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSGD.transpose(1, 2),
         v_BSGD.transpose(1, 2),
-        attn_mask=mask,
+        attn_mask=None if seen is None else seen.view(-1, 1, *seen.shape[-2:]),
         is_causal=causal,
         scale=scale,
         enable_gqa=q_BTHD.shape[2] != k_BSGD.shape[2],

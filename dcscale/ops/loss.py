@@ -15,10 +15,10 @@ IGNORE = -100
 
 
 def cross_entropy_sum(hidden_BTE: Tensor, weight_VE: Tensor, targets_BT: Tensor, chunk: int) -> Tensor:
-    """The sum over targets other than -100 of ``-log softmax(hidden @ weight^T)[target]``: a scalar, float32 or float64.
+    """The sum over targets other than -100 of ``-log softmax(hidden @ weight^T)[target]``: a float32 scalar.
 
-    Logits are rounded to float32 only; those of ``chunk`` tokens exist at once (0: of all), and backward computes
-    them again.
+    The logits leave the product in hidden's type and are float32 from there on (float64 stays float64, in the result
+    too). Those of ``chunk`` tokens exist at once (0: of all), and backward computes them again.
     """
     if hidden_BTE.shape[:-1] != targets_BT.shape or hidden_BTE.shape[-1] != weight_VE.shape[-1] or weight_VE.dim() != 2:
         raise ValueError(

@@ -32,7 +32,8 @@ def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     frequencies = cos_TF.shape[-1]
     if x_BTHD.dim() != 4 or x_BTHD.shape[3] < 2 * frequencies:
         raise ValueError(
-            f"x has shape {tuple(x_BTHD.shape)}, expected [B, T, H, D] with D >= {2 * frequencies}, twice the table's width"
+            f"x has shape {tuple(x_BTHD.shape)}, "
+            f"expected [B, T, H, D] with D >= {2 * frequencies}, twice the width of the table"
         )
     if cos_TF.shape != sin_TF.shape or cos_TF.shape[0] != x_BTHD.shape[1]:
         raise ValueError(

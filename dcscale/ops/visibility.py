@@ -22,7 +22,7 @@ def visible_keys(
 ) -> Tensor | None:
     """True where the query at a position in ``queries`` sees the key at a position in ``keys``.
 
-    bool, [T, S], or [B, 1, T, S] with document ids (the 1 stands for the heads); None where all see all.
+    bool, [T, S], or [B, T, S] with document ids; None where all see all.
     """
     seen = None
     causal = keys[-1] > queries[0]
@@ -37,6 +37,6 @@ def visible_keys(
     if document_ids_BS is not None:
         query_ids_BT = document_ids_BS[:, queries.start : queries.stop]
         key_ids_BS = document_ids_BS[:, keys.start : keys.stop]
-        same_B1TS = (query_ids_BT[:, :, None] == key_ids_BS[:, None, :]).unsqueeze(1)
-        seen = same_B1TS if seen is None else same_B1TS & seen
+        same_BTS = query_ids_BT[:, :, None] == key_ids_BS[:, None, :]
+        seen = same_BTS if seen is None else same_BTS & seen
     return seen

@@ -1,4 +1,4 @@
-"""Compose attention as it is defined (DCMHA, arXiv 2405.08553): dense, for any float type, in the order of the formulas.
+"""Compose attention as it is defined (DCMHA, arXiv 2405.08553): dense, any float type, in the order of the formulas.
 
 Every other backend is tested against this one. Memory and time grow with H * T * S.
 
@@ -43,13 +43,13 @@ def reference_attention(
     positions = range(query_offset, query_offset + queries)
     seen = visible_keys(positions, range(keys), window, document_ids_BS, q.device)
     if seen is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~seen, -torch.inf)
+        scores_BHTS = scores_BHTS.masked_fill(~seen.unsqueeze(-3), -torch.inf)
     probabilities_BHTS = compose(scores_BHTS.softmax(dim=-1), post)
     return torch.einsum("bhts,bshd->bthd", probabilities_BHTS, v).to(out_type)
 
 
 def compose(maps_BHTS: Tensor, weights: ComposeWeights | None) -> Tensor:
-    """Mix the heads' maps by ``weights`` (formula at :class:`ComposeWeights`) -> [B, H, T, S], in the type of the maps."""
+    """The heads' maps mixed by ``weights``, as :class:`ComposeWeights` states -> [B, H, T, S], in the maps' type."""
     if weights is None:
         return maps_BHTS
     w = {name: tensor.to(maps_BHTS.dtype) for name, tensor in weights.tensors().items()}

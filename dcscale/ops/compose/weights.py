@@ -5,21 +5,21 @@ Axes in names: B batch, T queries, S keys, R rank, H query heads; J stacks the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class ComposeWeights:
+class ComposeWeights(NamedTuple):
     """Weights of one compose (DCMHA paper, arXiv 2405.08553, section 3), which acts on maps A [B, H, T, S]::
 
         compose(A)[b,h,t,s] = A[b,h,t,s] * (1 + qg[b,t,h] + kg[b,s,h])
                             + sum_r q2[b,t,r,h] * (sum_g q1[b,t,r,g] * A[b,g,t,s])
                             + sum_r k2[b,s,r,h] * (sum_g k1[b,s,r,g] * A[b,g,t,s])
 
-    Any of them may be None; a term with a missing factor is left out.
+    Any of them may be None; a term with a missing factor is left out. It is a tuple because whoever walks through a
+    module's outputs (DeepSpeed's ZeRO-3 hooks, torch's pytrees) must find the tensors.
     """
 
     q1: Tensor | None = None
@@ -37,7 +37,7 @@ class ComposeWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are present, by name."""
-        return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
 def identity_distance(weights: ComposeWeights) -> Tensor:
