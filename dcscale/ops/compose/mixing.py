@@ -84,9 +84,9 @@ class Mixer(NamedTuple):
         if self.qg_HBP is not None or self.kg_HBP is not None:
             torch.mul(x_HBCS, dy_HBCS, out=product_HBCS)
             if self.qg_HBP is not None:
-                self.qg_HBP += product_HBCS.sum(3)
+                self.qg_HBP.add_(product_HBCS.sum(3))
             if self.kg_HBP is not None:
-                self.kg_HBP += product_HBCS.sum(2)
+                self.kg_HBP.add_(product_HBCS.sum(2))
         if self.q1_RHBP is not None:
             for total_RHBC, maps, latent_NRS in (
                 (self.q1_RHBP, x_HBCS, dlatents.query_NRS),
