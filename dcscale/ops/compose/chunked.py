@@ -108,7 +108,7 @@ class _Part:
         *weights, self.document_ids_BS, self.window, self.scale, self.query_offset = others
         self.scratch = scratch
         self.group = q_BTHD.shape[2] // k_BSGD.shape[2]
-        self.q_HBTD = self.heads_first(q_BTHD) * self.scale
+        self.q_HBTD = self.heads_first(q_BTHD)
         self.k_HBSD, self.v_HBSD = (self.heads_first(x).repeat_interleave(self.group, 0) for x in (k_BSGD, v_BSGD))
         self.pre, self.post = (Mixer.of(stage, scratch.dtype) for stage in (weights[:6], weights[6:]))
 
@@ -148,10 +148,10 @@ class _Part:
             dmixed = dprobabilities.sub_(product.sum(-1, keepdim=True)).mul_(probabilities)
             dscores, dlatents = mix(dmixed, pre.transposed(), scratch, "gradient", "gradient latents")
             dpre.narrow(queries, keys).add_gradient(scores, dmixed, pre_latents, dlatents, scratch)
-            _positions(dq_HBTD, queries).copy_(torch.bmm(dscores.flatten(0, 1), k_MVD))
-            _positions(dk_HBSD, keys).baddbmm_(dscores.flatten(0, 1).mT, q_MCD)
+            _positions(dq_HBTD, queries).baddbmm_(dscores.flatten(0, 1), k_MVD, alpha=self.scale)
+            _positions(dk_HBSD, keys).baddbmm_(dscores.flatten(0, 1).mT, q_MCD, alpha=self.scale)
         dk_GBSD, dv_GBSD = (x.unflatten(0, (-1, self.group)).sum(1) for x in (dk_HBSD, dv_HBSD))
-        dq_dk_dv = [x.permute(1, 2, 0, 3) for x in (dq_HBTD.mul_(self.scale), dk_GBSD, dv_GBSD)]
+        dq_dk_dv = [x.permute(1, 2, 0, 3) for x in (dq_HBTD, dk_GBSD, dv_GBSD)]
         return dq_dk_dv + dpre.batch_first() + dpost.batch_first()
 
     def heads_first(self, x_BTHD: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class _Part:
         """Scores and probabilities [H, B, C, V], and the latents of pre; uses the maps "scores", "mixed" and more."""
         q_MCD, k_MVD = _positions(self.q_HBTD, queries), _positions(self.k_HBSD, keys)
         scores_HBCV = self.scratch.take("scores", (*self.q_HBTD.shape[:2], q_MCD.shape[1], k_MVD.shape[1]))
-        torch.bmm(q_MCD, k_MVD.mT, out=scores_HBCV.flatten(0, 1))
+        scores_HBCV.flatten(0, 1).baddbmm_(q_MCD, k_MVD.mT, beta=0, alpha=self.scale)
         pre = self.pre.narrow(queries, keys)
         mixed_HBCV, latents = mix(scores_HBCV, pre, self.scratch, "mixed", "pre latents")
         seen = visible_keys(
@@ -223,8 +223,9 @@ def _save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dout_BTHD: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = iter(_backward_op(dout_BTHD, *ctx.saved_tensors, *ctx.numbers))
-    of_tensors = [None if x is None else next(gradients) for x in ctx.saved_tensors[:_DIFFERENTIABLE]]
+    tensors = ctx.saved_tensors  # once: activation checkpointing does not give them twice
+    gradients = iter(_backward_op(dout_BTHD, *tensors, *ctx.numbers))
+    of_tensors = [None if x is None else next(gradients) for x in tensors[:_DIFFERENTIABLE]]
     return (*of_tensors, *[None] * (1 + len(ctx.numbers)))
 
 

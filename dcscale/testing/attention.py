@@ -1,0 +1,100 @@
+"""Inputs of compose attention, and what it makes of them: the output and the gradient of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcscale.ops import ComposeWeights, compose_attention
+
+WEIGHTS = [f"{stage}.{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
+"""The twelve weights: pre.q1 ... post.kg."""
+
+
+@dataclass
+class AttentionInputs:
+    """``tensors``: q, k, v and any of :data:`WEIGHTS`; ``cotangent``: the gradient of the output [B, T, H, D];
+    ``options``: window, document_ids, query_offset, scale."""
+
+    tensors: dict[str, Tensor]
+    cotangent: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """The same in another type."""
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, cotangent=self.cotangent.to(dtype))
+
+    def with_tensors(self, **tensors: Tensor) -> AttentionInputs:
+        """The same with some tensors replaced."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        """Of :func:`compose_attention`: "out", and the gradient of every tensor under the tensor's name."""
+        return self.run_function(
+            lambda *arguments, **options: compose_attention(*arguments, **options, backend=backend)
+        )
+
+    def run_function(self, function: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """:meth:`run` of any function with compose_attention's arguments. Tensors without a part in it get zeros."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors.items()}
+        out = function(*arguments(leaves), **self.options)
+        gradients = torch.autograd.grad(out, leaves.values(), self.cotangent, allow_unused=True, materialize_grads=True)
+        return {"out": out.detach(), **dict(zip(leaves, gradients))}
+
+
+def arguments(
+    tensors: dict[str, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, ComposeWeights | None, ComposeWeights | None]:
+    """q, k, v, pre, post from tensors by name."""
+    stages = []
+    for stage in ("pre", "post"):
+        weights = {name: tensors.get(f"{stage}.{name}") for name in ComposeWeights._fields}
+        stages.append(None if all(w is None for w in weights.values()) else ComposeWeights(**weights))
+    return tensors["q"], tensors["k"], tensors["v"], *stages
+
+
+def random_inputs(
+    batch: int = 2,
+    queries: int = 9,
+    keys: int | None = None,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    head_dim: int = 8,
+    rank: int = 2,
+    absent: Collection[str] = (),
+    documents: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> AttentionInputs:
+    """Normal random inputs in float64 whose compose changes the result a lot, rounded to what bfloat16 can hold.
+
+    absent: names of :data:`WEIGHTS` to leave out. documents: their mean length, with at least two in the first row.
+    """
+    keys, kv_heads = keys or queries, kv_heads or heads
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (std * torch.randn(shape, generator=generator, dtype=torch.float64)).bfloat16().double()
+
+    tensors = {
+        "q": normal(batch, queries, heads, head_dim),
+        "k": normal(batch, keys, kv_heads, head_dim),
+        "v": normal(batch, keys, kv_heads, head_dim),
+    }
+    for name in WEIGHTS:
+        side, kind = name[-2:]
+        positions = queries if side == "q" else keys
+        shape = (batch, positions, heads) if kind == "g" else (batch, positions, rank, heads)
+        weight = normal(*shape, std={"1": 1.0, "2": 0.5 * heads**-0.5, "g": 0.5}[kind])
+        if name not in absent:
+            tensors[name] = weight
+    if documents is not None:
+        starts = torch.rand(batch, keys, generator=generator) < 1 / documents
+        starts[0, keys - queries // 2 - 1] = True
+        options["document_ids"] = starts.cumsum(1).int()
+    return AttentionInputs(tensors, normal(batch, queries, heads, head_dim), options)
