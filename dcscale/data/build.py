@@ -19,12 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dcscale.data.atomic import sync_folder
 from dcscale.data.corpus import DEFAULT_SUFFIXES, find_files, split
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, write_manifest
 from dcscale.data.scatter import TRAIN, VALIDATION, SpoolTask, plan_shards, spool_chunk, write_planned_shard
 from dcscale.data.tokenizers import load_tokenizer
+from dcscale.files import sync_folder
 
 _BUCKET_BYTES = 1 << 28
 _MOST_BUCKETS = 512
@@ -87,7 +87,7 @@ def build_shards(
 
     Raises:
         DataError: bad arguments, unreadable input, text without documents for train or validation, or an ``output``
-            that is in the way. Nothing is left behind.
+            that is in the way. Nothing half-made is left behind.
     """
     for name, value in {"shard_tokens": shard_tokens, "bundle_tokens": bundle_tokens, "workers": workers}.items():
         if value < 1:
@@ -106,6 +106,7 @@ def build_shards(
         task = SpoolTask(
             spool=building / "spool",
             tokenizer=loaded.spec,
+            fingerprint=loaded.fingerprint,
             eos_token=eos_token,
             dtype="uint16" if loaded.vocab_size <= 1 << 16 else "uint32",
             text_field=text_field,
@@ -168,11 +169,16 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _publish(building: Path, output: Path) -> None:
-    """Put the finished folder in its place; an earlier one is put aside first and removed last."""
+    """Put the finished folder in its place; an earlier one is put aside first, and removed last or put back."""
     old = building.with_name(building.name + "-replaced")
     if output.exists():
         output.rename(old)
-    building.rename(output)
+    try:
+        building.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
     sync_folder(output.parent)
     shutil.rmtree(old, ignore_errors=True)
 

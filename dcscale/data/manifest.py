@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dcscale.data.atomic import write_atomic
 from dcscale.data.errors import DataError
+from dcscale.files import write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dcscale-token-shards"
@@ -126,7 +126,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "totals": manifest.totals,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
-    write_atomic(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / MANIFEST_NAME, content)
 
 
 def read_manifest(folder: str | Path) -> Manifest:

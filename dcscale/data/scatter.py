@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dcscale.data.corpus import Chunk, read_documents
+from dcscale.data.errors import DataError
 from dcscale.data.manifest import ShardInfo
 from dcscale.data.shards import write_shard
 from dcscale.data.tokenizers import Tokenizer, load_tokenizer
@@ -31,9 +32,7 @@ from dcscale.data.tokenizers import Tokenizer, load_tokenizer
 TRAIN, VALIDATION = "train", "validation"
 
 _INDEX = np.dtype([("key", "<u8"), ("number", "<u8"), ("tokens", "<u8"), ("text_bytes", "<u8")])
-_PLACE = np.dtype(
-    [("key", "<u8"), ("number", "<u8"), ("tokens", "<u8"), ("text_bytes", "<u8"), ("at", "<u8"), ("file", "<u4")]
-)
+_PLACE = np.dtype([*_INDEX.descr, ("at", "<u8"), ("file", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class SpoolTask:
 
     spool: Path
     tokenizer: str
+    fingerprint: str
     eos_token: str | None
     dtype: str
     text_field: str
@@ -55,7 +55,6 @@ class SpoolCount(NamedTuple):
     """What became of a chunk."""
 
     bytes: int
-    documents: int
     empty: int
     undecodable: tuple[str, ...]
 
@@ -80,9 +79,12 @@ def part_of(name: str, hold_out: float) -> str:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(spec: str, eos_token: str | None) -> Tokenizer:
-    """Loaded once in each worker process."""
-    return load_tokenizer(spec, eos_token)
+def _tokenizer(spec: str, eos_token: str | None, fingerprint: str) -> Tokenizer:
+    """Loaded once in each worker process; ``fingerprint`` is that of the tokenizer which the manifest will name."""
+    tokenizer = load_tokenizer(spec, eos_token)
+    if tokenizer.fingerprint != fingerprint:
+        raise DataError(f"{spec}: was changed while shards were made with it; run again")
+    return tokenizer
 
 
 def spool_chunk(task: SpoolTask, chunk: Chunk) -> SpoolCount:
@@ -97,7 +99,9 @@ def spool_chunk(task: SpoolTask, chunk: Chunk) -> SpoolCount:
             documents.append(document)
 
     groups: dict[tuple[str, int], list[tuple[np.ndarray, tuple[int, ...]]]] = defaultdict(list)
-    encoded = _tokenizer(task.tokenizer, task.eos_token).encode_documents([document.text for document in documents])
+    encoded = _tokenizer(task.tokenizer, task.eos_token, task.fingerprint).encode_documents(
+        [document.text for document in documents]
+    )
     for document, tokens in zip(documents, encoded):
         if len(tokens) == 1:  # text that gives nothing but the end of the document
             empty += 1
@@ -112,7 +116,7 @@ def spool_chunk(task: SpoolTask, chunk: Chunk) -> SpoolCount:
             file.writelines(tokens.data for tokens, _ in group)
         with open(stem.with_suffix(".index"), "ab") as file:
             file.write(np.array([record for _, record in group], dtype=_INDEX).tobytes())
-    return SpoolCount(chunk.bytes, sum(map(len, groups.values())), empty, tuple(undecodable))
+    return SpoolCount(chunk.bytes, empty, tuple(undecodable))
 
 
 def plan_shards(spool: Path, part: str, shard_tokens: int) -> Iterator[ShardPlan]:

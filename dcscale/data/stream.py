@@ -44,7 +44,7 @@ def open_stream(
 
     Raises:
         DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
-            data do not fill one sequence, or an argument is out of range.
+            data do not fill one sequence or give no target, or an argument is out of range.
     """
     limits = {"vocab_size": vocab_size, "sequence_length": sequence_length, "slots": slots}
     for name, value in {**limits, "shuffle_shards": shuffle_shards}.items():
@@ -63,6 +63,11 @@ def open_stream(
         raise DataError(
             f"{path}: totals.tokens is {tokens}, but a sequence takes data.sequence_length + 1, {sequence_length + 1}; "
             f"set data.sequence_length to at most {tokens - 1}, or make shards of more text"
+        )
+    if document_mask and tokens == manifest.totals["documents"]:
+        raise DataError(
+            f"{path}: totals.tokens is totals.documents, {tokens}: every document is one token, so there is nothing to "
+            f"predict in it; set data.document_mask=false, or make shards of longer documents"
         )
     if not shuffle:
         slots = shuffle_shards = 1

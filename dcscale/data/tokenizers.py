@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dcscale.data.atomic import write_atomic
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
+from dcscale.files import write_atomically
 
 TOKENIZER_NAME = "tokenizer.json"
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -131,7 +131,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array([*encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
 
     def save(self, folder: Path) -> TokenizerInfo:
-        write_atomic(folder / TOKENIZER_NAME, self._definition)
+        write_atomically(folder / TOKENIZER_NAME, self._definition.decode())
         return TokenizerInfo(TOKENIZER_NAME, self.fingerprint, self.vocab_size, self.eos_id)
 
 

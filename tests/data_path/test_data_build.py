@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import webdataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dcscale.data import DataError, build_shards, open_stream, read_manifest
+from dcscale.data.corpus import find_files
 from dcscale.data.scatter import document_key, part_of
 from dcscale.data.shards import read_shard
 
@@ -88,7 +90,12 @@ def test_shards_and_bundles_have_the_sizes_asked_for(corpus, tmp_path):
     longest = 200
     assert len(manifest.shards) > 5
     assert all(500 <= shard.tokens < 500 + longest for shard in manifest.shards[:-1])
-    assert all(shard.tokens / (100 + longest) <= shard.samples <= shard.tokens / 100 + 1 for shard in manifest.shards)
+    for shard in manifest.shards:
+        samples = webdataset.WebDataset(str(tmp_path / "out/train" / shard.name), shardshuffle=False).decode()
+        *full, rest = [len(sample["tokens.npy"]) for sample in samples]
+        assert all(100 <= tokens < 100 + longest for tokens in full)
+        assert 0 < rest < 100 + longest
+        assert len(full) + 1 == shard.samples
     assert not (tmp_path / "out/validation").exists()
 
 
@@ -158,11 +165,34 @@ def test_undecodable_documents_stop_the_build_or_are_counted(corpus, tmp_path):
     assert sorted(texts_of_shards(tmp_path / "out/train")) == texts_of_corpus(corpus)
 
 
-def test_uint32_for_large_vocabularies(tmp_path):
-    vocabulary = {"<|endoftext|>": 0, "[UNK]": 1, "low": 2, "high": 70_000}
+def make_word_tokenizer(path, vocabulary):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer.save(str(path))
+
+
+def test_a_tokenizer_that_changes_under_its_name_is_noticed(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    (tmp_path / "a.txt").write_text("one two")
+    for number in (1, 2):
+        make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "one": 1 + number, "two": 4})
+        build_shards([tmp_path / "a.txt"], tmp_path / f"out{number}", tokenizer=str(path))
+        folder = tmp_path / f"out{number}/train"
+        (document,) = read_shard(folder, read_manifest(folder).shards[0], dtype="uint16", vocab_size=5, verify=True)
+        assert document.tolist() == [1 + number, 4, 0]
+
+    def change_then_find(*arguments, **options):
+        make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1})
+        return find_files(*arguments, **options)
+
+    monkeypatch.setattr("dcscale.data.build.find_files", change_then_find)
+    make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "two": 2})
+    with pytest.raises(DataError, match=r"t\.json: was changed while shards were made with it"):
+        build_shards([tmp_path / "a.txt"], tmp_path / "out3", tokenizer=str(path))
+
+
+def test_uint32_for_large_vocabularies(tmp_path):
+    make_word_tokenizer(tmp_path / "t.json", {"<|endoftext|>": 0, "[UNK]": 1, "low": 2, "high": 70_000})
     (tmp_path / "a.txt").write_text("low high other")
     (tmp_path / "blank.txt").write_text("  \n")
     report = build_shards(
@@ -212,6 +242,23 @@ def test_a_failed_overwrite_keeps_the_old_shards(corpus, tmp_path):
     with pytest.raises(DataError, match="bad"):
         build_shards([tmp_path / "bad.txt"], out, overwrite=True)
     assert tree(out) == before
+
+
+def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    small(corpus, out)
+    before, rename = tree(out), Path.rename
+
+    def fail(path, target):
+        if path.name.startswith(".out.building-") and not path.name.endswith("-replaced"):
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        small(corpus, out, overwrite=True, seed=1)
+    assert tree(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,13 @@ def test_data_shorter_than_a_sequence_is_refused(tmp_path):
         stream_of(tmp_path, sequence_length=3)
 
 
+def test_data_without_a_target_are_refused(tmp_path):
+    write_token_shards(tmp_path, [[[256], [256], [256]]])
+    assert stream_of(tmp_path, sequence_length=2, document_mask=False).targets_per_epoch == 2
+    with pytest.raises(DataError, match=r"totals\.tokens is totals\.documents, 3: .*document_mask=false"):
+        stream_of(tmp_path, sequence_length=2)
+
+
 def test_vocabulary_larger_than_the_models_is_refused(tmp_path):
     write_token_shards(tmp_path, [[[1, 2, 256]]])
     stream_of(tmp_path, vocab_size=257, sequence_length=2)
