@@ -21,7 +21,7 @@ from dcscale.config.reference import reference
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="FILE or key=value", help="later ones win; files come first")
+    parser.add_argument("settings", nargs="*", metavar="FILE|key=value", help="later ones win; files come first")
     parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks (default: not known)")
     parser.add_argument("--reference", action="store_true", help="print every setting with its meaning, and end")
     options = parser.parse_intermixed_args(arguments)
@@ -61,7 +61,7 @@ def print_numbers(config: Config, world_size: int | None) -> None:
     print(f"\ntokens a step      {tokens:,}")
     print(f"tokens in all      {tokens * train.steps:,}")
     batches = train.global_batch_size // train.micro_batch_size
-    ranks = [n for n in range(1, batches + 1) if batches % n == 0] if world_size is None else [world_size]
+    ranks = [world_size] if world_size else [n for n in range(1, min(batches, 1024) + 1) if batches % n == 0]
     print(f"micro-batches      {', '.join(f'{batches // n} x {_ranks(n)}' for n in ranks)}")
     try:
         from dcscale.models import count_flops, count_parameters

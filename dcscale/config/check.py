@@ -5,6 +5,7 @@ Whether files exist and fit is for those who open them to say.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from dcscale.config.schema import CHOICES, Config
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of the finite numbers."""
+    """An interval."""
 
     low: float
     high: float = math.inf
@@ -27,7 +28,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
+        return above and below
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -110,23 +111,23 @@ def check_config(config: Config, world_size: int | None = None) -> list[Problem]
     if world_size is not None and world_size < 1:
         raise ValueError(f"world_size is {world_size}: it must be at least 1, or None if it is not known")
     problems = [Problem(path, get(config, path), rule, fix) for path, rule, fix in _single_values(config)]
-    for reads, rule in _RULES:
-        if not reads.intersection(setting(problem.path) for problem in problems):
-            problems += [Problem(path, get(config, path), text, fix) for path, text, fix in rule(config, world_size)]
+    for reads, rule in [*_RULES, (_BATCH, functools.partial(_batch_is_shared_out, world_size=world_size))]:
+        if not reads.intersection(problem.setting for problem in problems):
+            problems += [Problem(path, get(config, path), text, fix) for path, text, fix in rule(config)]
     order = list(FIELDS)
-    return sorted(problems, key=lambda problem: order.index(setting(problem.path)))
+    return sorted(problems, key=lambda problem: order.index(problem.setting))
 
 
 Findings = Iterator[tuple[str, str, str]]
 """Path, rule and fix of each violation."""
 
-_RULES: list[tuple[frozenset[str], Callable[[Config, int | None], Findings]]] = []
+_RULES: list[tuple[frozenset[str], Callable[[Config], Findings]]] = []
 
 
 def _rule(*reads: str) -> Callable:
     """Registers a rule between settings; it is not asked while one of those that it reads has a problem already."""
 
-    def register(rule: Callable[[Config, int | None], Findings]) -> Callable:
+    def register(rule: Callable[[Config], Findings]) -> Callable[[Config], Findings]:
         _RULES.append((frozenset(reads), rule))
         return rule
 
@@ -146,14 +147,14 @@ def _single_values(config: Config) -> Findings:
             places = [f"{path}[{i}]" for i in range(len(value))] if isinstance(value, list) else [path]
             for place in places:
                 number = get(config, place)
-                if number is not None and number not in RANGES[path]:
-                    yield place, _must_be(RANGES[path], number), fix
+                if number is not None and (rule := _broken(RANGES[path], number)):
+                    yield place, rule, fix
         elif path in _NEEDS_TEXT and value == "":
             yield path, "must not be empty", _NEEDS_TEXT[path]
 
 
 @_rule("model.dim", "model.heads", "model.head_dim")
-def _heads_divide_dim(config: Config, world_size: int | None) -> Findings:
+def _heads_divide_dim(config: Config) -> Findings:
     model = config.model
     if model.head_dim is None and model.dim % model.heads:
         rule = f"must divide model.dim = {model.dim} while model.head_dim is null"
@@ -161,7 +162,7 @@ def _heads_divide_dim(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("model.heads", "model.kv_heads")
-def _kv_heads_divide_heads(config: Config, world_size: int | None) -> Findings:
+def _kv_heads_divide_heads(config: Config) -> Findings:
     heads, kv_heads = config.model.heads, config.model.kv_heads
     if kv_heads is not None and heads % kv_heads:
         fix = f"use {_near_divisors(heads, kv_heads)}, or null for as many as heads"
@@ -169,7 +170,7 @@ def _kv_heads_divide_heads(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("model.dim", "model.heads", "model.head_dim", "model.rope_fraction")
-def _rope_rotates_pairs(config: Config, world_size: int | None) -> Findings:
+def _rope_rotates_pairs(config: Config) -> Findings:
     model = config.model
     head_dim = model.head_dim or model.dim // model.heads
     count = int(model.rope_fraction * head_dim)
@@ -181,7 +182,7 @@ def _rope_rotates_pairs(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("model.ffn", "model.ffn_dim", "model.multi_gate")
-def _multi_gate_divides_ffn(config: Config, world_size: int | None) -> Findings:
+def _multi_gate_divides_ffn(config: Config) -> Findings:
     model = config.model
     if model.multi_gate is None:
         return
@@ -193,7 +194,7 @@ def _multi_gate_divides_ffn(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("model.windows", "model.layers")
-def _windows_fit_layers(config: Config, world_size: int | None) -> Findings:
+def _windows_fit_layers(config: Config) -> Findings:
     windows, layers = config.model.windows, config.model.layers
     if not windows:
         yield "model.windows", "must not be empty", "use [null] for full attention in every layer"
@@ -203,7 +204,7 @@ def _windows_fit_layers(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("model.attention", *(f"model.compose.{name}" for name in _COMPOSE_SWITCHES))
-def _compose_composes(config: Config, world_size: int | None) -> Findings:
+def _compose_composes(config: Config) -> Findings:
     if config.model.attention != "dcmha":
         return
     for a, b in zip(_COMPOSE_SWITCHES[::2], _COMPOSE_SWITCHES[1::2]):
@@ -213,21 +214,23 @@ def _compose_composes(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("data.validation", "validation.interval")
-def _validation_has_data(config: Config, world_size: int | None) -> Findings:
+def _validation_has_data(config: Config) -> Findings:
     if config.validation.interval > 0 and config.data.validation is None:
         fix = "set data.validation to a folder of held-out shards, or this to 0"
         yield "validation.interval", "needs data.validation, which is null", fix
 
 
 @_rule("samples.interval", "samples.prompts")
-def _samples_have_prompts(config: Config, world_size: int | None) -> Findings:
+def _samples_have_prompts(config: Config) -> Findings:
     prompts = config.samples.prompts
     if config.samples.interval > 0 and (not prompts or "" in prompts):
         fix = 'give some, such as ["def "], or set samples.interval=0'
         yield "samples.prompts", "must hold texts to be continued, none of them empty", fix
 
 
-@_rule("train.global_batch_size", "train.micro_batch_size")
+_BATCH = frozenset({"train.global_batch_size", "train.micro_batch_size"})
+
+
 def _batch_is_shared_out(config: Config, world_size: int | None) -> Findings:
     size, micro, ranks = config.train.global_batch_size, config.train.micro_batch_size, world_size or 1
     unit = micro * ranks
@@ -236,43 +239,39 @@ def _batch_is_shared_out(config: Config, world_size: int | None) -> Findings:
         fix = f"use {lower} or {lower + unit}" if lower else f"use {unit}"
         if size % ranks == 0:
             share = size // ranks
-            fix += f", or train.micro_batch_size={max(n for n in range(1, micro) if share % n == 0)}"
+            fix += f", or train.micro_batch_size={next(n for n in range(min(micro, share), 0, -1) if share % n == 0)}"
         of = f"train.micro_batch_size = {micro}"
         of = f"{of} times {ranks} ranks = {unit}" if world_size else of
         yield "train.global_batch_size", f"must be a multiple of {of}", fix
 
 
 @_rule("train.steps", "train.stop_after")
-def _stop_is_within_run(config: Config, world_size: int | None) -> Findings:
+def _stop_is_within_run(config: Config) -> Findings:
     stop, steps = config.train.stop_after, config.train.steps
     if stop is not None and stop > steps:
         yield "train.stop_after", f"must be at most train.steps = {steps}", "set it to null to go on to the end"
 
 
 @_rule("optimizer.betas")
-def _betas_are_two(config: Config, world_size: int | None) -> Findings:
+def _betas_are_two(config: Config) -> Findings:
     if len(config.optimizer.betas) != 2:
         yield "optimizer.betas", "must be two numbers", f"the default is {show(FIELDS['optimizer.betas'].default)}"
 
 
 @_rule("optimizer.rules")
-def _rules_are_complete(config: Config, world_size: int | None) -> Findings:
+def _rules_are_complete(config: Config) -> Findings:
     for i, item in enumerate(config.optimizer.rules):
         path = f"optimizer.rules[{i}]"
         if item.match == "":
             yield f"{path}.match", "must not be empty", "name parameters by a pattern, such as *.compose.*"
-        if item.lr_scale not in _NOT_NEGATIVE:
-            yield (
-                f"{path}.lr_scale",
-                _must_be(_NOT_NEGATIVE, item.lr_scale),
-                "0 freezes the parameters, 1 changes nothing",
-            )
-        if item.weight_decay is not None and item.weight_decay not in _NOT_NEGATIVE:
-            yield f"{path}.weight_decay", _must_be(_NOT_NEGATIVE, item.weight_decay), "0 is none, null changes nothing"
+        if rule := _broken(_NOT_NEGATIVE, item.lr_scale):
+            yield f"{path}.lr_scale", rule, "0 freezes the parameters, 1 changes nothing"
+        if item.weight_decay is not None and (rule := _broken(_NOT_NEGATIVE, item.weight_decay)):
+            yield f"{path}.weight_decay", rule, "0 is none, null changes nothing"
 
 
 @_rule("train.steps", "schedule.kind", "schedule.warmup_steps", "schedule.decay_steps")
-def _schedule_fits_steps(config: Config, world_size: int | None) -> Findings:
+def _schedule_fits_steps(config: Config) -> Findings:
     schedule, steps = config.schedule, config.train.steps
     decay = 0
     if schedule.kind == "wsd":
@@ -289,26 +288,25 @@ def _schedule_fits_steps(config: Config, world_size: int | None) -> Findings:
 
 
 @_rule("run.name")
-def _name_is_a_file_name(config: Config, world_size: int | None) -> Findings:
-    if config.run.name in (".", "..") or re.search(r"[/\\\0]", config.run.name):
+def _name_is_a_file_name(config: Config) -> Findings:
+    if config.run.name in (".", "..") or re.search(r"[/\\\x00-\x1f]", config.run.name):
         yield "run.name", "must be usable as the name of a folder", "put the place into run.folder"
 
 
-def _must_be(allowed: Range, number: float) -> str:
-    return f"must be {allowed}" if math.isfinite(number) else "must be a finite number"
-
-
-def setting(path: str) -> str:
-    """The field that a path belongs to, which may name an item of a list."""
-    return path.partition("[")[0]
+def _broken(allowed: Range, number: float) -> str | None:
+    """The rule that a number breaks, if it breaks one."""
+    if isinstance(number, int) and number.bit_length() > 63:
+        return "must fit into 64 bits"
+    if isinstance(number, float) and not math.isfinite(number):
+        return "must be a finite number"
+    return None if number in allowed else f"must be {allowed}"
 
 
 def _near_divisors(number: int, near: int) -> str:
-    """The closest divisors of ``number`` on both sides of ``near``."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    divisors = small + [number // n for n in reversed(small)]
-    below, above = [n for n in divisors if n < near], [n for n in divisors if n > near]
-    return " or ".join(map(str, below[-1:] + above[:1]))
+    """The closest divisors of ``number`` on both sides of ``near``; the upper one unless it is far away."""
+    below = (n for n in range(min(near - 1, number), 0, -1) if number % n == 0)
+    above = (n for n in range(near + 1, min(near + 10_000, number) + 1) if number % n == 0)
+    return " or ".join(str(n) for n in (next(below, None), next(above, None)) if n)
 
 
 def _fraction(part: int, whole: int) -> float:

@@ -27,6 +27,7 @@ class Field:
     """Type of its values: a scalar, ``scalar | None`` or a list of scalars or dataclasses."""
 
     default: Any
+    """Its value where nothing else is said."""
 
     meaning: str
     """The docstring below the field."""

@@ -60,6 +60,8 @@ def from_dict(values: Mapping[str, Any], source: str = "dictionary") -> Config:
     Raises:
         ConfigError: unknown keys and wrong types, said to be in ``source``.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source} is no mapping of sections but {values!r}")
     merge = _Merge()
     merge.section("", dialect.nodes(_escape(values)), source)
     return merge.finish().config

@@ -17,13 +17,18 @@ class Problem:
     """One thing that is wrong, and the way out."""
 
     path: str
-    """Dotted path of the setting, or the file."""
+    """Dotted path of the setting, perhaps of an item in it, such as ``model.windows[1]``; or the file."""
 
     value: Any
     rule: str
     fix: str
     origin: str = ""
     """Where the value was written: ``FILE:LINE``, ``command line`` or ``default``; empty if not known."""
+
+    @property
+    def setting(self) -> str:
+        """The path without what names an item."""
+        return self.path.partition("[")[0]
 
     def __str__(self) -> str:
         value = "" if self.value is NO_VALUE else f" = {show(self.value)}"
@@ -45,15 +50,15 @@ class ConfigError(ValueError):
 
 
 def raise_problems(problems: Iterable[Problem], origins: Mapping[str, str] | None = None) -> None:
-    """Raises one ConfigError that lists all problems, if there are any, each with the origin of its value."""
-    located = [locate(problem, origins or {}) for problem in problems]
+    """Raises one ConfigError that lists all problems, if there are any.
+
+    Args:
+        origins: where each setting's value was written, as :func:`~dcscale.config.load.load_config` returns it.
+    """
+    origins = origins or {}
+    located = [replace(problem, origin=problem.origin or origins.get(problem.setting, "")) for problem in problems]
     if located:
         raise ConfigError(located)
-
-
-def locate(problem: Problem, origins: Mapping[str, str]) -> Problem:
-    """The problem with the origin of its value; an item of a list has the list's."""
-    return replace(problem, origin=problem.origin or origins.get(problem.path.partition("[")[0], ""))
 
 
 def show(value: Any) -> str:

@@ -11,6 +11,7 @@ import pytest
 from dcscale.config import Config, check_config, load_config
 from dcscale.config.check import RANGES, Range
 from dcscale.config.fields import FIELDS, get
+from dcscale.config.problem import show
 from dcscale.config.schema import CHOICES, DataConfig, OptimizerRule, ValidationConfig
 
 VALID = ["data.train=shards", "validation.interval=0"]
@@ -175,6 +176,7 @@ BROKEN = [
     # Names and choices.
     ("run.name=a/b", 'run.name = "a/b": must be usable as the name of a folder; put the place into run.folder'),
     (r"run.name=a\b", r'run.name = "a\\b": must be usable as the name of a folder'),
+    ('run.name="a\\nb"', 'run.name = "a\\nb": must be usable as the name of a folder'),
     ("run.name=..", 'run.name = "..": must be usable as the name of a folder'),
     ("run.name=''", 'run.name = "": must not be empty; the default is run'),
     ("run.folder=''", 'run.folder = "": must not be empty; the default is runs/${run.name}'),
@@ -261,32 +263,61 @@ def test_a_world_without_ranks_is_refused(world_size: int) -> None:
         check_config(Config(), world_size)
 
 
-def test_every_number_has_a_range_and_every_rule_a_field() -> None:
+# Of every number, the values next to its bounds: what is refused, and what is not.
+COUNTS = (
+    "model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim model.multi_gate model.windows "
+    "data.shuffle_shards data.slots train.steps train.stop_after train.global_batch_size train.micro_batch_size "
+    "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens checkpoint.keep_last "
+    "log.interval"
+)
+FROM_ZERO = (
+    "data.prefetch_steps train.loss_chunk schedule.warmup_steps validation.interval samples.interval "
+    "checkpoint.interval log.compose_interval"
+)
+FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clip optimizer.weight_decay samples.temperature"
+POSITIVE = (
+    "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops"
+)
+BOUNDS = {
+    **dict.fromkeys(COUNTS.split(), ([0, -1, 2**63], [1, 2**63 - 1])),
+    **dict.fromkeys(FROM_ZERO.split(), ([-1, 10**400], [0, 1])),
+    **dict.fromkeys(FROM_ZERO_FLOAT.split(), ([-1e-9, math.inf, math.nan], [0.0, 1e-9, 1e30])),
+    **dict.fromkeys(POSITIVE.split(), ([0.0, -1e-9, math.inf, math.nan], [1e-9, 1e30])),
+    "model.compose.rank": ([0, 5], [1, 4]),
+    "model.vocab_size": ([1], [2]),
+    "model.rope_base": ([1.0, math.inf], [1.001, 500000.0]),
+    "model.rope_fraction": ([0.0, 1.001], [1e-9, 1.0]),
+    "data.sequence_length": ([1], [2]),
+    "train.seed": ([-1, 2**63], [0, 2**63 - 1]),
+    "optimizer.betas": ([-1e-9, 1.0, math.nan], [0.0, 0.999]),
+    "schedule.final_ratio": ([-1e-9, 1.001], [0.0, 1.0]),
+    "samples.top_p": ([0.0, 1.001], [1e-9, 1.0]),
+}
+
+
+def test_every_number_has_bounds_and_every_rule_a_field() -> None:
     numbers = {path for path, field in FIELDS.items() if {int, float} & scalar_types(field.type)}
-    assert numbers == set(RANGES) | {path for path in CHOICES if isinstance(CHOICES[path][0], int)}
+    assert set(RANGES) == set(BOUNDS) == numbers - set(CHOICES)
     assert set(CHOICES) <= set(FIELDS)
-    for path, field in FIELDS.items():
-        assert path not in CHOICES or field.default in CHOICES[path]
+    assert all(FIELDS[path].default in allowed for path, allowed in CHOICES.items())
 
 
-@pytest.mark.parametrize("path", RANGES)
+@pytest.mark.parametrize("path", BOUNDS)
 def test_the_bounds_of_every_number(path: str) -> None:
-    allowed, in_list = RANGES[path], isinstance(FIELDS[path].default, list)
-    kind = float if float in scalar_types(FIELDS[path].type) else int
-    step = (lambda x, to: math.nextafter(x, to)) if kind is float else (lambda x, to: x + (1 if to > 0 else -1))
-    inside = {kind(allowed.low)} if not allowed.open_low else {step(kind(allowed.low), math.inf)}
-    outside = {kind(allowed.low)} if allowed.open_low else {step(kind(allowed.low), -math.inf)}
-    if allowed.high < math.inf:
-        (outside if allowed.open_high else inside).add(kind(allowed.high))
-        if not allowed.open_high:
-            outside.add(step(kind(allowed.high), math.inf))
-    rule = f"must be {allowed}"
-    for values, expected in ((inside, False), (outside, True)):
+    for values, refused in zip(BOUNDS[path], (True, False)):
         for value in values:
+            in_list = isinstance(FIELDS[path].default, list)
             problems = check_config(config_with(path, [value, value] if in_list else value))
-            ours = [p for p in problems if p.path.partition("[")[0] == path and p.rule == rule]
-            assert bool(ours) == expected, (value, problems)
-            assert not ours or (ours[0].value == value and ours[0].fix.startswith("the default is "))
+            rules = (
+                "must be at least",
+                "must be above",
+                "must be in ",
+                "must be a finite number",
+                "must fit into 64 bits",
+            )
+            of_bounds = [p for p in problems if p.setting == path and p.rule.startswith(rules)]
+            assert [p.path for p in of_bounds] == ([f"{path}[0]", f"{path}[1]"] if in_list else [path]) * refused
+            assert all(p.fix == f"the default is {show(FIELDS[path].default)}" for p in of_bounds)
 
 
 def test_a_config_made_in_python_is_checked_for_types_too() -> None:

@@ -214,6 +214,8 @@ def test_a_dictionary_may_leave_out_keys_but_not_invent_any() -> None:
     assert from_dict({}) == Config(run=replace(Config().run, folder="runs/run"))
     with pytest.raises(ConfigError, match=r"train.stepz = 3 \(checkpoint\): unknown key; did you mean train.steps\?"):
         from_dict({"train": {"stepz": 3}}, source="checkpoint")
+    with pytest.raises(ValueError, match=r"config\.json is no mapping of sections but None"):
+        from_dict(None, source="config.json")
     with pytest.raises(ConfigError, match=r'model.dim = "wide" \(dictionary\): must be int'):
         from_dict({"model": {"dim": "wide"}})
 
