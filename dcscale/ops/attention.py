@@ -36,9 +36,6 @@ def attention(
     queries = q.shape[1]
     if window is not None and window >= query_offset + queries:
         window = None
-    if q.shape[2] != k.shape[2] and q.device.type == "cpu":
-        # The CPU's flash kernel takes equal heads only; with enable_gqa it would give way to the dense formula.
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     if query_offset == 0 and window is None and document_ids is None:
         return _sdpa(q, k[:, :queries], v[:, :queries], scale, causal=True)
 
@@ -56,6 +53,12 @@ def attention(
 def _sdpa(
     q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False
 ) -> Tensor:
+    group = q_BTHD.shape[2] // k_BSGD.shape[2]
+    # Of the fused kernels, only flash on CUDA is sure to take fewer key/value heads; the others would give way to the
+    # dense formula.
+    flash = q_BTHD.is_cuda and causal and q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    if group > 1 and not flash:
+        k_BSGD, v_BSGD = (x.repeat_interleave(group, dim=2) for x in (k_BSGD, v_BSGD))
     out_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSGD.transpose(1, 2),
@@ -63,6 +66,6 @@ def _sdpa(
         attn_mask=None if seen is None else seen.view(-1, 1, *seen.shape[-2:]),
         is_causal=causal,
         scale=scale,
-        enable_gqa=q_BTHD.shape[2] != k_BSGD.shape[2],
+        enable_gqa=group > 1 and flash,
     )
     return out_BHTD.transpose(1, 2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcscale.ops import ComposeWeights, compose_attention
+from dcscale.ops.compose.reference import reference_attention
 
 WEIGHTS = [f"{stage}.{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
 """The twelve weights: pre.q1 ... post.kg."""
@@ -56,6 +57,33 @@ def arguments(
         weights = {name: tensors.get(f"{stage}.{name}") for name in ComposeWeights._fields}
         stages.append(None if all(w is None for w in weights.values()) else ComposeWeights(**weights))
     return tensors["q"], tensors["k"], tensors["v"], *stages
+
+
+def unfused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre: ComposeWeights | None = None,
+    post: ComposeWeights | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    query_offset: int | None = None,
+) -> Tensor:
+    """compose_attention in plain PyTorch, each step rounded to the input's type: the yardstick of the error rule."""
+    return reference_attention(
+        q,
+        k,
+        v,
+        pre,
+        post,
+        window=window,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        document_ids_BS=document_ids,
+        query_offset=k.shape[1] - q.shape[1] if query_offset is None else query_offset,
+        upcast=False,
+    )
 
 
 def random_inputs(

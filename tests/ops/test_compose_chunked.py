@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import ComposeWeights, compose_attention
 from dcscale.ops.compose import chunked, mixing
-from dcscale.ops.compose.reference import reference_attention
-from dcscale.testing.attention import WEIGHTS, arguments, random_inputs
+from dcscale.testing.attention import WEIGHTS, arguments, random_inputs, unfused_attention
 from dcscale.testing.tolerance import check_results
 
 VARIANTS = {
@@ -117,23 +116,8 @@ def test_error_in_16_bits(options, dtype):
     truth = inputs.run("reference")
     half = inputs.to(dtype)
     results = half.run("chunked")
-    check_results(results, half.run_function(reference_in_16_bits), truth)
+    check_results(results, half.run_function(unfused_attention), truth)
     check_results(results, half.run("reference"), truth)
-
-
-def reference_in_16_bits(q, k, v, pre, post, *, window=None, scale=None, document_ids=None, query_offset=None):
-    return reference_attention(
-        q,
-        k,
-        v,
-        pre,
-        post,
-        window=window,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
-        document_ids_BS=document_ids,
-        query_offset=k.shape[1] - q.shape[1] if query_offset is None else query_offset,
-        upcast=False,
-    )
 
 
 def test_tensors_in_any_memory_order():

@@ -1,0 +1,106 @@
+"""Plain attention against the dense definition, and the calls it makes of scaled_dot_product_attention."""
+
+import pytest
+import torch
+
+from dcscale.ops import attention
+from dcscale.testing.attention import WEIGHTS, random_inputs, unfused_attention
+from dcscale.testing.tolerance import check_results
+
+VARIANTS = {
+    "causal": {"queries": 33},
+    "one query": {"queries": 1},
+    "window": {"queries": 300, "window": 20, "batch": 1},
+    "window of one": {"queries": 9, "window": 1},
+    "window of the length": {"queries": 9, "window": 9},
+    "window beyond the start": {"queries": 9, "window": 30},
+    "last queries": {"queries": 5, "keys": 30},
+    "first queries": {"queries": 5, "keys": 30, "query_offset": 0},
+    "queries in the middle": {"queries": 5, "keys": 30, "query_offset": 9, "window": 8},
+    "one query at the end": {"queries": 1, "keys": 30},
+    "documents": {"queries": 40, "documents": 9},
+    "documents in several calls": {"queries": 600, "documents": 90, "batch": 1, "heads": 2},
+    "documents, window, last queries": {"queries": 200, "keys": 230, "documents": 30, "window": 17},
+    "grouped": {"queries": 20, "heads": 6, "kv_heads": 2},
+    "grouped, window": {"queries": 20, "heads": 6, "kv_heads": 1, "window": 4},
+    "scale": {"queries": 12, "scale": 0.7},
+}
+
+
+def plain(q, k, v, pre, post, **options):
+    assert pre is post is None
+    return attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_equals_the_reference_in_float64(options):
+    inputs = random_inputs(**options, absent=WEIGHTS)
+    expected = inputs.run("reference")
+    for name, result in inputs.run_function(plain).items():
+        assert (result - expected[name]).norm() <= 1e-12 * expected[name].norm(), name
+    assert torch.equal(inputs.run("auto")["out"], inputs.run_function(plain)["out"])
+
+
+# With one key a query, the gradients of q and k are zero, and torch's kernel is off by rounding: no yardstick for that.
+SEVERAL_KEYS = {name: options for name, options in VARIANTS.items() if name not in ("one query", "window of one")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", SEVERAL_KEYS.values(), ids=SEVERAL_KEYS)
+def test_error_in_the_type_of_training(options, dtype):
+    inputs = random_inputs(**{**options, "batch": 8}, absent=WEIGHTS)
+    narrow = inputs.to(dtype)
+    check_results(narrow.run_function(plain), narrow.run_function(unfused_attention), inputs.run("reference"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of scaled_dot_product_attention."""
+    made = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def recording(q, k, v, **options):
+        made.append((q, k, options))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"keys": 30, "query_offset": 0}, {"kv_heads": 2}])
+def test_full_causal_attention_is_one_call_without_a_mask(options, calls):
+    random_inputs(queries=20, **options, absent=WEIGHTS).run_function(plain)
+    ((_, _, made),) = calls
+    assert made["is_causal"]
+    assert made["attn_mask"] is None
+
+
+def test_a_window_costs_its_width(calls):
+    queries, window = 1024, 64
+    random_inputs(batch=1, queries=queries, window=window, absent=WEIGHTS).run_function(plain)
+    scores = sum(q.shape[2] * k.shape[2] for q, k, _ in calls)
+    assert scores <= queries * (window + 128 - 1)
+
+
+def test_masks_do_not_grow_with_the_square_of_the_length(calls):
+    random_inputs(batch=1, queries=1200, heads=1, documents=100, absent=WEIGHTS).run_function(plain)
+    assert max(made["attn_mask"].numel() for _, _, made in calls) <= 512 * 1200
+
+
+def test_keys_that_no_query_sees_are_not_touched():
+    """Positions 0..4 are before every window, 15..19 after every query."""
+    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5, absent=WEIGHTS)
+    expected = inputs.run_function(plain)
+    unseen = [*range(5), *range(15, 20)]
+    poisoned = {name: inputs.tensors[name].clone() for name in "kv"}
+    for x in poisoned.values():
+        x[:, unseen] = torch.nan
+    results = inputs.with_tensors(**poisoned).run_function(plain)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
+def test_gradients_are_those_of_finite_differences():
+    inputs = random_inputs(queries=4, keys=6, heads=4, kv_heads=2, head_dim=2, window=3, documents=4, absent=WEIGHTS)
+    leaves = [tensor.requires_grad_() for tensor in inputs.tensors.values()]
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, **inputs.options), leaves)

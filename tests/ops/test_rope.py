@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from dcscale.ops import apply_rope, rope_table
+
+
+def random_heads(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("dim", "offset", "base"), [(8, 0, 10000.0), (8, 100_000, 500000.0), (2, 3, 10.0)])
+def test_it_is_a_complex_product(dim, offset, base):
+    """Dimensions (i, i + dim/2) are one complex number, turned by position * base^(-2i/dim)."""
+    x = random_heads(2, 5, 3, 8)
+    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.outer(torch.arange(offset, offset + 5, dtype=torch.float64), frequencies)
+    numbers = torch.complex(x[..., : dim // 2], x[..., dim // 2 : dim])
+    turned = numbers * torch.polar(torch.ones_like(angles), angles)[:, None]
+    expected = torch.cat([turned.real, turned.imag, x[..., dim:]], dim=-1)
+
+    cos, sin = rope_table(5, dim, base, offset=offset)
+    assert cos.shape == sin.shape == (5, dim // 2)
+    assert cos.dtype == sin.dtype == torch.float32
+    # The table is in float32, and right to its last bit also at late positions.
+    torch.testing.assert_close(apply_rope(x, cos, sin), expected, rtol=0, atol=3e-7)
+    torch.testing.assert_close(apply_rope(x, angles.cos(), angles.sin()), expected, rtol=0, atol=1e-14)
+
+
+def test_scores_depend_on_the_distance_only():
+    q, k = random_heads(1, 1, 1, 16), random_heads(1, 1, 1, 16)
+
+    def score(query, key):
+        turned = [apply_rope(x, *rope_table(1, 16, 100.0, offset=at)) for x, at in ((q, query), (k, key))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(7, 3), score(1007, 1003), rtol=1e-6, atol=1e-6)
+    assert not torch.isclose(score(7, 3), score(7, 4), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_types_are_rounded_once(dtype):
+    x = random_heads(2, 9, 2, 12, dtype=dtype)
+    table = rope_table(9, 8, 10000.0)
+    result = apply_rope(x, *table)
+    assert result.dtype == dtype
+    assert torch.equal(result, apply_rope(x.float(), *table).to(dtype))
+    assert torch.equal(result[..., 8:], x[..., 8:])
+
+
+def test_lengths_are_kept_and_gradients_flow():
+    x = random_heads(1, 4, 2, 6).requires_grad_()
+    table = tuple(t.double() for t in rope_table(4, 6, 10.0))
+    torch.testing.assert_close(apply_rope(x, *table).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
+    assert torch.autograd.gradcheck(lambda y: apply_rope(y, *table), x)
+
+
+@pytest.mark.parametrize("dim", [0, 3, -2])
+def test_an_odd_number_of_dimensions_is_refused(dim):
+    with pytest.raises(ValueError, match=f"dim is {dim}, expected an even number"):
+        rope_table(4, dim, 10.0)
+
+
+def test_tables_that_do_not_fit_are_refused():
+    cos, sin = rope_table(4, 8, 10.0)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 4, 2, 6\), expected \[B, T, H, D\] with D >= 8"):
+        apply_rope(random_heads(1, 4, 2, 6), cos, sin)
+    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 8\), expected"):
+        apply_rope(random_heads(4, 2, 8), cos, sin)
+    with pytest.raises(ValueError, match=r"shapes \(4, 4\) and \(4, 4\), expected both \[T=5, F\]"):
+        apply_rope(random_heads(1, 5, 2, 8), cos, sin)
+    with pytest.raises(ValueError, match=r"shapes \(4, 4\) and \(3, 4\), expected both"):
+        apply_rope(random_heads(1, 4, 2, 8), cos, sin[:3])
