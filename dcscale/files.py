@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` and makes it durable."""
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Replaces what ``path`` holds by ``content`` (text as UTF-8) and makes it durable."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)

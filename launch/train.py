@@ -18,7 +18,7 @@ import argparse
 import sys
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.config import ConfigError, load_config
+from dcscale.config import ConfigError, check_config, load_config, raise_problems
 from dcscale.data import DataError
 from dcscale.observe import Console
 from dcscale.parallel import (
@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         environment = discover()
         console = Console(enabled=environment.is_main)
-        config = load_config([w for w in words if "=" not in w], [w for w in words if "=" in w]).config
+        loaded = load_config([w for w in words if "=" not in w], [w for w in words if "=" in w])
+        config = loaded.config
+        raise_problems(check_config(config, environment.world_size), loaded.origins)
         share_cores(environment)
         start_distributed(environment, config.parallel.timeout_minutes)
         trainer = build_trainer(config, environment, console)

@@ -26,9 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     parser.add_argument("--new-tokens", type=int, default=200, help="tokens to write (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this probability (default 0.95)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="keep the likeliest tokens of this probability (default 0.95)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
     options = parser.parse_args(arguments)
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]

@@ -1,14 +1,14 @@
 """Where a checkpoint's parts lie, and which checkpoints of a run are whole.
 
-    RUN/checkpoints/
-      latest                     name of the newest checkpoint
-      step-00000100/
-        COMPLETE                 written last: {"format", "files": {name: bytes}}
-        state.json               step, tokens, data position, versions: see dcscale.train.state
-        config.yaml              the resolved config
-        tokenizer.json           the tokenizer, where it is not the bytes
-        deepspeed/               model, optimizer and master weights, each rank its part
-        weights/                 the model alone: safetensors shards and their index
+RUN/checkpoints/
+  latest                     name of the newest checkpoint
+  step-00000100/
+    COMPLETE                 written last: {"format", "files": {name: bytes}}
+    state.json               step, tokens, data position, versions: see dcscale.train.state
+    config.yaml              the resolved config
+    tokenizer.json           the tokenizer, where it is not the bytes
+    deepspeed/               model, optimizer and master weights, each rank its part
+    weights/                 the model alone: safetensors shards and their index
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ import webdataset
 
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import ShardInfo
-from dcscale.files import sync_folder
+from dcscale.files import write_atomically
 
 _MEMBERS = ("tokens.npy", "lens.npy")
 
@@ -50,7 +49,7 @@ def write_shard(
             writer.write({"__key__": key, "tokens.npy": values, "lens.npy": lengths})
             samples, documents, tokens = samples + 1, documents + len(bundle), tokens + len(values)
     data = buffer.getbuffer()
-    _write_atomically(folder / name, data)
+    write_atomically(folder / name, data)
     return ShardInfo(name, len(data), hashlib.sha256(data).hexdigest(), samples, documents, tokens, text_bytes)
 
 
@@ -172,16 +171,6 @@ def _array(path: Path, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) ->
     if offset + shape[0] * dtype.itemsize != end:
         _fail(path, f"member {member.name} has {end - offset} bytes of data, but shape {shape} of {dtype}")
     return np.frombuffer(data, dtype, count=shape[0], offset=offset)
-
-
-def _write_atomically(path: Path, data: memoryview) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 def _check_size(path: Path, size: int, info: ShardInfo) -> None:

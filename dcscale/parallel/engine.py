@@ -22,7 +22,6 @@ from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
 from dcscale.parallel.together import errors_of_ranks
 
-
 TAG = "state"
 """DeepSpeed's name for the state it saves; a checkpoint holds one."""
 

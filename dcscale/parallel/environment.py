@@ -87,13 +87,17 @@ def _device(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
         raise LaunchError(
-            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} processes on this node"
+            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} processes on this "
+            "node"
         )
     return torch.device("cuda", local_rank if count > 1 else 0)
 
 
 def share_cores(environment: Environment, variables: Mapping[str, str] = os.environ) -> int:
-    """Gives each process on a CPU machine its part of the cores, unless OMP_NUM_THREADS says otherwise; returns the threads."""
+    """Gives each process on a CPU machine its part of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    More threads than cores do not just share them: they wait for each other in loops. Returns the number of threads.
+    """
     if environment.device.type == "cpu" and "OMP_NUM_THREADS" not in variables:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
     return torch.get_num_threads()

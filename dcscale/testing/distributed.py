@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.multiprocessing as multiprocessing
 
 from dcscale.parallel import free_port
@@ -24,6 +25,7 @@ def _child(function: Callable, rank: int, world_size: int, port: int, answers: A
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    torch.set_num_threads(1)  # torch is loaded already and has read OMP_NUM_THREADS
     try:
         answers.put((rank, function(*arguments), None))
     except BaseException:  # shown by the parent

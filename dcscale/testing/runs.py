@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from dcscale.config import Config, load_config
+from dcscale.config import Config, check_config, load_config, raise_problems
 from dcscale.data.build import build_shards
 from dcscale.observe import Console
 from dcscale.parallel import discover, share_cores, start_distributed, stop_distributed
 from dcscale.train import Ending, Trainer, build_trainer, write_summary
 
-WORDS = "the of attention heads are composed by small matrices that tokens make before and after softmax".split()
+WORDS = ("attention", "heads", "are", "composed", "by", "small", "matrices", "before", "and", "after", "softmax")
 
 
 def make_text(folder: Path, documents: int = 60, seed: int = 0) -> Path:
@@ -69,6 +69,7 @@ def tiny_config(run: Path, shards: Path, *overrides: str) -> Config:
 def train_here(config: Config) -> tuple[Trainer, Ending]:
     """Trains in this process, which is one rank of the process group it is in (or joins as its only rank)."""
     environment = discover()
+    raise_problems(check_config(config, environment.world_size))
     share_cores(environment)
     start_distributed(environment, config.parallel.timeout_minutes)
     trainer = build_trainer(config, environment, Console(enabled=False))

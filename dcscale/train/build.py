@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dcscale.checkpoint.layout import ENGINE
-from dcscale.config import Config, check_config, raise_problems, to_yaml
+from dcscale.config import Config, to_yaml
 from dcscale.data import BatchLoader, SequenceStream, Tokenizer, load_tokenizer, open_stream
 from dcscale.files import write_atomically
 from dcscale.models import DCFormer, count_flops, count_parameters, initialize
@@ -25,13 +25,14 @@ from dcscale.train.trainer import Trainer
 def build_trainer(config: Config, environment: Environment, console: Console) -> Trainer:
     """Builds everything on this rank; all ranks call it together, after ``start_distributed``.
 
+    ``config`` must have passed :func:`dcscale.config.check_config`.
+
     Raises:
-        ConfigError, DataError, CheckpointError: the settings, the data or the checkpoint do not fit;
-            nothing has been written then.
+        DataError, CheckpointError, RuleError, RankError: the data, the checkpoint or the optimizer's rules do not
+            fit, on this rank or on another; nothing has been written then.
     """
-    raise_problems(check_config(config, environment.world_size))
     run = Path(config.run.folder)
-    stream, validation_stream, tokenizer = on_every_rank(lambda: _open_data(config))
+    stream, loader, validation, tokenizer = on_every_rank(lambda: _open_data(config, environment))
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
@@ -60,8 +61,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
             peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),
         )
     ]
-    if validation_stream is not None:
-        hooks.append(_validation(config, environment, validation_stream))
+    if validation is not None:
+        hooks.append(validation)
     if config.model.attention == "dcmha" and config.log.compose_interval > 0:
         hooks.append(ComposeDistance(config.log.compose_interval))
     if tokenizer is not None:
@@ -75,25 +76,32 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     trainer = Trainer(
         config,
         engine,
-        _loader(config, environment, stream, config.data.prefetch_steps),
+        loader,
         state,
         reporter,
         hooks,
         run,
-        stream.manifest.tokenizer,
     )
     trainer.latest_checkpoint = checkpoint
     _announce(console, config, environment, stream, trainer)
     return trainer
 
 
-def _open_data(config: Config) -> tuple[SequenceStream, SequenceStream | None, Tokenizer | None]:
-    validates = config.data.validation is not None and config.validation.interval > 0
-    return (
-        _open_stream(config, config.data.train, shuffle=True),
-        _open_stream(config, config.data.validation, shuffle=False) if validates else None,
-        load_tokenizer(config.data.train) if config.samples.interval > 0 else None,
-    )
+def _open_data(
+    config: Config, environment: Environment
+) -> tuple[SequenceStream, BatchLoader, Validation | None, Tokenizer | None]:
+    stream = _open_stream(config, config.data.train, shuffle=True)
+    loader = _loader(config, environment, stream, config.data.prefetch_steps)
+    validation = None
+    if config.data.validation is not None and config.validation.interval > 0:
+        held_out = _open_stream(config, config.data.validation, shuffle=False)
+        validation = Validation(
+            _loader(config, environment, held_out, prefetch_steps=0, limit=config.validation.sequences),
+            config.validation.interval,
+            held_out.text_bytes_per_target,
+        )
+    tokenizer = load_tokenizer(config.data.train) if config.samples.interval > 0 else None
+    return stream, loader, validation, tokenizer
 
 
 def _open_stream(config: Config, folder: str, shuffle: bool) -> SequenceStream:
@@ -124,15 +132,6 @@ def _loader(
     )
 
 
-def _validation(config: Config, environment: Environment, stream: SequenceStream) -> Validation:
-    sequences = min(config.validation.sequences, stream.sequences_per_epoch)
-    return Validation(
-        _loader(config, environment, stream, prefetch_steps=0, limit=sequences),
-        config.validation.interval,
-        stream.text_bytes_per_target,
-    )
-
-
 def _build_model(config: Config) -> nn.Module:
     model = DCFormer(config.model, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
     if config.train.compile:
@@ -147,13 +146,17 @@ def _announce(
     """Says what is about to run, with everything that was derived."""
     parameters = count_parameters(config.model)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * environment.world_size)
-    device = torch.cuda.get_device_name() if environment.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if environment.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     epoch = stream.sequences_per_epoch
     console.line(
         f"model      {'DCFormer' if config.model.attention == 'dcmha' else 'Transformer'}, "
         f"{parameters.total:,} parameters ({parameters.compose:,} of compose)"
     )
-    console.line(f"ranks      {environment.world_size} x {device}, ZeRO-{config.parallel.zero_stage}, {config.train.precision}")
+    console.line(
+        f"ranks      {environment.world_size} x {device}, ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
+    )
     console.line(
         f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
         f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, {accumulation} times"

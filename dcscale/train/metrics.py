@@ -20,13 +20,17 @@ METRICS: dict[str, Metric] = {
     "grad_norm": Metric("1", "global L2 norm of the gradient before clipping, of this step", "optimizer/grad_norm"),
     "lr": Metric("1", "peak-scaled learning rate of this step, before lr_scale of rules", "optimizer/learning_rate"),
     "tokens_per_second": Metric("tokens/s", "over all ranks, since the last record", "speed/tokens_per_second"),
-    "tflops_per_device": Metric("TFLOP/s", "model FLOPs a second and device, compose terms included", "speed/tflops_per_device"),
+    "tflops_per_device": Metric(
+        "TFLOP/s", "model FLOPs a second and device, compose terms included", "speed/tflops_per_device"
+    ),
     "mfu": Metric("1", "tflops_per_device / peak TFLOP/s of a device; recomputation is not counted", "speed/mfu"),
     "step_seconds": Metric("s", "mean wall-clock time of a step since the last record", "speed/step_seconds"),
     "data_wait": Metric("1", "part of that time rank 0 waited for data", "speed/data_wait"),
     "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on its GPU, or resident on a CPU", "memory/peak_gib"),
     "validation_loss": Metric("nats/token", "mean over the targets of the held-out sequences", "loss/validation"),
-    "bits_per_byte": Metric("bits/byte", "validation_loss / ln 2 / bytes of text a target stands for", "loss/bits_per_byte"),
+    "bits_per_byte": Metric(
+        "bits/byte", "validation_loss / ln 2 / bytes of text a target stands for", "loss/bits_per_byte"
+    ),
 }
 """Every metric but those of compose: ``compose/pre/layer_00`` and the like, one a layer and side, are
 the root mean square over tokens of ||M - I||_F / sqrt(H) for the composing matrix M of a token with itself:

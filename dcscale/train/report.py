@@ -32,7 +32,9 @@ class Reporter:
             self._board.scalars(board_values(record), int(record["step"]))
         if "validation_loss" in record:
             bits = f", {record['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in record else ""
-            self._console.line(f"step {record['step']}: validation loss {record['validation_loss']:.4f} nats/token{bits}")
+            self._console.line(
+                f"step {record['step']}: validation loss {record['validation_loss']:.4f} nats/token{bits}"
+            )
         elif "loss" in record and self._progress is not None:
             facts = {"loss": f"{record['loss']:.4f}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
             if record.get("mfu") is not None:

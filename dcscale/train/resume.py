@@ -62,7 +62,9 @@ def read_config(checkpoint: Path) -> Config:
         raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error
 
 
-def check_fits(checkpoint: Path, content: dict[str, Any], config: Config, world_size: int, identity: dict[str, Any]) -> TrainState:
+def check_fits(
+    checkpoint: Path, content: dict[str, Any], config: Config, world_size: int, identity: dict[str, Any]
+) -> TrainState:
     """The state to go on with.
 
     Raises:
@@ -81,7 +83,9 @@ def check_fits(checkpoint: Path, content: dict[str, Any], config: Config, world_
     }
     for name, (key, here) in same.items():
         if content[key] != here:
-            problems.append(f"{name}: {content[key]} there and {here} here; a run must go on with what it was saved with")
+            problems.append(
+                f"{name}: {content[key]} there and {here} here; a run must go on with what it was saved with"
+            )
     state = TrainState.from_json(content)
     changed = [key for key in {**state.data_identity, **identity} if state.data_identity.get(key) != identity.get(key)]
     problems += [

@@ -12,9 +12,7 @@ import torch
 
 from dcscale.checkpoint import save_checkpoint
 from dcscale.config import Config, to_yaml
-from dcscale.data import Batch, BatchLoader, DataError
-from dcscale.data.manifest import TokenizerInfo
-from dcscale.data.tokenizers import TOKENIZER_NAME
+from dcscale.data import Batch, BatchLoader, DataError, tokenizer_files
 from dcscale.parallel import Engine, NonFiniteError
 from dcscale.train.hooks import Hook, Record, due
 from dcscale.train.report import Reporter
@@ -42,7 +40,6 @@ class Trainer:
         reporter: where records go.
         hooks: features, called in order.
         run: the run's folder.
-        tokenizer: what made the data's tokens; goes into checkpoints, so that they can be used alone.
     """
 
     def __init__(
@@ -54,7 +51,6 @@ class Trainer:
         reporter: Reporter,
         hooks: Sequence[Hook],
         run: Path,
-        tokenizer: TokenizerInfo,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
@@ -63,7 +59,7 @@ class Trainer:
         self.latest_batch: Batch | None = None
         self.latest_checkpoint: Path | None = None
         self.session_tokens, self.session_seconds = 0, 0.0
-        self._reporter, self._tokenizer = reporter, tokenizer
+        self._reporter = reporter
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
 
@@ -114,7 +110,9 @@ class Trainer:
         except (DataError, OSError) as caught:
             error = str(caught)
         own = sum(batch.target_count for batch in micro_batches)
-        targets, stops, failures = self.engine.sum_over_ranks([own, int(signals.received is not None), int(bool(error))])
+        targets, stops, failures = self.engine.sum_over_ranks(
+            [own, int(signals.received is not None), int(bool(error))]
+        )
         if failures:
             told = "; ".join(f"rank {rank}: {text}" for rank, text in self.engine.errors_of_ranks(error).items())
             raise DataError(f"the data of step {self.state.step + 1} could not be read: {told}")
@@ -205,7 +203,7 @@ class Trainer:
             zero_stage=self.config.parallel.zero_stage,
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
-            tokenizer=dataclasses.asdict(self._tokenizer),
+            tokenizer=dataclasses.asdict(self.loader.manifest.tokenizer),
         )
         self.latest_checkpoint = save_checkpoint(
             self.engine,
@@ -214,5 +212,5 @@ class Trainer:
             state,
             to_yaml(self.config),
             self.config.checkpoint.keep_last,
-            copies=[Path(self.config.data.train, TOKENIZER_NAME)] if self._tokenizer.spec == TOKENIZER_NAME else [],
+            copies=tokenizer_files(self.config.data.train),
         )

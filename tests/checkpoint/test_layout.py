@@ -36,7 +36,10 @@ def test_newest_whole_checkpoint_of_a_run(tmp_path):
     [
         (lambda f: (f / "COMPLETE").unlink(), "COMPLETE is missing: the checkpoint was not finished"),
         (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE is not readable"),
-        (lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})), "format 99, this version .* 1"),
+        (
+            lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})),
+            "format 99, this version .* 1",
+        ),
         (lambda f: (f / "deepspeed" / "part").unlink(), "part is missing"),
         (lambda f: (f / "deepspeed" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
     ],

@@ -80,7 +80,9 @@ def test_every_misfit_is_listed_and_nothing_is_loaded(tmp_path):
         (lambda f: (f / "model-00001.safetensors").unlink(), "weights in .* cannot be read"),
         (lambda f: (f / "model-00001.safetensors").write_bytes(b"junk" * 9), "weights in .* cannot be read"),
         (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"0.weight": "../x.safetensors"}}'),
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"0.weight": "../x.safetensors"}}'
+            ),
             "outside its folder",
         ),
     ],

@@ -56,7 +56,11 @@ def _together():
     def refuse():
         raise CheckpointError("refused")
 
-    return failure(lambda: on_every_rank(fail_on_one)), decided_by_main(decide), failure(lambda: decided_by_main(refuse))
+    return (
+        failure(lambda: on_every_rank(fail_on_one)),
+        decided_by_main(decide),
+        failure(lambda: decided_by_main(refuse)),
+    )
 
 
 def test_ranks_fail_and_decide_together():
