@@ -87,8 +87,8 @@ def _device(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
         raise LaunchError(
-            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} processes on this "
-            "node"
+            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} processes "
+            "on this node"
         )
     return torch.device("cuda", local_rank if count > 1 else 0)
 

@@ -146,20 +146,18 @@ def _announce(
     """Says what is about to run, with everything that was derived."""
     parameters = count_parameters(config.model)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * environment.world_size)
-    device = (
-        torch.cuda.get_device_name() if environment.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    on_gpu = environment.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
+    model = "DCFormer" if config.model.attention == "dcmha" else "Transformer"
     epoch = stream.sequences_per_epoch
-    console.line(
-        f"model      {'DCFormer' if config.model.attention == 'dcmha' else 'Transformer'}, "
-        f"{parameters.total:,} parameters ({parameters.compose:,} of compose)"
-    )
+    console.line(f"model      {model}, {parameters.total:,} parameters ({parameters.compose:,} of compose)")
     console.line(
         f"ranks      {environment.world_size} x {device}, ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
     )
     console.line(
         f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
-        f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, {accumulation} times"
+        f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, "
+        f"{accumulation} times"
     )
     console.line(
         f"run        {config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens, "

@@ -36,8 +36,8 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     newer = [p.name for p in existing if step_of(p) > step_of(checkpoint)]
     if newer:
         raise CheckpointError(
-            f"checkpoint.resume is {checkpoint}, but run.folder {run} has gone on to {newer[-1]}: choose another run.name "
-            "to branch off, or delete the newer checkpoints"
+            f"checkpoint.resume is {checkpoint}, but run.folder {run} has gone on to {newer[-1]}: choose another "
+            "run.name to branch off, or delete the newer checkpoints"
         )
     return checkpoint
 
@@ -83,15 +83,13 @@ def check_fits(
     }
     for name, (key, here) in same.items():
         if content[key] != here:
-            problems.append(
-                f"{name}: {content[key]} there and {here} here; a run must go on with what it was saved with"
-            )
+            problems.append(f"{name}: {content[key]} there and {here} here; a run goes on with what it was saved with")
     state = TrainState.from_json(content)
-    changed = [key for key in {**state.data_identity, **identity} if state.data_identity.get(key) != identity.get(key)]
+    there = state.data_identity
     problems += [
-        f"the data's {key} was {state.data_identity.get(key)!r} there and is {identity.get(key)!r} here, so the sequences "
-        "would be others"
-        for key in changed
+        f"the data's {key} was {there.get(key)!r} there and is {identity.get(key)!r} here: those are other sequences"
+        for key in {**there, **identity}
+        if there.get(key) != identity.get(key)
     ]
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")

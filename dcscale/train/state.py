@@ -25,7 +25,7 @@ class TrainState:
     """Tokens the model has read in training: sequences times their length, over all ranks."""
 
     data_identity: dict[str, Any] = field(default_factory=dict)
-    """What decides the data's content, order and cutting; the next sequence is number step * global_batch_size of it."""
+    """What decides the data's content, order and cutting. The next sequence is number step * global_batch_size."""
 
     first_loss: float | None = None
     """Loss of step 1, nats a token."""

@@ -109,10 +109,8 @@ class Trainer:
             micro_batches = next(batches)
         except (DataError, OSError) as caught:
             error = str(caught)
-        own = sum(batch.target_count for batch in micro_batches)
-        targets, stops, failures = self.engine.sum_over_ranks(
-            [own, int(signals.received is not None), int(bool(error))]
-        )
+        own = [sum(batch.target_count for batch in micro_batches), signals.received is not None, error is not None]
+        targets, stops, failures = self.engine.sum_over_ranks(own)
         if failures:
             told = "; ".join(f"rank {rank}: {text}" for rank, text in self.engine.errors_of_ranks(error).items())
             raise DataError(f"the data of step {self.state.step + 1} could not be read: {told}")
@@ -137,10 +135,11 @@ class Trainer:
             grad_norm = self.engine.update(lr)
         except NonFiniteError as error:
             self._sum_losses()
+            loss = self.state.pending[-1][0] / max(targets, 1)
             raise NonFiniteError(
-                f"step {self.state.step + 1}: {error}, loss {self.state.pending[-1][0] / max(targets, 1)}; the update was "
-                f"not made. Newest checkpoint: {self.latest_checkpoint}. Lower optimizer.learning_rate, lengthen "
-                "schedule.warmup_steps, or look at the data of this step"
+                f"step {self.state.step + 1}: {error}, loss {loss}; the update was not made. Newest checkpoint: "
+                f"{self.latest_checkpoint}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or look at "
+                "the data of this step"
             ) from error
         self.state.step += 1
         self.state.tokens += self.tokens_per_step

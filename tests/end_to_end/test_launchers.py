@@ -94,10 +94,10 @@ def test_a_mistyped_key_is_corrected(tmp_path, shards):
 
 
 def test_missing_shards_stop_all_ranks_with_one_message(tmp_path, shards):
-    code, out, err = run("torchrun", *settings(tmp_path / "run", shards, f"data.train={tmp_path / 'nothing'}"))
+    code, _, err = run("torchrun", *settings(tmp_path / "run", shards, f"data.train={tmp_path / 'nothing'}"))
     assert code != 0
-    assert re.findall(r"^error: .*", err, re.MULTILINE) == re.findall(r"^error: .*nothing.*", err, re.MULTILINE) != []
-    assert len(re.findall(r"^error: ", err, re.MULTILINE)) == 1
+    (message,) = re.findall(r"^error: .*", err, re.MULTILINE)
+    assert "nothing" in message
     assert not (tmp_path / "run").exists()
 
 

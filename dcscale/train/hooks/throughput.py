@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer
 
 PEAK_TFLOPS_BF16 = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
-"""Dense bf16 peak in TFLOP/s of one device, from NVIDIA's data sheets (SXM versions), by a part of the device's name."""
+"""Dense bf16 peak in TFLOP/s of one device (NVIDIA's data sheets, SXM versions), by a part of the device's name."""
 
 
 def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
