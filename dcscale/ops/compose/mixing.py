@@ -120,6 +120,7 @@ def mix(x_HBCS: Tensor, weights: Mixer, scratch: Scratch, out: str, latents: str
     if weights.q1_RHBP is not None:
         rank = weights.q1_RHBP.shape[0]
         latent_NRS = scratch.take(f"{latents}, by query", (batch * chunk, rank, keys))
+        # Contiguous, because bmm copies other matrices one by one.
         q1_NRH = weights.q1_RHBP.permute(2, 3, 0, 1).reshape(batch * chunk, rank, heads).contiguous()
         torch.bmm(q1_NRH, _by_query(x_HBCS), out=latent_NRS)
         for latent_NS, q2_HBC in zip(latent_NRS.unbind(1), weights.q2_RHBP):
@@ -127,10 +128,10 @@ def mix(x_HBCS: Tensor, weights: Mixer, scratch: Scratch, out: str, latents: str
     if weights.k1_RHBP is not None:
         rank = weights.k1_RHBP.shape[0]
         latent_RBCS = scratch.take(f"{latents}, by key", (rank, batch, chunk, keys))
-        product_HBCS = scratch.take("product", x_HBCS.shape)
-        for latent_BCS, k1_HBS, k2_HBS in zip(latent_RBCS, weights.k1_RHBP, weights.k2_RHBP):
-            torch.mul(x_HBCS, k1_HBS.unsqueeze(2), out=product_HBCS)
-            torch.sum(product_HBCS, 0, out=latent_BCS)
+        latent_RBCS.zero_()
+        for x_BCS, k1_RBS in zip(x_HBCS, weights.k1_RHBP.unbind(1)):
+            latent_RBCS.addcmul_(x_BCS, k1_RBS.unsqueeze(2))
+        for latent_BCS, k2_HBS in zip(latent_RBCS, weights.k2_RHBP):
             out_HBCS.addcmul_(latent_BCS, k2_HBS.unsqueeze(2))
     return out_HBCS, Latents(latent_NRS, latent_RBCS)
 
