@@ -20,14 +20,12 @@ if [ -z "$python" ]; then
     done
 fi
 [ -n "$python" ] || die "no Python 3.10 or newer was found; install one or set PYTHON=/path/to/python"
-command -v c++ >/dev/null || command -v g++ >/dev/null || die "no C++ compiler was found; install g++ (DeepSpeed compiles a small part)"
-
 [ -x .venv/bin/python ] || { say "Making .venv with $($python --version)"; "$python" -m venv .venv \
     || die "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; }
 pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
 
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    version=$(sed -n 's/^torch==//p' launch/constraints.txt)
+version=$(sed -n 's/^torch==//p' launch/constraints.txt)
+if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$version')" 2>/dev/null; then
     if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
         say "Installing torch $version for NVIDIA GPUs (several GB)"
         "${pip[@]}" "torch==$version"
@@ -39,13 +37,6 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     fi
 fi
 say "Installing dcscale and its packages"
-"${pip[@]}" --constraint launch/constraints.txt ninja psutil setuptools --editable ".${extras:+[$extras]}"
+"${pip[@]}" --constraint launch/constraints.txt --editable ".${extras:+[$extras]}"
 
-if ! .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-    say "Compiling DeepSpeed's shared-memory communication (once a machine, up to a minute)"
-    PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu .venv/bin/python - >/dev/null 2>.venv/compile.log <<'PYTHON' || die "it failed: see .venv/compile.log"
-from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
-ShareMemCommBuilder().load(verbose=False)
-PYTHON
-fi
 printf '%s\n' "$wanted" > "$stamp"

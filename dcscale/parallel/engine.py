@@ -59,6 +59,8 @@ def start_distributed(environment: Environment, timeout_minutes: float) -> None:
     deepspeed = _import_deepspeed(environment)
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
+    # Else every first run on a CPU compiles, and then spins in, an all-reduce that only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _without_chatter():
         deepspeed.init_distributed(
             dist_backend=environment.backend,

@@ -1,49 +1,42 @@
 """Parameter and FLOP counts against formulas written by hand and torch's own counter."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcscale.config.schema import ComposeConfig, ModelConfig
+from dcscale.config.load import load_config
+from dcscale.config.schema import ComposeConfig
 from dcscale.models import DCFormer, count_flops, count_parameters
 from dcscale.testing.models import lively_model, random_ids, tiny_config
 
-PUBLISHED = {  # upstream's dcformer_pp_405m.yml, dcformer_pp_2b8.yml, pytorch/dcformer and pytorch/dcpythia config.json
-    "405M": ModelConfig(vocab_size=50256, layers=24, dim=1024, heads=16, ffn_dim=2816),
-    "2.8B": ModelConfig(vocab_size=50256, layers=32, dim=2560, heads=32, ffn_dim=6912),
-    "8B": ModelConfig(
-        vocab_size=152064, layers=48, dim=4096, heads=32, ffn_dim=5632, multi_gate=44, windows=[256, None, 256, 256]
-    ),
-    "pythia-6.9B": ModelConfig(
-        vocab_size=50257,
-        layers=32,
-        dim=4096,
-        heads=32,
-        ffn="gelu",
-        ffn_dim=16384,
-        norm="layernorm",
-        bias=True,
-        parallel_residual=True,
-        rope_fraction=0.25,
-    ),
+PRESETS = Path(__file__).parents[2] / "configs" / "model"
+PUBLISHED = {  # layers, dim, heads, ffn_dim, multi_gate
+    "dcformer-405m": (24, 1024, 16, 2816, 0),
+    "dcformer-2.8b": (32, 2560, 32, 6912, 0),
+    "dcformer-8b": (48, 4096, 32, 5632, 44),
+    "dcpythia-6.9b": (32, 4096, 32, 16384, 0),
 }
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_parameters_of_the_published_sizes(size):
-    config = PUBLISHED[size]
-    layers, dim, heads, ffn_dim = config.layers, config.dim, config.heads, config.ffn_dim
-    pythia = size.startswith("pythia")
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_parameters_of_the_published_sizes(preset):
+    layers, dim, heads, ffn_dim, gates = PUBLISHED[preset]
+    pythia = preset.startswith("dcpythia")
+    config = load_config([PRESETS / f"{preset}.yaml"]).config.model
     count = count_parameters(config)
     assert count.embedding == count.output == config.vocab_size * dim
     assert count.attention == layers * (4 * dim**2 + (4 * dim if pythia else 0))
     assert count.compose == layers * (20 * dim * heads + 64 * heads**2)
-    if pythia:
-        assert count.ffn == layers * (2 * dim * ffn_dim + ffn_dim + dim)
-    else:
-        assert count.ffn == layers * (3 * dim * ffn_dim + (config.multi_gate or 0) * dim)
-    assert count.norm == layers * (2 * dim * (1 + pythia) + 2 * dim // heads) + dim * (1 + pythia)
-    assert count.total == sum((count.embedding, count.attention, count.compose, count.ffn, count.norm, count.output))
+    assert count.ffn == layers * (2 * dim * ffn_dim + ffn_dim + dim if pythia else 3 * dim * ffn_dim + gates * dim)
+    block_norms = (4 if pythia else 2) * dim + 2 * dim // heads
+    assert count.norm == layers * block_norms + (2 if pythia else 1) * dim
+    assert count.total == count.embedding + count.attention + count.compose + count.ffn + count.norm + count.output
+
+    twin = count_parameters(replace(config, attention="mha"))
+    assert twin == replace(count, compose=0)
 
 
 @pytest.mark.parametrize(

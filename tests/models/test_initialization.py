@@ -10,6 +10,7 @@ from torch import nn
 
 from dcscale.config.schema import ComposeConfig
 from dcscale.models import DCFormer, initialize
+from dcscale.models.init import standard_deviation
 from dcscale.testing.models import tiny_config
 
 
@@ -65,10 +66,16 @@ def test_standard_deviations(gate_init):
         if value.dim() == 1:
             assert (value == 1).all(), name
         else:
-            std = expected.get(name.rpartition(".")[2], 0.006)
+            std = expected.get(name.rpartition(".")[2], 0.006 * 1024 / dim)
             # Four standard errors of an estimate from that many values.
             assert value.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * value.numel())), name
             assert abs(value.mean().item()) < 4 * std / math.sqrt(value.numel()), name
+
+
+@pytest.mark.parametrize(("dim", "std"), [(4096, 0.006), (1024, 0.006), (512, 0.012), (256, 0.024), (32, 0.05)])
+def test_matrices_start_as_upstream_from_its_smallest_width_on(dim, std):
+    for name in ("embedding.weight", "output.weight", "blocks.3.attention.out.weight", "blocks.11.ffn.down.weight"):
+        assert standard_deviation(name, tiny_config(dim=dim)) == pytest.approx(std)
 
 
 def test_biases_are_zero():
