@@ -62,7 +62,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
-    """FLOPs a token in sequences of ``sequence_length`` tokens, with full documents.
+    """FLOPs a token in sequences of ``sequence_length`` tokens, each of one document.
 
     Causality and windows are respected: the query at position t (from 0) sees min(t + 1, window) keys.
     Raises ValueError where the model itself would, and for a length below 1.

@@ -124,6 +124,7 @@ class DCFormer(nn.Module):
 def _check_settings(config: ModelConfig, recompute: str, loss_chunk: int) -> None:
     values = {
         "model.attention": config.attention,
+        "model.backend": config.backend,
         "model.compose.gelu": config.compose.gelu,
         "model.ffn": config.ffn,
         "model.norm": config.norm,

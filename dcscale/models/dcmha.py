@@ -18,9 +18,10 @@ W1_EPS = 1e-6
 
 
 def active_branches(compose: ComposeConfig) -> tuple[tuple[str, str], ...]:
-    """The (stage, side) pairs that are switched on, in the order of axis C in every parameter.
+    """The (stage, side) pairs that are switched on, in the order that axis C of every parameter has.
 
-    Stage is ``pre`` (scores) or ``post`` (probabilities), side is ``query`` or ``key``.
+    All of them are (pre, query), (pre, key), (post, query), (post, key): ``pre`` acts on the scores, ``post`` on
+    the probabilities. Empty where nothing is left to compose with.
     """
     if not (compose.low_rank or compose.gates):
         return ()

@@ -315,6 +315,7 @@ def test_wrong_inputs_are_refused(inputs, message):
     ("changes", "message"),
     [
         ({"attention": "dcmh"}, "model.attention is 'dcmh', but must be one of 'dcmha', 'mha'"),
+        ({"backend": "fast"}, "model.backend is 'fast'"),
         ({"ffn": "relu"}, "model.ffn is 'relu'"),
         ({"norm": "none"}, "model.norm is 'none'"),
         ({"compose": ComposeConfig(gelu="sigmoid")}, "model.compose.gelu is 'sigmoid'"),
