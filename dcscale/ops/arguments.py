@@ -42,8 +42,8 @@ def check_attention(
             f"query_offset is {query_offset}, expected 0 <= query_offset <= S - T = {keys - queries}: "
             f"every query must have its own key"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}, expected at least 1 (a query sees itself), or None for no window")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window is {window}, expected a whole number from 1 (a query sees itself), or None for none")
     if document_ids is not None:
         if tuple(document_ids.shape) != (batch, keys):
             raise ValueError(

@@ -35,7 +35,8 @@ SHARED = {
     "more queries than keys": ({"q": shaped(2, 6, 4, 6)}, {}, "q has 6 queries for 5 keys"),
     "negative offset": ({}, {"query_offset": -1}, "query_offset is -1, expected 0 <= query_offset <= S - T = 2"),
     "offset beyond the keys": ({}, {"query_offset": 3}, "query_offset is 3, expected 0 <= query_offset <= S - T = 2"),
-    "empty window": ({}, {"window": 0}, "window is 0, expected at least 1"),
+    "empty window": ({}, {"window": 0}, "window is 0, expected a whole number from 1"),
+    "half a window": ({}, {"window": 2.5}, "window is 2.5, expected a whole number from 1"),
     "documents of the queries": (
         {},
         {"document_ids": torch.zeros(2, 3, dtype=torch.int32)},
@@ -109,6 +110,12 @@ def test_attention_refuses(tensors, options, message):
     inputs = random_inputs(**CALL).with_tensors(**tensors)
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         attention(*arguments(inputs.tensors)[:3], **options)
+
+
+def test_weights_in_another_container_are_refused():
+    q, k, v, pre, post = arguments(random_inputs(**CALL).tensors)
+    with pytest.raises(ValueError, match="post is a tuple, expected ComposeWeights, or None"):
+        compose_attention(q, k, v, pre, tuple(post))
 
 
 def test_what_is_refused_is_otherwise_right():

@@ -130,6 +130,25 @@ def test_tensors_in_any_memory_order():
     assert_same(inputs.run("chunked"), inputs.run("reference"))
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_nothing_is_read_before_it_is_written(monkeypatch):
+    """All memory starts as NaN, and scratch is NaN again for every chunk."""
+
+    class Poisoned(mixing.Scratch):
+        def take(self, name, shape):
+            return super().take(name, shape).fill_(torch.nan)
+
+    inputs = random_inputs(queries=11, window=5, documents=6)
+    expected = inputs.run("chunked")
+    monkeypatch.setattr(chunked, "Scratch", Poisoned)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    try:
+        assert torch.empty(1).isnan()
+        assert_same(inputs.run("chunked"), expected, tolerance=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_two_runs_give_the_same_bits():
     inputs = random_inputs(queries=129, heads=6, kv_heads=3, window=40, documents=30).to(torch.float32)
     for first, second in zip(inputs.run("chunked").values(), inputs.run("chunked").values()):

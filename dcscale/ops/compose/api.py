@@ -73,6 +73,8 @@ def choose_backend(
 
 
 def _check_weights(stage: str, weights: ComposeWeights, q: Tensor, k: Tensor) -> None:
+    if not isinstance(weights, ComposeWeights):
+        raise ValueError(f"{stage} is a {type(weights).__name__}, expected ComposeWeights, or None for the identity")
     batch, queries, heads, _ = q.shape
     ranks = {}
     for name, tensor in weights.tensors().items():

@@ -174,9 +174,10 @@ class _Part:
             start = end
 
     def probabilities(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor, Latents]:
-        """Scores and probabilities [H, B, C, V], and the latents of pre; uses the maps "scores", "mixed" and more."""
+        """Scores and probabilities [H, B, C, V], in the scratch by these names, and the latents of pre."""
         q_MCD, k_MVD = _positions(self.q_HBTD, queries), _positions(self.k_HBSD, keys)
         scores_HBCV = self.scratch.take("scores", (*self.q_HBTD.shape[:2], q_MCD.shape[1], k_MVD.shape[1]))
+        # The scale belongs to the product: on q it would be one rounding more. beta=0 ignores what scores holds.
         scores_HBCV.flatten(0, 1).baddbmm_(q_MCD, k_MVD.mT, beta=0, alpha=self.scale)
         pre = self.pre.narrow(queries, keys)
         mixed_HBCV, latents = mix(scores_HBCV, pre, self.scratch, "mixed", "pre latents")
