@@ -47,7 +47,7 @@ if [ -f "$data/train/manifest.json" ] && [ -f "$data/validation/manifest.json" ]
     echo "already in $data"
 else
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-    python tools/make_shards.py "$stdlib" --suffix .py --exclude site-packages --skip-undecodable \
+    python tools/make_shards.py "$stdlib" --suffix .py --exclude site-packages --skip-undecodable --workers 1 \
         --tokenizer byte --hold-out 0.02 --shard-tokens 2000000 --output "$data"
 fi
 
@@ -63,7 +63,8 @@ run = pathlib.Path(sys.argv[1])
 summary = run / "summary.json"
 result = json.loads(summary.read_text()) if summary.exists() else {}
 if result.get("completed"):
-    print(f"{run} is complete: {result['steps']} steps, {result['bits_per_byte']:.3f} bits/byte.")
+    from dcscale.train.summary import summary_lines
+    print(f"{run} is complete:", *summary_lines(result), sep="\n")
     sys.exit(0)
 if (run / "checkpoints").exists():
     print(f"{run} is there and unfinished: going on from its newest checkpoint.")
@@ -79,9 +80,15 @@ else
         settings=(train.precision=bf16 "${settings[@]}")
     else
         default=2
+        export DS_ACCELERATOR=cpu  # DeepSpeed need not warn that it found no GPU
     fi
+    status=0
     deepspeed --quiet --num_accelerators "${processes:-$default}" launch/train.py configs/quickstart.yaml \
-        "run.name=$name" "${settings[@]}"
+        "run.name=$name" "${settings[@]}" || status=$?
+    if [ "$status" -ne 0 ]; then
+        [ ! -e "$run/checkpoints/latest" ] || echo "The same command goes on from $run/checkpoints/$(cat "$run/checkpoints/latest")."
+        exit "$status"
+    fi
 fi
 
 say "Next"

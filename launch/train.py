@@ -23,14 +23,13 @@ from dcscale.data import DataError
 from dcscale.observe import Console
 from dcscale.parallel import (
     LaunchError,
-    NonFiniteError,
     RankError,
     discover,
     share_cores,
     start_distributed,
     stop_distributed,
 )
-from dcscale.train import Ending, build_trainer, write_summary
+from dcscale.train import Ending, build_trainer, summary_lines, write_summary
 from dcscale.train.optimizer import RuleError
 
 DONE, UNFIT, SIGNALLED = 0, 2, 75
@@ -56,14 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
             summary = write_summary(trainer, ending)
         finally:
             trainer.close()
-    except (ConfigError, LaunchError, DataError, CheckpointError, RuleError, RankError, NonFiniteError) as error:
+    except (ConfigError, LaunchError, DataError, CheckpointError, RuleError, RankError, FloatingPointError) as error:
         if environment is None or environment.is_main:
             print(f"error: {error}", file=sys.stderr)
         return UNFIT
     finally:
         stop_distributed()
-    console.line(f"{ending.value}: {summary['steps']} steps, checkpoint {summary['last_checkpoint']}")
-    console.line(f"look       tensorboard --logdir {trainer.run / 'tensorboard'}; {trainer.run / 'summary.json'}")
+    console.line(f"ended      {ending.value}")
+    for line in summary_lines(summary):
+        console.line(line)
+    console.line(f"files      {trainer.run}; curves: tensorboard --logdir {trainer.run}")
     return SIGNALLED if ending is Ending.SIGNALLED else DONE
 
 

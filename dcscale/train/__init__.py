@@ -1,7 +1,7 @@
 """Training: the loop, its hooks, and how it is built from a config."""
 
 from dcscale.train.build import build_trainer
-from dcscale.train.summary import write_summary
+from dcscale.train.summary import summary_lines, write_summary
 from dcscale.train.trainer import Ending, Trainer
 
-__all__ = ["Ending", "Trainer", "build_trainer", "write_summary"]
+__all__ = ["Ending", "Trainer", "build_trainer", "summary_lines", "write_summary"]

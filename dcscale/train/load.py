@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dcscale.checkpoint import CheckpointError, find_checkpoint, load_weights
-from dcscale.checkpoint.layout import WEIGHTS
+from dcscale.checkpoint.layout import STATE, WEIGHTS
 from dcscale.config import Config
 from dcscale.data import Tokenizer
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer, HuggingFaceTokenizer
@@ -39,7 +39,7 @@ def load_trained(path: Path, device: torch.device, dtype: torch.dtype | None = N
     try:
         spec, eos_id = state["tokenizer"]["spec"], state["tokenizer"]["eos_id"]
     except KeyError as error:
-        raise CheckpointError(f"{checkpoint / 'state.json'} has no entry {error} for the tokenizer") from error
+        raise CheckpointError(f"{checkpoint / STATE} has no entry for the tokenizer ({error})") from error
     tokenizer = ByteTokenizer() if spec == "byte" else HuggingFaceTokenizer(checkpoint / TOKENIZER_NAME, eos_id)
     if dtype is None:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

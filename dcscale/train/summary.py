@@ -38,6 +38,23 @@ def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
     }
 
 
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The summary for a person at the terminal."""
+    lines = [f"steps      {summary['steps']:,} of {summary['tokens']:,} tokens in {summary['train_seconds']:.0f} s"]
+    if summary["first_loss"] is not None:
+        lines.append(
+            f"loss       {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} now (nats/token), "
+            f"{summary['tokens_per_second']:,.0f} tokens/s"
+        )
+    if summary["validation_loss"] is not None:
+        bits = "" if summary["bits_per_byte"] is None else f", {summary['bits_per_byte']:.4f} bits/byte"
+        lines.append(f"held out   {summary['validation_loss']:.4f} nats/token{bits}")
+    lines.append(f"checkpoint {summary['last_checkpoint']}")
+    if summary["sample"] is not None:
+        lines += ["it writes", *(f"  | {line}" for line in summary["sample"].splitlines())]
+    return lines
+
+
 def write_summary(trainer: Trainer, ending: Ending) -> dict[str, Any]:
     """Writes ``summary.json`` into the run's folder (rank 0) and returns its content."""
     content = summarize(trainer, ending)

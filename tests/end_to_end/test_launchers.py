@@ -68,7 +68,8 @@ def test_every_launcher_gives_the_same_losses(tmp_path, shards):
         code, out, err = run(name, *settings(tmp_path / name, shards))
         assert code == 0, err
         assert "DCFormer, 41,216 parameters" in out
-        assert "all steps of the run are done: 8 steps" in out
+        assert "ended      all steps of the run are done" in out
+        assert "steps      8 of 2,048 tokens" in out
         records = read_metrics(tmp_path / name / "metrics.jsonl")
         losses[name] = [(r["loss"], r["grad_norm"]) for r in records]
         world_size = json.loads((tmp_path / name / "summary.json").read_text())["world_size"]
