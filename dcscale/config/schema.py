@@ -261,7 +261,7 @@ class ValidationConfig:
     """Steps between validations; one is also made at the end. 0 turns validation off."""
 
     sequences: int = 512
-    """Sequences of the held-out shards that are used, always the same; fewer when there are fewer."""
+    """Sequences of the held-out shards that are used: always the same, spread evenly; all where there are no more."""
 
 
 @dataclass

@@ -54,7 +54,8 @@ class BatchLoader:
         rank: this process, from 0 to ``world_size - 1``.
         world_size: number of processes.
         prefetch_steps: steps prepared ahead by a thread; 0 prepares each step when it is asked for.
-        limit: use only the first ``limit`` sequences, at most one epoch. Missing rows of the last step are masked.
+        limit: use only ``limit`` sequences, spread evenly over epoch 0 (all of it where it has no more), so that a part
+            of the held-out data stands for the whole. Missing rows of the last step are masked.
 
     Raises:
         DataError: the sizes do not fit, or one of this rank's share of the shards is missing or has the wrong size.
@@ -135,9 +136,14 @@ class BatchLoader:
         while self._limit is None or step * self._global_batch_size < self._limit:
             begin = step * self._global_batch_size
             mine = range(begin + self._rank, begin + self._global_batch_size, self._world_size)
-            numbers = [g if self._limit is None or g < self._limit else None for g in mine]
-            yield self._batches(self._stream.sequences(numbers))
+            yield self._batches(self._stream.sequences([self._spread(g) for g in mine]))
             step += 1
+
+    def _spread(self, g: int) -> int | None:
+        """The stream's number of sequence g; None beyond the limit."""
+        if self._limit is None:
+            return g
+        return g * self._stream.sequences_per_epoch // self._limit if g < self._limit else None
 
     def _batches(self, sequences: Sequences) -> list[Batch]:
         def batch(rows: slice) -> Batch:

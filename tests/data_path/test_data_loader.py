@@ -53,10 +53,14 @@ def rows_of(batches):
     ]
 
 
-def expected_step(stream, step):
-    rows = stream.sequences(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
+def expected_rows(stream, numbers):
+    rows = stream.sequences(numbers)
     parts = (rows.tokens_NL1[:, :-1], rows.targets_NL, rows.document_ids_NL)
-    return [b"".join(part[i].tobytes() for part in parts) for i in range(GLOBAL_BATCH)]
+    return [b"".join(part[i].tobytes() for part in parts) for i in range(len(numbers))]
+
+
+def expected_step(stream, step):
+    return expected_rows(stream, range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
 
 
 def prefetch_threads():
@@ -127,15 +131,15 @@ def test_without_document_mask_there_are_no_ids_and_all_targets_count(folder):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_limit_masks_the_rows_beyond_it_and_ends(folder, world):
+def test_limit_takes_sequences_evenly_masks_the_rows_beyond_it_and_ends(folder, world):
     """30 sequences in steps of 12: two whole steps, and one with 6 rows."""
     stream = stream_of(folder, shuffle=False)
     iterators = [loader_of(folder, rank=r, world=world, limit=30, shuffle=False).steps() for r in range(world)]
     steps = [list(iterator) for iterator in iterators]
     assert [len(found) for found in steps] == [3] * world
     found = [row for step in range(3) for rows in zip(*(rows_of(rank[step]) for rank in steps)) for row in rows]
-    expected = [row for step in range(3) for row in expected_step(stream, step)]
-    assert found[:30] == expected[:30]
+    assert stream.sequences_per_epoch > 60
+    assert found[:30] == expected_rows(stream, [i * stream.sequences_per_epoch // 30 for i in range(30)])
     last = [batch for rank in steps for batch in rank[2]]
     assert sum(int((batch.targets == -100).all()) for batch in last) == 6
 
