@@ -75,8 +75,8 @@ then
 else
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     if [ "$gpus" -gt 0 ]; then
-        # The batch of 32 sequences is cut evenly over 1, 2 or 4 GPUs.
-        default=1; for n in 2 4; do [ "$n" -le "$gpus" ] && default=$n; done
+        # The batch of 8 sequences is cut evenly over 1 or 2 GPUs.
+        default=$((gpus > 1 ? 2 : 1))
         settings=(train.precision=bf16 "${settings[@]}")
     else
         default=2

@@ -53,11 +53,11 @@ def chunked_attention(
     query_offset: int,
 ) -> Tensor:
     """Arguments as :func:`dcscale.ops.compose_attention`, already checked -> [B, T, H, D] in q's type."""
-    weights = _complete_terms(pre) + _complete_terms(post)
+    weights = complete_terms(pre) + complete_terms(post)
     return _forward_op(q_BTHD, k_BSGD, v_BSGD, *weights, document_ids_BS, window, scale, query_offset)
 
 
-def _complete_terms(weights: ComposeWeights | None) -> list[Tensor | None]:
+def complete_terms(weights: ComposeWeights | None) -> list[Tensor | None]:
     """q1, q2, qg, k1, k2, kg, without a low-rank factor whose partner is missing."""
     if weights is None:
         return [None] * 6
