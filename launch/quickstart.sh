@@ -75,15 +75,16 @@ then
 else
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     if [ "$gpus" -gt 0 ]; then
-        # The batch of 8 sequences is cut evenly over 1 or 2 GPUs.
-        default=$((gpus > 1 ? 2 : 1))
+        processes=${processes:-$gpus}
         settings=(train.precision=bf16 "${settings[@]}")
     else
-        default=2
+        processes=${processes:-2}
         export DS_ACCELERATOR=cpu  # DeepSpeed need not warn that it found no GPU
     fi
+    # configs/quickstart.yaml has 4 sequences each for 2 processes; more processes take 4 sequences each, too.
+    [ "$processes" -le 2 ] || settings=("train.global_batch_size=$((4 * processes))" "${settings[@]}")
     status=0
-    deepspeed --quiet --num_accelerators "${processes:-$default}" launch/train.py configs/quickstart.yaml \
+    deepspeed --quiet --num_accelerators "$processes" launch/train.py configs/quickstart.yaml \
         "run.name=$name" "${settings[@]}" || status=$?
     if [ "$status" -ne 0 ]; then
         [ ! -e "$run/checkpoints/latest" ] || echo "The same command goes on from $run/checkpoints/$(cat "$run/checkpoints/latest")."
