@@ -34,16 +34,22 @@ METRICS: dict[str, Metric] = {
 }
 """Every metric but those of compose: ``compose/pre/layer_00`` and the like, one a layer and side, are
 the root mean square over tokens of ||M - I||_F / sqrt(H) for the composing matrix M of a token with itself:
-0 where heads are not mixed at all."""
+0 where heads are not mixed at all. In TensorBoard they follow the others, under ``weights/``."""
 
 COMPOSE_PREFIX = "compose/"
+
+BOARD_CHARTS = {
+    "loss": {"training and validation": [METRICS["loss"].board, METRICS["validation_loss"].board]},
+    "compose": {side: [f"weights/{COMPOSE_PREFIX}{side}/.*"] for side in ("pre", "post")},
+}
+"""Charts of several curves for TensorBoard's custom scalars: by group and title, patterns of tags."""
 
 
 def board_values(record: Mapping[str, float | int | None]) -> dict[str, float]:
     """The part of a record that TensorBoard shows, by tag."""
     values = {}
     for name, value in record.items():
-        tag = name if name.startswith(COMPOSE_PREFIX) else METRICS[name].board
+        tag = f"weights/{name}" if name.startswith(COMPOSE_PREFIX) else METRICS[name].board
         if tag is not None and value is not None:
             values[tag] = value
     return values

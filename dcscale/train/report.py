@@ -7,7 +7,7 @@ from pathlib import Path
 from dcscale.observe import Console, MetricsFile
 from dcscale.observe.board import Board
 from dcscale.train.hooks.base import Record
-from dcscale.train.metrics import board_values
+from dcscale.train.metrics import BOARD_CHARTS, board_values
 
 
 class Reporter:
@@ -23,7 +23,7 @@ class Reporter:
     def __init__(self, run: Path, last_step: int, steps: int, console: Console, progress: bool, is_main: bool):
         self._console = console
         self._metrics = MetricsFile(run / "metrics.jsonl", last_step) if is_main else None
-        self._board = Board(run / "tensorboard", last_step) if is_main else None
+        self._board = Board(run / "tensorboard", last_step, BOARD_CHARTS) if is_main else None
         self._progress = console.progress(steps, last_step, "step") if progress else None
 
     def record(self, record: Record) -> None:

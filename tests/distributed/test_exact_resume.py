@@ -94,4 +94,4 @@ def test_tensorboard_shows_each_step_once(runs):
     board.Reload()
     assert [event.step for event in board.Scalars("loss/train")] == [2, 4, 6, 8]
     assert [event.step for event in board.Scalars("loss/validation")] == [4, 8]
-    assert [event.step for event in board.Scalars("compose/pre/layer_00")] == [1, 4, 8]
+    assert [event.step for event in board.Scalars("weights/compose/pre/layer_00")] == [1, 4, 8]
