@@ -34,7 +34,7 @@ def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
         "world_size": trainer.environment.world_size,
         "device": str(trainer.environment.device.type),
         "last_checkpoint": str(trainer.latest_checkpoint) if trainer.latest_checkpoint else None,
-        "sample": sample,
+        "sample": sample or None,
     }
 
 
