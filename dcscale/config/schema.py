@@ -51,8 +51,8 @@ class ModelConfig:
     """``dcmha`` for a DCFormer, ``mha`` for its Transformer twin: the same model without compose."""
 
     backend: str = "auto"
-    """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition) or
-    ``chunked`` (exact, no T x S tensor kept)."""
+    """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition), ``chunked`` (exact, no T x S
+    tensor kept) or ``triton`` (the same by fused kernels, on NVIDIA GPUs)."""
 
     vocab_size: int = 256
     """Rows of the embedding; at least the tokenizer's vocabulary, which the data's manifest states."""
@@ -348,7 +348,7 @@ class Config:
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.attention": ("dcmha", "mha"),
-    "model.backend": ("auto", "reference", "chunked"),
+    "model.backend": ("auto", "reference", "chunked", "triton"),
     "model.compose.gelu": ("tanh", "erf"),
     "model.ffn": ("swiglu", "gelu"),
     "model.norm": ("rmsnorm", "layernorm"),

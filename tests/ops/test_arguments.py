@@ -132,5 +132,5 @@ def test_choice_of_backend():
     assert choose_backend("auto", q) == ("sdpa", "without compose weights this is plain attention")
     assert choose_backend("reference", q, pre, post) == ("reference", "requested")
     assert choose_backend("chunked", q) == ("chunked", "requested")
-    with pytest.raises(ValueError, match="backend is 'triton', expected one of"):
-        choose_backend("triton", q)
+    with pytest.raises(ValueError, match="backend is 'fused', expected one of"):
+        choose_backend("fused", q)

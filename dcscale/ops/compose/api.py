@@ -8,11 +8,12 @@ from dcscale.ops.arguments import check_attention, check_tensor
 from dcscale.ops.attention import attention
 from dcscale.ops.compose.chunked import chunked_attention
 from dcscale.ops.compose.reference import reference_attention
+from dcscale.ops.compose.triton_op import obstacle, triton_attention
 from dcscale.ops.compose.weights import ComposeWeights
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
-_IMPLEMENTATIONS = {"reference": reference_attention, "chunked": chunked_attention}
+_IMPLEMENTATIONS = {"reference": reference_attention, "chunked": chunked_attention, "triton": triton_attention}
 
 
 def compose_attention(
@@ -39,7 +40,8 @@ def compose_attention(
     scale: factor on the scores; 1/sqrt(D) by default.
     document_ids: integers [B, S], the document of each key; a query sees keys of its own document only.
     query_offset: position of the first query among the keys; S - T by default, so that the queries are the last T.
-    backend: "reference" (dense, the definition), "chunked" (keeps nothing of size T x S for backward), or "auto".
+    backend: "reference" (dense, the definition), "chunked" (keeps nothing of size T x S for backward), "triton" (the
+    same by fused kernels, on NVIDIA GPUs), or "auto".
 
     Returns [B, T, H, D] in q's type, differentiable in every float tensor. 16-bit input is computed in float32.
     Raises ValueError for an argument that does not fit, naming it, its shape and what was expected.
@@ -61,15 +63,25 @@ def choose_backend(
 ) -> tuple[str, str]:
     """(name, reason) of the implementation that :func:`compose_attention` runs for these arguments.
 
-    The name is "reference", "chunked", or "sdpa" for plain attention. Raises ValueError for an unknown ``requested``.
+    The name is "reference", "chunked", "triton", or "sdpa" for plain attention; where the fastest of them cannot run,
+    the reason says why. Raises ValueError for an unknown ``requested``, and for "triton" where it cannot run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if requested == "triton":
+        problem = obstacle(q, pre, post)
+        if problem is not None:
+            raise ValueError(f"backend 'triton' cannot run here: {problem}; use 'auto', or 'chunked'")
     if requested != "auto":
         return requested, "requested"
     if pre is None and post is None:
         return "sdpa", "without compose weights this is plain attention"
-    return "chunked", f"the fastest backend for compose on {q.device.type}"
+    if q.device.type == "cpu":
+        return "chunked", "the fastest backend for compose on cpu: triton needs an NVIDIA GPU"
+    problem = obstacle(q, pre, post)
+    if problem is None:
+        return "triton", f"the fastest backend for compose on {q.device.type}"
+    return "chunked", f"the fastest backend for compose that can run here; not triton: {problem}"
 
 
 def _check_weights(stage: str, weights: ComposeWeights, q: Tensor, k: Tensor) -> None:

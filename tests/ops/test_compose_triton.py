@@ -1,0 +1,268 @@
+"""The fused backend against the definition: results, gradients, memory. On a GPU where there is one, else interpreted.
+
+Interpreted, each head of each tile costs milliseconds: shapes are small, and tiles too where several are needed.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from dcscale.ops import ComposeWeights, compose_attention
+from dcscale.ops.compose import triton_op, triton_tiles
+from dcscale.ops.compose.triton_tiles import Tile, Tiles
+from dcscale.testing.attention import WEIGHTS, arguments, random_inputs, unfused_attention
+from dcscale.testing.tolerance import check_results
+
+pytest.importorskip("triton", reason="triton is not installed")
+from dcscale.ops.compose import triton_staged
+from dcscale.ops.compose.triton_staged import StagedAttention, scratch_bytes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+ONE_TILE = {
+    "one query": {"queries": 1},
+    "seven": {"queries": 7},
+    "window": {"queries": 30, "window": 5},
+    "window of one": {"queries": 9, "window": 1},
+    "window beyond the start": {"queries": 9, "window": 50},
+    "queries in the middle": {"queries": 7, "keys": 40, "query_offset": 11},
+    "documents": {"queries": 30, "documents": 9},
+    "grouped": {"queries": 12, "heads": 6, "kv_heads": 2},
+    "one key/value head": {"queries": 12, "kv_heads": 1, "documents": 5},
+    "one head": {"queries": 12, "heads": 1},
+    "rank 1": {"queries": 12, "rank": 1},
+    "rank 3": {"queries": 12, "rank": 3, "heads": 5, "head_dim": 7},
+    "rank 4": {"queries": 12, "rank": 4},
+    "scale": {"queries": 12, "scale": 0.7},
+}
+TILES = {
+    "odd": {"queries": 33, "batch": 1},
+    "window": {"queries": 50, "window": 5, "heads": 2, "batch": 1},
+    "last queries": {"queries": 7, "keys": 40, "batch": 1},
+    "documents, window, last queries": {"queries": 35, "keys": 41, "documents": 12, "window": 20, "batch": 1},
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 x 16, so that short sequences have many."""
+    small = Tiles(Tile(16, 16, 4), Tile(16, 16, 4))
+    monkeypatch.setattr(triton_tiles, "TABLE", dict.fromkeys(triton_tiles.TABLE, small))
+
+
+def moved(inputs, device, dtype=torch.float32):
+    """The inputs in this type on this device."""
+    inputs = inputs.to(dtype)
+    tensors = {name: x.to(device) for name, x in inputs.tensors.items()}
+    options = {name: x.to(device) if torch.is_tensor(x) else x for name, x in inputs.options.items()}
+    return replace(inputs, tensors=tensors, options=options, cotangent=inputs.cotangent.to(device))
+
+
+def run(inputs, dtype=torch.float32):
+    return {name: x.cpu() for name, x in moved(inputs, DEVICE, dtype).run("triton").items()}
+
+
+def assert_close(results, expected, tolerance=2e-6):
+    """Far below any error of a formula, above what float32 rounds."""
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        assert torch.isfinite(result).all(), name
+        assert (result - expected[name]).norm() <= tolerance * expected[name].norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("options", ONE_TILE.values(), ids=ONE_TILE)
+def test_equals_the_reference(options):
+    inputs = random_inputs(**options)
+    assert_close(run(inputs), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", TILES.values(), ids=TILES)
+def test_equals_the_reference_over_tiles(options):
+    inputs = random_inputs(**options)
+    assert_close(run(inputs), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "options", [{"batch": 2, "queries": 20, "heads": 2}, {"batch": 1, "queries": 40, "heads": 2, "window": 9}]
+)
+def test_equals_the_reference_over_chunks(options, monkeypatch):
+    """A budget below the smallest chunk: one tile's queries of one batch row at a time."""
+    monkeypatch.setattr(triton_staged, "MAX_SCRATCH_BYTES", 1)
+    inputs = random_inputs(**options)
+    assert_close(run(inputs), inputs.run("reference"))
+
+
+@pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=6))[::3])
+def test_any_weights_may_be_missing(present):
+    """A subset in pre, its complement in post; a low-rank factor without its partner has no effect."""
+    absent = [name for name, there in zip(WEIGHTS[:6], present) if not there]
+    absent += [name for name, there in zip(WEIGHTS[6:], present) if there]
+    inputs = random_inputs(batch=1, queries=5, heads=2, absent=absent)
+    assert_close(run(inputs), inputs.run("reference"))
+
+
+@pytest.mark.parametrize("absent", [WEIGHTS, WEIGHTS[:6], WEIGHTS[6:]], ids=["neither", "post alone", "pre alone"])
+def test_stages_alone(absent):
+    inputs = random_inputs(batch=1, queries=9, absent=absent)
+    assert_close(run(inputs), inputs.run("reference"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "batch", "head_dim"),
+    [*((4, 33, 2, width) for width in (16, 64, 80)), *((6, 31, 2, width) for width in (16, 64, 80)), (32, 17, 1, 80)],
+)
+def test_error_of_every_tensor_in_float32(heads, queries, batch, head_dim, record_property):
+    """The output and the gradients of all 15 tensors, at most twice and three times as far off as plain PyTorch's."""
+    inputs = random_inputs(batch=batch, queries=queries, heads=heads, head_dim=head_dim)
+    results, plain, truth = run(inputs), inputs.to(torch.float32).run("reference"), inputs.run("reference")
+    assert len(results) == 16
+    for name in truth:
+        errors = [(x[name].double() - truth[name]).norm() / truth[name].norm() for x in (results, plain)]
+        record_property(name, f"relative error {errors[0]:.2e}, plain PyTorch {errors[1]:.2e}")
+    check_results(results, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "queries", "head_dim"), [(4, 33, 16), (6, 31, 80)])
+def test_error_of_every_tensor_in_16_bits(heads, queries, head_dim, dtype):
+    inputs = random_inputs(queries=queries, heads=heads, head_dim=head_dim, kv_heads=heads // 2)
+    check_results(run(inputs, dtype), inputs.to(dtype).run_function(unfused_attention), inputs.run("reference"))
+
+
+def test_tensors_in_any_memory_order():
+    inputs = random_inputs(queries=17, heads=2, documents=6)
+    shuffled = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in inputs.tensors.items()}
+    documents = inputs.options["document_ids"].long().T.contiguous().T
+    other = replace(inputs.with_tensors(**shuffled), options={"document_ids": documents})
+    assert not any(x.is_contiguous() for x in (*shuffled.values(), documents))
+    assert_close(run(other), run(inputs), tolerance=0)
+    inputs.cotangent = inputs.cotangent[:, :1].expand(-1, 17, -1, -1)
+    assert_close(run(inputs), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_nothing_is_read_before_it_is_written(monkeypatch):
+    """All memory starts as NaN. Two runs give the same bits."""
+    monkeypatch.setattr(triton_staged, "MAX_CHUNK_QUERIES", 16)
+    inputs = random_inputs(batch=1, queries=37, heads=2, window=21, documents=11)
+    expected = run(inputs)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    try:
+        assert torch.empty(1).isnan()
+        assert expected["q"].new_empty(1).isnan()
+        assert_close(run(inputs), expected, tolerance=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_keys_that_no_query_sees_are_not_touched(monkeypatch):
+    """Positions 0..4 are before every window, 15..19 after every query."""
+    inputs = random_inputs(batch=1, queries=6, keys=20, heads=2, query_offset=9, window=5)
+    expected = run(inputs)
+    unseen = [*range(5), *range(15, 20)]
+    poisoned = {name: x.clone() for name, x in inputs.tensors.items()}
+    by_key = [name for name in poisoned if name in "kv" or "k" in name]
+    for name in by_key:
+        poisoned[name][:, unseen] = torch.nan
+    results = run(inputs.with_tensors(**poisoned))
+    assert_close(results, expected, tolerance=0)
+    for name in by_key:
+        assert not results[name][:, unseen].any(), name
+
+
+def peak_bytes(function):
+    """The most that torch has allocated at once while ``function`` runs, over what it had before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("queries", [512, 1024])
+def test_memory_stays_within_what_is_stated(queries, window, monkeypatch):
+    """What the kernels compute has no part in it, so they are left out. The maps alone would be far larger."""
+    budget, batch, heads, head_dim, rows = 2**20, 2, 2, 16, 5
+    assert 4 * batch * heads * queries**2 > 2 * budget
+    monkeypatch.setattr(triton_staged, "MAX_SCRATCH_BYTES", budget)
+    monkeypatch.setattr(StagedAttention, "launch", lambda *arguments, **constants: None)
+    q, k, v, pre, post = arguments(
+        random_inputs(batch=batch, queries=queries, heads=heads, head_dim=head_dim).to(torch.float32).tensors
+    )
+    call = (q, k, v, *pre, *post, None, window, 0.25, 0)
+    packed = 4 * 4 * batch * heads * queries * rows
+    qkv = 3 * q.nbytes
+    statistics = torch.zeros(batch, heads, 2, queries)
+
+    forward = peak_bytes(lambda: triton_op._forward(*call))
+    assert forward <= budget + qkv + packed + statistics.nbytes
+    backward = peak_bytes(lambda: triton_op._backward(q, statistics, *call))
+    assert backward <= budget + 2 * (2 * qkv + 2 * packed)
+
+
+def test_chunks_cover_all_and_fit(monkeypatch):
+    monkeypatch.setattr(triton_staged, "MAX_SCRATCH_BYTES", 2**21)
+    q, k, v, pre, post = arguments(random_inputs(batch=5, queries=1000, keys=1100).to(torch.float32).tensors)
+    for window in (None, 7, 300):
+        staged = StagedAttention(q, k, v, [*pre, *post], None, window, 1.0, 100)
+        for tile, gradient_rows in ((staged.tiles.forward, None), (staged.tiles.backward, (5, 5))):
+            seen = torch.zeros(5, 1000)
+            for chunk in staged.chunks(tile, gradient_rows):
+                seen[chunk.rows, chunk.queries] += 1
+                rows, queries, keys = chunk.sizes
+                assert scratch_bytes(rows, 4, queries, keys, 8, 4, tile, gradient_rows) <= 2**21
+                assert chunk.keys.stop == 100 + chunk.queries.stop
+                assert chunk.keys.start == (0 if window is None else max(0, 100 + chunk.queries.start - window + 1))
+            assert (seen == 1).all()
+
+
+def test_only_the_inputs_and_row_statistics_are_kept_for_backward():
+    inputs = moved(random_inputs(batch=1, queries=12, heads=2, documents=5), DEVICE)
+    leaves = {name: x.requires_grad_() for name, x in inputs.tensors.items()}
+    kept = []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        compose_attention(*arguments(leaves), **inputs.options, backend="triton")
+    given = {x.data_ptr() for x in (*leaves.values(), inputs.options["document_ids"])}
+    (statistics,) = [x for x in kept if x.data_ptr() not in given]
+    assert statistics.shape == (1, 2, 2, 12)
+
+
+def test_under_activation_checkpointing():
+    inputs = moved(random_inputs(batch=1, queries=12, heads=2, window=7), DEVICE)
+
+    def recomputed(q, k, v, pre, post, **options):
+        def inner(*tensors):
+            weights = ComposeWeights(*tensors[3:9]), ComposeWeights(*tensors[9:])
+            return compose_attention(*tensors[:3], *weights, **options, backend="triton")
+
+        return checkpoint(inner, q, k, v, *pre, *post, use_reentrant=False)
+
+    assert_close(inputs.run_function(recomputed), inputs.run("triton"), tolerance=0)
+
+
+def test_under_compile_it_is_one_op():
+    """aot_eager traces forward and backward as compilers do, and then runs them without one."""
+    absent = ["pre.kg", "post.q1", "post.q2"]
+    inputs = moved(random_inputs(batch=1, queries=12, heads=2, window=7, documents=8, absent=absent), DEVICE)
+
+    def function(q, k, v, pre, post, **options):
+        return 2 * compose_attention(q, k, v, pre, post, **options, backend="triton")
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert_close(inputs.run_function(compiled), inputs.run_function(function), tolerance=0)
+
+
+@pytest.mark.parametrize("absent", [[], WEIGHTS[3:]])
+def test_the_op_is_registered_as_torch_wants_it(absent):
+    """Schema, fake implementation, and autograd through the dispatcher."""
+    inputs = moved(random_inputs(batch=1, queries=5, heads=2, absent=absent), DEVICE)
+    weights = [inputs.tensors.get(name) for name in WEIGHTS]
+    tensors = [None if x is None else x.requires_grad_() for x in (*(inputs.tensors[n] for n in "qkv"), *weights)]
+    torch.library.opcheck(torch.ops.dcscale.compose_triton.default, (*tensors, None, 3, 0.5, 0))

@@ -1,0 +1,89 @@
+"""When the fused backend runs, and what is said when it cannot. Needs neither triton nor a GPU."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from dcscale.ops import choose_backend, compose_attention
+from dcscale.ops.compose import triton_op
+from dcscale.ops.compose.triton_tiles import TABLE, tiles_for
+from dcscale.testing.attention import arguments, random_inputs
+
+
+@pytest.fixture
+def call():
+    return arguments(random_inputs(batch=1, queries=3, heads=2).to(torch.float32).tensors)
+
+
+def refused(call, message, monkeypatch=None):
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: {message}.*; use 'auto', or 'chunked'"):
+        compose_attention(*call, backend="triton")
+
+
+def test_not_installed(call, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(call, "triton is not installed")
+
+
+def test_no_gpu(call, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(call, "it needs an NVIDIA GPU .or TRITON_INTERPRET=1, for tests., and q is on cpu")
+
+
+def test_double_precision():
+    refused(arguments(random_inputs(queries=3).tensors), "it computes in float32, and q is torch.float64")
+
+
+def test_high_rank():
+    call = arguments(random_inputs(batch=1, queries=3, rank=5).to(torch.float32).tensors)
+    refused(call, r"it takes ranks up to 4, and pre.q1 has shape \(1, 3, 5, 4\)")
+
+
+class OnGPU:
+    """As much of a tensor as the choice looks at."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "reason"),
+    [
+        ((9, 0), "triton", "the fastest backend for compose on cuda"),
+        ((12, 0), "triton", "the fastest backend for compose on cuda"),
+        ((7, 5), "chunked", "not triton: it needs compute capability 8.0, and the GPU has 7.5"),
+    ],
+)
+def test_automatic_choice_on_a_gpu(call, capability, name, reason, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    chosen, why = choose_backend("auto", OnGPU, *call[3:])
+    assert chosen == name
+    assert reason in why
+
+
+def test_gpus_of_another_make(call, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "made for NVIDIA GPUs" in choose_backend("auto", OnGPU, *call[3:])[1]
+
+
+def test_automatic_choice_on_a_cpu(call):
+    """Also where the kernels could be interpreted: that is for tests, and slow."""
+    chosen, why = choose_backend("auto", *call[:1], *call[3:])
+    assert chosen == "chunked"
+    assert "triton needs an NVIDIA GPU" in why
+
+
+def test_tiles_of_an_unknown_gpu_are_those_of_the_one_before():
+    assert tiles_for(89) == TABLE[80]
+    assert tiles_for(121) == TABLE[100]
+    with pytest.raises(ValueError, match="compute capability 75, expected at least 80; use backend 'chunked'"):
+        tiles_for(75)
+
+
+def test_the_module_imports_without_triton():
+    """It is imported with dcscale.ops, where triton may be missing."""
+    assert "triton" not in vars(triton_op)
