@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import ComposeWeights, compose_attention
 from dcscale.ops.compose import triton_op, triton_tiles
-from dcscale.ops.compose.triton_tiles import Tile, Tiles
+from dcscale.ops.compose.triton_tiles import MAX_RANK, Tile, Tiles
 from dcscale.testing.attention import WEIGHTS, arguments, random_inputs, unfused_attention
 from dcscale.testing.tolerance import check_results
 
@@ -51,7 +51,7 @@ TILES = {
 def small_tiles(monkeypatch):
     """Tiles of 16 x 16, so that short sequences have many."""
     small = Tiles(Tile(16, 16, 4), Tile(16, 16, 4))
-    monkeypatch.setattr(triton_tiles, "TABLE", dict.fromkeys(triton_tiles.TABLE, small))
+    monkeypatch.setattr(triton_tiles, "TABLE", {capability: {MAX_RANK: small} for capability in triton_tiles.TABLE})
 
 
 def moved(inputs, device, dtype=torch.float32):

@@ -7,7 +7,7 @@ import torch
 
 from dcscale.ops import choose_backend, compose_attention
 from dcscale.ops.compose import triton_op
-from dcscale.ops.compose.triton_tiles import TABLE, tiles_for
+from dcscale.ops.compose.triton_tiles import MAX_RANK, TABLE, tiles_for
 from dcscale.testing.attention import arguments, random_inputs
 
 
@@ -78,10 +78,18 @@ def test_automatic_choice_on_a_cpu(call):
 
 
 def test_tiles_of_an_unknown_gpu_are_those_of_the_one_before():
-    assert tiles_for(89) == TABLE[80]
-    assert tiles_for(121) == TABLE[100]
+    assert tiles_for(89, 2) == TABLE[80][2]
+    assert tiles_for(121, 2) == TABLE[100][2]
     with pytest.raises(ValueError, match="compute capability 75, expected at least 80; use backend 'chunked'"):
-        tiles_for(75)
+        tiles_for(75, 2)
+
+
+@pytest.mark.parametrize("capability", TABLE)
+def test_every_rank_has_tiles(capability):
+    for rank in range(MAX_RANK + 1):
+        assert tiles_for(capability, rank) in TABLE[capability].values()
+    assert tiles_for(capability, 0) == tiles_for(capability, 1) == TABLE[capability][2]
+    assert tiles_for(capability, 3) == TABLE[capability][4]
 
 
 def test_the_module_imports_without_triton():

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from dcscale.ops.compose.chunked import complete_terms
-from dcscale.ops.compose.triton_tiles import TABLE
+from dcscale.ops.compose.triton_tiles import MAX_RANK, TABLE
 from dcscale.ops.compose.weights import ComposeWeights
-
-MAX_RANK = 4
-"""Latents of a higher rank would not fit into the registers of a tile."""
 
 _WEIGHTS = [f"{stage}_{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
 _ARGUMENTS = (

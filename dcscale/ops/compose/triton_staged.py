@@ -161,8 +161,8 @@ class StagedAttention:
         self.document_ids_BS = None if document_ids_BS is None else document_ids_BS.contiguous()
         self.window, self.scale, self.query_offset = window, scale, query_offset
         # On a CPU the kernels are interpreted; any tile will do.
-        capability = torch.cuda.get_device_capability(q_BTHD.device) if q_BTHD.is_cuda else (9, 0)
-        self.tiles = tiles_for(10 * capability[0] + capability[1])
+        major, minor = torch.cuda.get_device_capability(q_BTHD.device) if q_BTHD.is_cuda else (9, 0)
+        self.tiles = tiles_for(10 * major + minor, max(side.rank for sides in self.stages for side in sides))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The output [B, T, H, D], and the statistics of the logits' rows, float32 [B, H, 2, T]."""

@@ -21,18 +21,24 @@ class Tiles(NamedTuple):
 
 
 TABLE = {
-    80: Tiles(Tile(32, 64, 8), Tile(16, 64, 8)),
-    90: Tiles(Tile(32, 64, 8), Tile(16, 64, 8)),
-    100: Tiles(Tile(32, 64, 8), Tile(16, 64, 8)),
+    80: {2: Tiles(Tile(32, 64, 8), Tile(32, 64, 16)), 4: Tiles(Tile(32, 64, 8), Tile(32, 32, 8))},
+    90: {2: Tiles(Tile(32, 64, 8), Tile(32, 64, 16)), 4: Tiles(Tile(32, 64, 8), Tile(32, 32, 8))},
+    100: {2: Tiles(Tile(32, 64, 8), Tile(32, 64, 16)), 4: Tiles(Tile(32, 64, 8), Tile(32, 32, 8))},
 }
-"""By compute capability, major and minor digit. Chosen so that nothing spills at rank 2; not yet timed on a GPU."""
+"""By compute capability (major and minor digit) and the highest rank that they are for: nothing spills then.
+
+Chosen by what the compiler says of registers; not yet timed on a GPU."""
+
+MAX_RANK = 4
+"""The latents of a higher rank would not fit into registers."""
 
 
-def tiles_for(capability: int) -> Tiles:
+def tiles_for(capability: int, rank: int) -> Tiles:
     """Those of the newest architecture in the table that is not newer than this one."""
     known = [key for key in TABLE if key <= capability]
     if not known:
         raise ValueError(
             f"the GPU has compute capability {capability}, expected at least {min(TABLE)}; use backend 'chunked'"
         )
-    return TABLE[max(known)]
+    by_rank = TABLE[max(known)]
+    return by_rank[min(key for key in by_rank if key >= rank)]
