@@ -11,7 +11,7 @@ import torch
 
 
 class LaunchError(ValueError):
-    """The variables that a launcher sets do not make sense."""
+    """The variables that a launcher sets do not make sense, or do not fit the machine."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,6 @@ class Environment:
     local_rank: int
     world_size: int
     local_world_size: int
-    launcher: str
-    """``deepspeed/torchrun``, ``srun`` or ``python`` (alone)."""
     device: torch.device
 
     @property
@@ -51,15 +49,16 @@ def discover(variables: MutableMapping[str, str] = os.environ) -> Environment:
     """Reads the launcher's variables, fills in the rendezvous for a process started alone, and picks the device.
 
     Raises:
-        LaunchError: a variable is missing or the ranks do not fit.
+        LaunchError: a variable is missing, the ranks do not fit, or there are more processes than GPUs.
     """
     if "RANK" in variables or "WORLD_SIZE" in variables:
         launcher = "deepspeed/torchrun"
         rank, world_size, local_rank = (_integer(variables, n, launcher) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         local_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in variables else "LOCAL_SIZE"
         local_world_size = _integer(variables, local_name, launcher) if local_name in variables else world_size
-    elif "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables and "MASTER_ADDR" in variables:
+    elif "SLURM_STEP_NUM_TASKS" in variables and _integer(variables, "SLURM_STEP_NUM_TASKS", "srun") > 1:
         launcher = "srun"
+        _check_srun_rendezvous(variables)
         rank, world_size, local_rank = (
             _integer(variables, n, launcher) for n in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         )
@@ -74,31 +73,52 @@ def discover(variables: MutableMapping[str, str] = os.environ) -> Environment:
             f"{launcher} gave rank {rank} of {world_size} and local rank {local_rank} of {local_world_size}; "
             "a rank must be below its count"
         )
-    # torch and DeepSpeed read these names, also when srun or nothing set them.
-    variables.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    device = _device(launcher, local_rank, local_world_size)
+    # torch and DeepSpeed read these names, also when srun or nothing set them. DeepSpeed takes LOCAL_RANK for the
+    # index of the GPU.
+    device_index = local_rank if device.index is None else device.index
+    variables.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(device_index))
     variables.setdefault("LOCAL_SIZE", str(local_world_size))
-    return Environment(rank, local_rank, world_size, local_world_size, launcher, _device(local_rank))
+    return Environment(rank, local_rank, world_size, local_world_size, device)
 
 
-def _device(local_rank: int) -> torch.device:
+def _check_srun_rendezvous(variables: Mapping[str, str]) -> None:
+    ways = {
+        "MASTER_ADDR": 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)',
+        "MASTER_PORT": "export MASTER_PORT=29500",
+    }
+    missing = [name for name in ways if not variables.get(name)]
+    if missing:
+        raise LaunchError(
+            f"srun started {variables['SLURM_STEP_NUM_TASKS']} tasks, but {' and '.join(missing)} must be set for them "
+            f"to find each other; put before srun in the job script: {'; '.join(ways[name] for name in missing)}"
+        )
+
+
+def _device(launcher: str, local_rank: int, local_world_size: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # With one visible GPU a process (SLURM's --gpus-per-task) its index is 0 whatever the local rank.
     count = torch.cuda.device_count()
-    if count > 1 and local_rank >= count:
+    if launcher == "srun" and count == 1:
+        return torch.device("cuda", 0)  # --gpus-per-task=1: every task sees its own GPU under this index
+    if local_world_size > count:
         raise LaunchError(
-            f"local rank {local_rank} has no GPU of its own: {count} are visible; start at most {count} processes "
-            "on this node"
+            f"{launcher} started {local_world_size} processes on this node, but each needs a GPU of its own and "
+            f"{count} can be seen; start at most {count} a node"
         )
-    return torch.device("cuda", local_rank if count > 1 else 0)
+    return torch.device("cuda", local_rank)
 
 
 def share_cores(environment: Environment, variables: Mapping[str, str] = os.environ) -> int:
     """Gives each process on a CPU machine its part of the cores, unless OMP_NUM_THREADS says otherwise.
 
-    More threads than cores do not just share them: they wait for each other in loops. Returns the number of threads.
+    More threads than cores do not just share them: they wait for each other in loops. OMP_NUM_THREADS=1 under
+    torchrun does not count, as torchrun sets that itself. Returns the number of threads.
     """
-    if environment.device.type == "cpu" and "OMP_NUM_THREADS" not in variables:
+    told = variables.get("OMP_NUM_THREADS")
+    if told == "1" and "TORCHELASTIC_RUN_ID" in variables:
+        told = None
+    if environment.device.type == "cpu" and told is None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
     return torch.get_num_threads()
 
