@@ -20,8 +20,15 @@ if [ -z "$python" ]; then
     done
 fi
 [ -n "$python" ] || die "no Python 3.10 or newer was found; install one or set PYTHON=/path/to/python"
-[ -x .venv/bin/python ] || { say "Making .venv with $($python --version)"; "$python" -m venv .venv \
-    || die "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; }
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    say "Making .venv with $("$python" --version)"
+    was_there=no
+    [ ! -e .venv ] || was_there=yes
+    if ! "$python" -m venv .venv; then
+        [ "$was_there" = yes ] || rm -rf .venv
+        die "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv (and remove .venv if it is still there)"
+    fi
+fi
 pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
 
 version=$(sed -n 's/^torch==//p' launch/constraints.txt)
@@ -32,8 +39,9 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+
     else
         say "Installing torch $version for the CPU (about 200 MB)"
         # The +cpu version exists only without CUDA: asking for it can never fetch CUDA packages.
-        "${pip[@]}" "torch==$version+cpu" 2>/dev/null \
-            || "${pip[@]}" "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+        first=$("${pip[@]}" "torch==$version+cpu" 2>&1) \
+            || "${pip[@]}" "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu \
+            || die "torch could not be installed; before PyTorch's own index was added, pip said: $first"
     fi
 fi
 say "Installing dcscale and its packages"

@@ -71,11 +71,15 @@ if (run / "checkpoints").exists():
 sys.exit(1)
 PYTHON
 then
-    echo "Start another with:  bash launch/quickstart.sh --new"
+    if [ ${#settings[@]} -gt 0 ]; then
+        printf 'Not used, as the run is complete:'; printf ' %s' "${settings[@]}"; echo
+    fi
+    printf 'Start another run with:'; printf ' %q' bash launch/quickstart.sh --name "$name" --new "${settings[@]}"; echo
 else
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
     if [ "$gpus" -gt 0 ]; then
         processes=${processes:-$gpus}
+        [ "$processes" -le "$gpus" ] || { echo "error: --processes $processes, but there are $gpus GPUs" >&2; exit 2; }
         settings=(train.precision=bf16 "${settings[@]}")
     else
         processes=${processes:-2}
@@ -83,9 +87,24 @@ else
     fi
     # configs/quickstart.yaml has 4 sequences each for 2 processes; more processes take 4 sequences each, too.
     [ "$processes" -le 2 ] || settings=("train.global_batch_size=$((4 * processes))" "${settings[@]}")
-    status=0
-    deepspeed --quiet --num_accelerators "$processes" launch/train.py configs/quickstart.yaml \
-        "run.name=$name" "${settings[@]}" || status=$?
+    # The deepspeed command drops CUDA_VISIBLE_DEVICES when it is told a number, and takes no other names than indices.
+    visible=$(printf %s "${CUDA_VISIBLE_DEVICES:-}" | tr -d ' ' | cut -d, -f "1-$processes")
+    if [ "$gpus" -eq 0 ] || [ -z "$visible" ]; then
+        launcher=(deepspeed --quiet --num_accelerators "$processes")
+    elif [[ "$visible" =~ ^[0-9,]+$ ]]; then
+        launcher=(env -u CUDA_VISIBLE_DEVICES deepspeed --quiet --include "localhost:$visible")
+    else
+        launcher=(torchrun --standalone --nproc-per-node "$processes")
+    fi
+    # As a process group of its own the run gets a signal once, from here; ended is when its launcher has ended.
+    set -m
+    (trap '' INT; exec "${launcher[@]}" launch/train.py configs/quickstart.yaml "run.name=$name" "${settings[@]}") &
+    set +m
+    group=$! status=0
+    trap 'kill -INT -- "-$group" || true' INT TERM HUP
+    wait "$group" || status=$?
+    while kill -0 "$group" 2>/dev/null; do wait "$group" || status=$?; done
+    trap - INT TERM HUP
     if [ "$status" -ne 0 ]; then
         [ ! -e "$run/checkpoints/latest" ] || echo "The same command goes on from $run/checkpoints/$(cat "$run/checkpoints/latest")."
         exit "$status"

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs all tests; arguments go to pytest: bash tests/run.sh -k resume -x
+# Sets up what is missing, checks the style and runs all tests. Arguments go to pytest, and then the style is not
+# checked: bash tests/run.sh -k resume -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh test
 export PATH="$PWD/.venv/bin:$PATH"
-ruff check .
-ruff format --check .
+if [ $# -eq 0 ]; then
+    ruff check .
+    ruff format --check .
+fi
 exec python -m pytest "$@"
