@@ -30,8 +30,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes every file and folder below ``folder`` durable, whoever wrote it."""
+    for path in [folder, *folder.rglob("*")]:
+        sync_folder(path)
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` durable."""
+    """Makes renames in ``folder`` durable; or the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

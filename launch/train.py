@@ -8,14 +8,16 @@
 YAML files are merged in order, later wins, then key=value. `python tools/check_config.py --reference` lists
 every key; `python tools/check_config.py CONFIG.yaml ...` shows what a run would use, without starting it.
 
-Exit code: 0 done, 2 the settings, data or checkpoint do not fit, 75 stopped by a signal with a checkpoint
-written (start again with the same words to go on), 1 anything else.
+Exit code: 0 done, 2 settings, data or checkpoint do not fit or training diverged, 75 stopped by a signal with a
+checkpoint written (start again with the same words to go on), 1 anything else. torchrun makes 1 of all but 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.config import ConfigError, check_config, load_config, raise_problems
@@ -32,7 +34,7 @@ from dcscale.parallel import (
 from dcscale.train import Ending, build_trainer, summary_lines, write_summary
 from dcscale.train.optimizer import RuleError
 
-DONE, UNFIT, SIGNALLED = 0, 2, 75
+DONE, FAILED, UNFIT, SIGNALLED = 0, 1, 2, 75
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,9 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, LaunchError, DataError, CheckpointError, RuleError, RankError, FloatingPointError) as error:
         if environment is None or environment.is_main:
             print(f"error: {error}", file=sys.stderr)
-        return UNFIT
-    finally:
         stop_distributed()
+        return UNFIT
+    except Exception:
+        # Other ranks may be waiting for this one; to leave the process group would be to wait for them in turn.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(FAILED)
+    stop_distributed()
     console.line(f"ended      {ending.value}")
     for line in summary_lines(summary):
         console.line(line)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dcscale.checkpoint import layout
 from dcscale.checkpoint.weights import save_weights
-from dcscale.files import sync_folder, write_atomically, write_json
+from dcscale.files import sync_folder, sync_tree, write_atomically, write_json
 from dcscale.parallel import Engine
 
 
@@ -50,8 +50,11 @@ def save_checkpoint(
                     shutil.rmtree(leftover)
             (temporary / layout.ENGINE).mkdir(parents=True)
 
-    def write() -> None:
+    def write_state() -> None:
         engine.save(temporary / layout.ENGINE)
+        sync_tree(temporary / layout.ENGINE)
+
+    def write_rest() -> None:
         save_weights(engine.weights(), temporary / layout.WEIGHTS)
         if is_main:
             write_json(temporary / layout.STATE, state)
@@ -61,15 +64,18 @@ def save_checkpoint(
 
     def publish() -> None:
         if is_main:
+            sync_tree(temporary)
             layout.seal(temporary)
             temporary.rename(final)
             sync_folder(root)
             write_atomically(root / layout.LATEST, final.name + "\n")
             if keep_last is not None:
-                for old in layout.checkpoints_of(run)[:-keep_last]:
+                # A damaged one must not take the place of a whole one.
+                whole = [p for p in layout.checkpoints_of(run) if layout.step_of(p) <= step and not layout.defect(p)]
+                for old in whole[:-keep_last]:
                     shutil.rmtree(old)
 
-    for phase in (reserve, write, publish):
+    for phase in (reserve, write_state, write_rest, publish):
         _together(engine, phase, f"checkpoint {final} was not written")
     return final
 

@@ -73,6 +73,7 @@ RANGES: dict[str, Range] = {
     "schedule.decay_steps": _COUNT,
     "schedule.final_ratio": Range(0, 1),
     "parallel.bucket_elements": _COUNT,
+    "parallel.whole_elements": _NOT_NEGATIVE,
     "parallel.timeout_minutes": _POSITIVE,
     "validation.interval": _NOT_NEGATIVE,
     "validation.sequences": _COUNT,

@@ -249,6 +249,9 @@ class ParallelConfig:
     bucket_elements: int = 50_000_000
     """Elements reduced or gathered at once; bounds the communication buffers' memory (times bytes an element)."""
 
+    whole_elements: int = 100_000
+    """ZeRO-3 keeps parameters of fewer elements than this whole on every rank; gathering them would cost more."""
+
     timeout_minutes: float = 30.0
     """A collective that waits longer fails, naming itself."""
 

@@ -42,6 +42,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
     if stage == 3:
         result["zero_optimization"]["stage3_prefetch_bucket_size"] = parallel.bucket_elements
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = parallel.whole_elements
     if stage > 0 and bf16:
         # Micro-batches are summed in float32; without ZeRO DeepSpeed has no such mode.
         result["data_types"] = {"grad_accum_dtype": "fp32"}

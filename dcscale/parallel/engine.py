@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import os
 import sys
@@ -59,9 +61,10 @@ def start_distributed(environment: Environment, timeout_minutes: float) -> None:
     deepspeed = _import_deepspeed(environment)
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
-    # Else every first run on a CPU compiles, and then spins in, an all-reduce that only inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _without_chatter():
+        if environment.device.type == "cpu":
+            # Else every first run compiles, and then spins in, an all-reduce that only inference uses.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend=environment.backend,
             auto_mpi_discovery=False,
@@ -106,15 +109,19 @@ class Engine:
         self._grad_norm: float | None = None
         ds_config = deepspeed_config(config, environment.world_size)
 
-        with self._deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
+        with (
+            torch.device(environment.device) if self.stage != 3 else contextlib.nullcontext(),
+            self._deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3),
+        ):
             model = build_model()
         initialize(model, self._gather_for_writing)
-        if self.stage != 3:
-            model.to(environment.device)
-            if config.train.precision == "bf16":
-                model.to(torch.bfloat16)
+        if self.stage != 3 and config.train.precision == "bf16":
+            model.to(torch.bfloat16)
         optimizer = build_optimizer(model)
         self._group_settings = [{k: group[k] for k in SETTINGS_OF_A_GROUP} for group in optimizer.param_groups]
+        names = json.dumps([group["names"] for group in optimizer.param_groups])
+        self.grouping = hashlib.sha256(names.encode()).hexdigest()[:16]
+        """Which parameters form which group of the optimizer, in order: a saved optimizer fits no other."""
         with _without_chatter():
             self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         # To make the optimizer's state DeepSpeed has taken a step with zero gradients (and our learning rate of 0).
@@ -123,7 +130,7 @@ class Engine:
             state["step"].zero_()
         optimizer.register_step_pre_hook(self._before_update)
         # Counts, stop flags and errors travel on the CPU, so that no rank waits for its GPU to hear of them.
-        self._control = dist.new_group(backend="gloo")
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.parallel.timeout_minutes))
 
     @property
     def module(self) -> nn.Module:
@@ -147,6 +154,8 @@ class Engine:
     def update(self, learning_rate: float) -> float:
         """Clips the gradients, takes the optimizer step and returns the global gradient norm before clipping.
 
+        The host waits for the norm once a step, as DeepSpeed does to clip; nothing else in a step waits.
+
         Raises:
             NonFiniteError: the norm is not finite; no weight was changed.
         """
@@ -154,22 +163,21 @@ class Engine:
             group["lr"] = learning_rate * group["lr_scale"]
         self._grad_norm = None
         self._engine.step()
-        norm = self._grad_norm if self._clips_here else float(self._engine.get_global_grad_norm())
-        self._require_finite(norm)
-        return norm
+        if self._grad_norm is None:  # DeepSpeed saw a non-finite norm itself and left the update out
+            raise NonFiniteError(f"gradient norm {float(self._engine.get_global_grad_norm())}")
+        return self._grad_norm
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # Runs inside DeepSpeed's step, after its reduction and before torch's update.
+        """Runs inside DeepSpeed's step, after its reduction and before torch's update; once a group in some stages."""
+        if self._grad_norm is not None:
+            return
         if self._clips_here:
-            self._grad_norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip))
-            self._require_finite(self._grad_norm)
+            norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip))
         else:
-            self._require_finite(float(self._engine.optimizer._global_grad_norm))
-
-    @staticmethod
-    def _require_finite(norm: float | None) -> None:
-        if norm is None or not 0 <= norm < float("inf"):
+            norm = float(self._engine.optimizer._global_grad_norm)
+        if not 0 <= norm < float("inf"):
             raise NonFiniteError(f"gradient norm {norm}")
+        self._grad_norm = norm
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[..., Tensor]]:
@@ -205,20 +213,41 @@ class Engine:
     # -- state ------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Writes model, optimizer and master weights, every rank its part, into ``folder``. Not atomic by itself."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
+        """Writes model, optimizer and master weights, every rank its part, into ``folder``. Not atomic by itself.
+
+        A rank that cannot write still meets the others at DeepSpeed's barriers, and raises after them.
+        """
+        writer, failures = self._engine.checkpoint_engine, []
+
+        def write(*arguments: Any, **named: Any) -> Any:
+            try:
+                return type(writer).save(writer, *arguments, **named)
+            except Exception as error:  # raised below
+                failures.append(error)
+
+        writer.save = write
+        try:
+            self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
+        finally:
+            del writer.save
+        if failures:
+            raise failures[0]
 
     def load(self, folder: Path) -> None:
         """Loads what :meth:`save` wrote for the same world size, stage and precision.
 
         DeepSpeed unpickles its files: only load checkpoints that you or your colleagues wrote.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        with _without_chatter():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
         # The optimizer's state comes with the settings it was saved under; this run's config is what counts.
-        for group, settings in zip(self._engine.optimizer.param_groups, self._group_settings):
+        optimizer = self._engine.optimizer
+        for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
             group.update(settings)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self._clip
 
     def weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter by name, whole, on the CPU; None on ranks other than 0. All ranks must iterate together."""

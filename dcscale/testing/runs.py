@@ -24,10 +24,18 @@ def make_text(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     return folder
 
 
-def make_shards(folder: Path) -> Path:
-    """Makes ``folder/train`` and ``folder/validation`` of byte tokens; a few dozen sequences of 32."""
+def make_shards(folder: Path, tokenizer: str | Path = "byte") -> Path:
+    """Makes ``folder/train`` and ``folder/validation`` of tokens; of bytes, a few dozen sequences of 32."""
     text = make_text(folder.with_name(folder.name + "-text"))
-    build_shards([text], folder, suffixes=[".txt"], hold_out=0.2, shard_tokens=6000, bundle_tokens=1000)
+    build_shards(
+        [text],
+        folder,
+        tokenizer=str(tokenizer),
+        suffixes=[".txt"],
+        hold_out=0.2,
+        shard_tokens=6000,
+        bundle_tokens=1000,
+    )
     return folder
 
 
@@ -52,6 +60,7 @@ def tiny_settings(run: Path, shards: Path) -> list[str]:
         "train.precision=fp32",
         "optimizer.learning_rate=0.01",
         "schedule.warmup_steps=2",
+        "parallel.whole_elements=0",
         "validation.interval=4",
         "validation.sequences=6",
         "checkpoint.interval=0",

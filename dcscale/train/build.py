@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import ENGINE
 from dcscale.config import Config, to_yaml
 from dcscale.data import BatchLoader, SequenceStream, Tokenizer, load_tokenizer, open_stream
@@ -49,6 +50,13 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         build_optimizer=lambda model: build_optimizer(model, config.optimizer, fused=environment.device.type == "cuda"),
     )
     if checkpoint is not None:
+        saved = decided_by_main(lambda: read_state(checkpoint))["optimizer_groups"]
+        if saved != engine.grouping:
+            raise CheckpointError(
+                f"{checkpoint} has its parameters in other optimizer groups ({saved}, here {engine.grouping}): "
+                "optimizer.rules or optimizer.weight_decay group them differently. Restore these settings, or start a "
+                "new run with another run.name"
+            )
         engine.load(checkpoint / ENGINE)
 
     if environment.is_main:

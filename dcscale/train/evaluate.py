@@ -9,6 +9,7 @@ import torch
 
 from dcscale.data import BatchLoader
 from dcscale.parallel import Engine
+from dcscale.train.batches import next_together
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,19 @@ class Evaluation:
 
 
 def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
-    """Mean loss over all sequences of ``loader``; every rank calls it and gets the same result."""
+    """Mean loss over all sequences of ``loader``; every rank calls it and gets the same result.
+
+    Raises:
+        DataError: on every rank, if the held-out data of any cannot be read.
+    """
     device = engine.environment.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets = 0
     with engine.evaluating() as forward:
-        for micro_batches in loader.steps():
-            for batch in micro_batches:
+        steps = loader.steps()
+        while (step := next_together(engine, steps)) is not None:
+            targets += step.targets
+            for batch in step.micro_batches:
                 batch = batch.to(device)
                 total += forward(batch.input_ids, batch.targets, batch.document_ids)
-                targets += batch.target_count
-    (targets,) = engine.sum_over_ranks([targets])
     return Evaluation(float(engine.sum_tensor_over_ranks(total)) / targets, targets)

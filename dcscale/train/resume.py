@@ -33,6 +33,10 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if resume == "auto":
         return find_checkpoint(run) if existing else None
     checkpoint = find_checkpoint(Path(resume))
+    if existing:
+        newest = find_checkpoint(run)
+        if read_state(newest).get("branched_from") == str(checkpoint.resolve()):
+            return newest  # the same words, said again, go on with the branch
     newer = [p.name for p in existing if step_of(p) > step_of(checkpoint)]
     if newer:
         raise CheckpointError(
@@ -91,6 +95,8 @@ def check_fits(
         for key in {**there, **identity}
         if there.get(key) != identity.get(key)
     ]
+    if checkpoint.parents[1].resolve() != Path(config.run.folder).resolve():
+        state.branched_from = str(checkpoint.resolve())
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")
     if problems:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dcscale.files import write_json
 from dcscale.models import count_parameters
+from dcscale.observe import printable
 from dcscale.train.hooks import Samples, Validation
 from dcscale.train.trainer import Ending, Trainer
 
@@ -51,7 +52,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"held out   {summary['validation_loss']:.4f} nats/token{bits}")
     lines.append(f"checkpoint {summary['last_checkpoint']}")
     if summary["sample"] is not None:
-        lines += ["it writes", *(f"  | {line}" for line in summary["sample"].splitlines())]
+        lines += ["it writes", *(f"  | {line}" for line in printable(summary["sample"]).splitlines())]
     return lines
 
 

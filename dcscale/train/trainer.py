@@ -14,6 +14,7 @@ from dcscale.checkpoint import save_checkpoint
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError, tokenizer_files
 from dcscale.parallel import Engine, NonFiniteError
+from dcscale.train.batches import StepBatches, next_together
 from dcscale.train.hooks import Hook, Record, due
 from dcscale.train.report import Reporter
 from dcscale.train.schedule import learning_rate
@@ -58,7 +59,6 @@ class Trainer:
         self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         self.latest_batch: Batch | None = None
         self.latest_checkpoint: Path | None = None
-        self.session_tokens, self.session_seconds = 0, 0.0
         self._reporter = reporter
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
@@ -67,7 +67,7 @@ class Trainer:
         """Trains until the run is complete or must stop; always leaves a checkpoint of the last step.
 
         Raises:
-            DataError: the data of one rank failed; raised on all ranks.
+            DataError: the data of one rank failed; raised on all ranks, after a checkpoint of what was done.
             NonFiniteError: a gradient is infinite or not a number; its update was not made.
         """
         train = self.config.train
@@ -79,16 +79,15 @@ class Trainer:
                     ending = Ending.PAUSED
                     break
                 start = time.perf_counter()
-                micro_batches, targets, stop = self._next_batches(batches, signals)
-                if stop:
+                step = self._next_batches(batches, signals)
+                if step.stop:
                     ending = Ending.SIGNALLED
                     break
-                self._waited += time.perf_counter() - start
-                lr, grad_norm = self._step(micro_batches, targets)
+                lr, grad_norm = self._step(step.micro_batches, step.targets)
                 seconds = time.perf_counter() - start
                 self._seconds += seconds
+                self._waited += step.waited
                 self._timed_steps += 1
-                self.session_seconds += seconds
                 self.state.train_seconds += seconds
                 if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
                     self._record(lr, grad_norm)
@@ -98,23 +97,15 @@ class Trainer:
                 hook.finish(self, ending is Ending.COMPLETED)
         return ending
 
-    def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> tuple[list[Batch], int, bool]:
-        """This rank's micro-batches, the targets of the whole global batch, and whether any rank was told to stop.
-
-        One exchange of three integers keeps the ranks together: none goes on alone after another's failure.
-        """
-        error = None
-        micro_batches: list[Batch] = []
+    def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
-            micro_batches = next(batches)
-        except (DataError, OSError) as caught:
-            error = str(caught)
-        own = [sum(batch.target_count for batch in micro_batches), signals.received is not None, error is not None]
-        targets, stops, failures = self.engine.sum_over_ranks(own)
-        if failures:
-            told = "; ".join(f"rank {rank}: {text}" for rank, text in self.engine.errors_of_ranks(error).items())
-            raise DataError(f"the data of step {self.state.step + 1} could not be read: {told}")
-        return micro_batches, targets, stops > 0
+            step = next_together(self.engine, batches, stop=signals.received is not None)
+        except DataError as error:
+            if self.state.step > 0:
+                self.save()
+            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
+        assert step is not None, "the training data is endless"
+        return step
 
     def _step(self, micro_batches: list[Batch], targets: int) -> tuple[float, float]:
         """One optimizer step; returns its learning rate and gradient norm."""
@@ -143,7 +134,6 @@ class Trainer:
             ) from error
         self.state.step += 1
         self.state.tokens += self.tokens_per_step
-        self.session_tokens += self.tokens_per_step
         return lr, grad_norm
 
     def _sum_losses(self) -> None:
@@ -202,6 +192,7 @@ class Trainer:
             zero_stage=self.config.parallel.zero_stage,
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
+            optimizer_groups=self.engine.grouping,
             tokenizer=dataclasses.asdict(self.loader.manifest.tokenizer),
         )
         self.latest_checkpoint = save_checkpoint(

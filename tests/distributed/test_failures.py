@@ -1,10 +1,11 @@
 """When one rank fails, all know; what was there stays; nothing half-written is taken for whole."""
 
+import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.data import DataError
@@ -90,12 +91,38 @@ def _data_fails(config):
     return (*failure(trainer.fit), trainer.state.step)
 
 
-def test_data_that_fails_on_one_rank_stops_all_with_its_words(shards, tmp_path):
+def test_data_that_fails_on_one_rank_stops_all_with_its_words_and_a_checkpoint(shards, tmp_path):
     config = tiny_config(tmp_path / "run", shards, "data.prefetch_steps=0")
     for kind, text, step in run_distributed(_data_fails, 2, config):
         assert kind is DataError
         assert text == "the data of step 3 could not be read: rank 1: shard-000001.tar has the wrong checksum"
         assert step == 2
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+
+
+class BreakHeldOutData(Hook):
+    """The validation data of rank 1 fail."""
+
+    name = "break_held_out_data"
+
+    def after_step(self, trainer):
+        if trainer.state.step == 3 and trainer.environment.rank == 1:
+            (validation,) = (hook for hook in trainer.hooks if hook.name == "validation")
+
+            def fail(*arguments):
+                raise DataError("shard-000000.tar is shorter than the manifest says")
+
+            validation._loader._stream.sequences = fail
+
+
+def _held_out_data_fail(config):
+    return failure(build(config, BreakHeldOutData()).fit)
+
+
+def test_held_out_data_that_fail_on_one_rank_stop_all_with_its_words(shards, tmp_path):
+    for kind, text in run_distributed(_held_out_data_fail, 2, tiny_config(tmp_path / "run", shards)):
+        assert kind is DataError
+        assert text == "rank 1: shard-000000.tar is shorter than the manifest says"
 
 
 class Poison(Hook):
@@ -170,42 +197,99 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(shard
 
 
 class BreakSaving(Hook):
-    """From step 4 on, rank 1 cannot write its part of a checkpoint."""
+    """From step 4 on, rank 1 cannot write its part of a checkpoint, in the midst of DeepSpeed's saving."""
 
     name = "break_saving"
 
     def after_step(self, trainer):
         if trainer.state.step == 4 and trainer.environment.rank == 1:
-            save = trainer.engine.save
 
-            def fail(folder):
-                save(folder)
+            def fail(self, *arguments, **named):
                 raise OSError("No space left on device")
 
-            trainer.engine.save = fail
+            type(trainer.engine._engine.checkpoint_engine).save = fail
 
 
 def _saving_fails(config):
     return failure(build(config, BreakSaving()).fit)
 
 
-def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_the_old_one_stays(shards, tmp_path):
-    config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=2")
-    for kind, text in run_distributed(_saving_fails, 2, config):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_the_old_one_stays(shards, tmp_path, stage):
+    """At once: a rank that waited for the other would say so only after the timeout of 30 minutes."""
+    config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=2", f"parallel.zero_stage={stage}")
+    for kind, text in run_distributed(_saving_fails, 2, config, timeout=120):
         assert kind is CheckpointError
         assert "step-00000004 was not written: rank 1: OSError: No space left on device" in text
     assert [p.name for p in checkpoints_of(tmp_path / "run")] == ["step-00000002"]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000002\n"
 
 
-def _keep_last(config):
-    trainer, _ = train_here(config)
-    return trainer.latest_checkpoint
+def _train_each(configs):
+    results = []
+    for config in configs:
+        try:
+            results.append(str(train_here(config)[0].latest_checkpoint))
+        except CheckpointError as error:
+            results.append(str(error))
+    return results
 
 
-def test_old_checkpoints_are_removed_and_leftovers_of_a_crash_too(shards, tmp_path):
-    run: Path = tmp_path / "run"
+def test_what_a_later_start_finds(shards, tmp_path):
+    """Several starts, one after the other, each in the state that the one before left."""
+    run = tmp_path / "run"
     (run / "checkpoints" / ".unfinished-step-00000001").mkdir(parents=True)
-    config = tiny_config(run, shards, "checkpoint.interval=2", "checkpoint.keep_last=2")
-    run_distributed(_keep_last, 1, config)
+    base = ["checkpoint.interval=2", "checkpoint.keep_last=2", "validation.interval=3"]
+    rules = "optimizer.rules=[{match: 'blocks.*.k.weight', lr_scale: 0.5}]"
+    other_rules = "optimizer.rules=[{match: 'blocks.*.v.weight', lr_scale: 0.5}]"
+    branch = [*base, f"checkpoint.resume={run / 'checkpoints' / 'step-00000006'}"]
+    first = [
+        tiny_config(run, shards, *base, rules),
+        tiny_config(run, shards, *base, rules),  # complete: nothing to do
+        tiny_config(run, shards, *base, other_rules),
+        tiny_config(tmp_path / "branch", shards, *branch, rules, "train.stop_after=7"),
+        tiny_config(tmp_path / "branch", shards, *branch, rules),
+    ]
+    ((end, again, regrouped, branched, went_on),) = run_distributed(_train_each, 1, first)
+    assert end == again == str(run / "checkpoints" / "step-00000008")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000006", "step-00000008"]
+    assert "has its parameters in other optimizer groups" in regrouped
+    assert "optimizer.rules or optimizer.weight_decay group them differently" in regrouped
+    assert branched.endswith("branch/checkpoints/step-00000007")
+    assert went_on.endswith("branch/checkpoints/step-00000008")
+
+    # Points of a completed run are there once, also those made after its last step.
+    steps = [
+        r["step"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "bits_per_byte" in r
+    ]
+    assert steps == [3, 6, 8]
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/validation")] == [3, 6, 8]
+
+    # A damaged checkpoint is passed over, and does not count among those that are kept.
+    next((run / "checkpoints" / "step-00000008" / "weights").glob("*.safetensors")).unlink()
+    later = [tiny_config(run, shards, *base, rules, "train.stop_after=7", "checkpoint.keep_last=1")]
+    assert run_distributed(_train_each, 1, later) == [[str(run / "checkpoints" / "step-00000007")]]
+    assert find_checkpoint(run).name == "step-00000007"
+
+
+def _clip_after_resume(configs):
+    norms = []
+    for config in configs:
+        trainer, _ = train_here(config)
+        norms.append(getattr(trainer.engine._engine.optimizer, "clip_grad", None))
+    return norms
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_clips_and_steps_as_its_own_config_says(shards, tmp_path, precision):
+    configs = []
+    for stage in (1, 2, 3):
+        base = [f"parallel.zero_stage={stage}", f"train.precision={precision}", "validation.interval=0"]
+        configs.append(tiny_config(tmp_path / f"{stage}", shards, *base, "train.stop_after=1"))
+        configs.append(
+            tiny_config(tmp_path / f"{stage}", shards, *base, "train.stop_after=2", "train.gradient_clip=0.001")
+        )
+    (clips,) = run_distributed(_clip_after_resume, 1, configs)
+    assert clips == [1.0, 0.001] * 3

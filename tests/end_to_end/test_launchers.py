@@ -35,8 +35,10 @@ def launcher(name):
 
 
 def environment():
-    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-    return {**keep, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    # Without OMP_NUM_THREADS the processes share the cores alike under every launcher: sums have one order.
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "OMP_NUM_THREADS")
+    keep = {k: v for k, v in os.environ.items() if k not in left_out}
+    return {**keep, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
 def start(name, *words):
@@ -122,16 +124,44 @@ def test_no_settings_and_help():
     assert "deepspeed launch/train.py CONFIG.yaml" in out
 
 
+def test_a_lost_deepspeed_launcher_does_not_leave_workers_behind(tmp_path, shards):
+    """`deepspeed` dies of a TERM at once, and nobody tells its workers: they must see it themselves."""
+    words = settings(tmp_path / "run", shards, "train.steps=100000", "checkpoint.interval=0")
+    process = start("deepspeed", *words)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    summary = tmp_path / "run" / "summary.json"
+    wait_until(summary.exists)
+    assert not json.loads(summary.read_text())["completed"]
+    mine = str(tmp_path / "run").encode()
+    wait_until(lambda: not any(mine in command for command in commands()))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
+
+
+def commands():
+    """The command lines of all processes."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            yield path.read_bytes()
+        except OSError:  # it has just ended
+            continue
+
+
+def wait_until(condition, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize("name", ["torchrun", "python"])
 def test_a_signal_stops_with_a_checkpoint_and_the_same_words_go_on(tmp_path, shards, name):
     words = settings(tmp_path / "run", shards, "train.steps=100000", "schedule.warmup_steps=2", "checkpoint.interval=0")
     process = start(name, *words)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     # torchrun reports a stopped child as failed in its own way.

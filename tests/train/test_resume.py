@@ -65,6 +65,16 @@ def test_a_named_checkpoint(config, tmp_path):
     assert checkpoint_to_resume(branch) == older
 
 
+def test_the_same_words_go_on_with_a_branch(config, tmp_path):
+    older = write(config, 2)
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", f"checkpoint.resume={older}")
+    state = fits(older, branch)
+    assert state.branched_from == str(older)
+    newest = write(branch, 5, branched_from=str(older))
+    assert checkpoint_to_resume(branch) == newest
+    assert fits(newest, branch).branched_from == str(older)
+
+
 def test_going_back_in_the_same_folder_would_leave_newer_checkpoints_of_another_past(config):
     older = write(config, 2)
     write(config, 4)

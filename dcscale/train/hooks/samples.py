@@ -6,7 +6,7 @@ import html
 from typing import TYPE_CHECKING, Any
 
 from dcscale.config.schema import SamplesConfig
-from dcscale.data import Tokenizer
+from dcscale.data import DataError, Tokenizer
 from dcscale.models import generate
 from dcscale.train.hooks.base import Hook, due
 
@@ -18,12 +18,22 @@ class Samples(Hook):
     """Continues each prompt every ``interval`` steps and when the run is complete, into TensorBoard.
 
     All ranks generate the same text together: under ZeRO-3 none could alone.
+
+    Raises:
+        DataError: the tokenizer makes no tokens of a prompt.
     """
 
     name = "samples"
 
     def __init__(self, config: SamplesConfig, tokenizer: Tokenizer, seed: int):
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
+        self._prompt_ids = [tokenizer.encode(prompt) for prompt in config.prompts]
+        for prompt, ids in zip(config.prompts, self._prompt_ids):
+            if not ids:
+                raise DataError(
+                    f"samples.prompts has {prompt!r}, of which the tokenizer {tokenizer.spec} makes no tokens, but a "
+                    f"prompt needs at least one; give another text, or set samples.interval=0"
+                )
         self._done_at = -1
         self.last: str = ""
         """First prompt with its latest continuation."""
@@ -41,7 +51,7 @@ class Samples(Hook):
         with trainer.engine.evaluating():
             written = generate(
                 trainer.engine.module,
-                [self._tokenizer.encode(prompt) for prompt in config.prompts],
+                self._prompt_ids,
                 new_tokens=config.new_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p,

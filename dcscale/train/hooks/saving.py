@@ -20,7 +20,8 @@ class Saving(Hook):
         self._saved_at = -1
 
     def after_step(self, trainer: Trainer) -> None:
-        if due(trainer.state.step, self._interval):
+        # The last step is saved in finish, after the others' last work.
+        if due(trainer.state.step, self._interval) and trainer.state.step < trainer.config.train.steps:
             self._save(trainer)
 
     def finish(self, trainer: Trainer, completed: bool) -> None:

@@ -12,16 +12,22 @@ from dcscale.train.hooks.base import Hook, Record
 if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer
 
-PEAK_TFLOPS_BF16 = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
-"""Dense bf16 peak in TFLOP/s of one device (NVIDIA's data sheets, SXM versions), by a part of the device's name."""
+PEAK_TFLOPS_BF16 = {
+    "A100-SXM4-40GB": 312.0,
+    "A100-SXM4-80GB": 312.0,
+    "H100 80GB HBM3": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+}
+"""Dense bf16 peak in TFLOP/s of one whole SXM device (NVIDIA's data sheets), by its name without "NVIDIA"."""
 
 
 def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
-    """Peak of one device: as configured, or looked up for bf16 on a known GPU, else None."""
+    """Peak of one device in TFLOP/s: as configured, or looked up for bf16 on a known GPU, else None."""
     if configured is not None or device.type != "cuda" or precision != "bf16":
         return configured
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS_BF16.items() if part in name), None)
+    # The whole name: PCIe and NVL boards and MIG slices have the chip's name in theirs, and a lower peak.
+    return PEAK_TFLOPS_BF16.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
 
 
 def peak_memory_gib(device: torch.device) -> float:
