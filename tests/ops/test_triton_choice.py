@@ -92,6 +92,13 @@ def test_every_rank_has_tiles(capability):
     assert tiles_for(capability, 3) == TABLE[capability][4]
 
 
+@pytest.mark.parametrize("capability", TABLE)
+def test_every_thread_has_elements_of_its_own(capability):
+    for tile in (tile for tiles in TABLE[capability].values() for tile in tiles):
+        assert tile.queries * tile.keys >= 32 * tile.warps
+        assert all(number & (number - 1) == 0 for number in tile)
+
+
 def test_the_module_imports_without_triton():
     """It is imported with dcscale.ops, where triton may be missing."""
     assert "triton" not in vars(triton_op)

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, powers of two and at least 16, and the warps that work on it."""
+    """Queries and keys of a tile, powers of two, and the warps that work on it, each thread on an element at least.
+
+    Threads that shared an element could read it after another has overwritten it: kernels work in place.
+    """
 
     queries: int
     keys: int
@@ -27,7 +30,7 @@ TABLE = {
 }
 """By compute capability (major and minor digit) and the highest rank that they are for: nothing spills then.
 
-Chosen by what the compiler says of registers; not yet timed on a GPU."""
+Chosen by what the compiler says of registers; not yet timed on a GPU, which ``triton_tune`` does."""
 
 MAX_RANK = 4
 """The latents of a higher rank would not fit into registers."""
