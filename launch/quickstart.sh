@@ -8,8 +8,9 @@ usage() {
 Usage: bash launch/quickstart.sh [--new] [--name NAME] [--processes N] [key=value ...]
 
 Makes .venv, turns the Python standard library's source files into token shards, and trains a small DCFormer
-with `deepspeed launch/train.py configs/quickstart.yaml`: on all GPUs, or with 2 processes on the CPU
-(a few minutes on 2 cores). What is already there is used again; an unfinished run goes on where it stopped.
+with `deepspeed launch/train.py configs/quickstart.yaml`: on all GPUs (or those in CUDA_VISIBLE_DEVICES), or with
+2 processes on the CPU (a few minutes on 2 cores). What is already there is used again; an unfinished run goes on
+where it stopped.
 
   --new            start another run (quickstart-2, quickstart-3, ...) instead of going on
   --name NAME      name of the run; its folder is runs/NAME (default: quickstart)

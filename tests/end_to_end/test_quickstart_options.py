@@ -107,12 +107,7 @@ TRAIN = "launch/train.py configs/quickstart.yaml run.name=quickstart"
         (1, "3", [], f"deepspeed --quiet --include localhost:3 {TRAIN} train.precision=bf16, visible: unset"),
         (2, "2, 5", [], f"--include localhost:2,5 {TRAIN}"),
         (2, "2,5", ["--processes", "1"], f"--include localhost:2 {TRAIN}"),
-        (
-            2,
-            "GPU-1a,GPU-2b",
-            [],
-            f"torchrun --standalone --nproc-per-node 2 {TRAIN} train.precision=bf16, visible: GPU",
-        ),
+        (1, "GPU-a", [], f"torchrun --standalone --nproc-per-node 1 {TRAIN} train.precision=bf16, visible: GPU-a"),
     ],
 )
 def test_the_run_gets_the_processes_and_gpus_it_may_use(installed, gpus, visible, words, command):
