@@ -97,7 +97,8 @@ else
     else
         launcher=(torchrun --standalone --nproc-per-node "$processes")
     fi
-    # As a process group of its own the run gets a signal once, from here; ended is when its launcher has ended.
+    # The run is a process group of its own and gets signals from here, as INT: the deepspeed command, which would die
+    # of any at once, ignores that one and waits for its launcher, which waits for the last checkpoint.
     set -m
     (trap '' INT; exec "${launcher[@]}" launch/train.py configs/quickstart.yaml "run.name=$name" "${settings[@]}") &
     set +m
