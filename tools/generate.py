@@ -15,9 +15,19 @@ from pathlib import Path
 import torch
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.data import DataError
 from dcscale.models import generate
+from dcscale.observe import printable
 from dcscale.train.load import load_trained
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, once a number has been there and back."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,13 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default 0)")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one"
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU if there is one",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
     options = parser.parse_args(arguments)
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     try:
-        trained = load_trained(options.path, torch.device(options.device), dtype)
+        trained = load_trained(options.path, options.device, dtype)
         written = generate(
             trained.model,
             [trained.tokenizer.encode(prompt) for prompt in options.prompt],
@@ -47,12 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             stop_id=trained.tokenizer.eos_id,
         )
-    except (CheckpointError, DataError, ValueError) as error:
+    except (CheckpointError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{trained.checkpoint} (step {trained.step})", file=sys.stderr)
     for prompt, ids in zip(options.prompt, written):
-        print(f"----\n{prompt}{trained.tokenizer.decode(ids)}")
+        print(f"----\n{printable(prompt + trained.tokenizer.decode(ids))}")
     return 0
 
 

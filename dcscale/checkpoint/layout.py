@@ -55,11 +55,16 @@ def defect(folder: Path) -> str | None:
         content = json.loads(marker.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{marker} is missing: the checkpoint was not finished"
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return f"{marker} is not readable: {error}"
+    if not isinstance(content, dict):
+        return f"{marker} must be a JSON object, but is a {type(content).__name__}"
     if content.get("format") != FORMAT:
         return f"{marker} has format {content.get('format')!r}, this version of dcscale reads {FORMAT}"
-    for name, size in content["files"].items():
+    files = content.get("files")
+    if not isinstance(files, dict):
+        return f"{marker} has files {files!r}, but must map the files' names to their bytes"
+    for name, size in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"

@@ -1,11 +1,12 @@
 """How a run is seen: terminal, metrics file, TensorBoard."""
 
-from dcscale.observe.console import Console, Progress
+from dcscale.observe.console import Console, Progress, printable
 from dcscale.observe.metrics_file import MetricsFile, read_metrics
 
 __all__ = [
     "Console",
     "MetricsFile",
     "Progress",
+    "printable",
     "read_metrics",
 ]

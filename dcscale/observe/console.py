@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Mapping
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters but newline and tab escaped, so that it cannot steer the terminal."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 class Console:

@@ -40,6 +40,10 @@ def test_newest_whole_checkpoint_of_a_run(tmp_path):
             lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})),
             "format 99, this version .* 1",
         ),
+        (lambda f: (f / "COMPLETE").write_text("[1]"), "COMPLETE must be a JSON object, but is a list"),
+        (lambda f: (f / "COMPLETE").write_text("{}"), "format None, this version .* 1"),
+        (lambda f: (f / "COMPLETE").write_text('{"format": 1}'), "has files None, but must map the files' names"),
+        (lambda f: (f / "COMPLETE").write_text('{"format": 1, "files": ["a"]}'), r"has files \['a'\], but must map"),
         (lambda f: (f / "deepspeed" / "part").unlink(), "part is missing"),
         (lambda f: (f / "deepspeed" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
     ],
@@ -50,6 +54,13 @@ def test_damage_is_named(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint(folder)
+
+
+def test_a_marker_that_is_a_folder(tmp_path):
+    folder = make(tmp_path, 3)
+    (folder / "COMPLETE").unlink()
+    (folder / "COMPLETE").mkdir()
+    assert "COMPLETE is not readable" in defect(folder)
 
 
 def test_no_checkpoint(tmp_path):

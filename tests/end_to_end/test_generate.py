@@ -1,5 +1,6 @@
 """tools/generate.py on a run's checkpoints, as a user would call it, and what load_trained refuses."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -8,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.models import generate
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_all
+from dcscale.testing.runs import WORDS, make_shards, tiny_config, train_all
 from dcscale.train.load import load_trained
 
 ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "generate.py"
 
 pytestmark = pytest.mark.distributed
 
@@ -35,13 +39,21 @@ def runs(tmp_path_factory):
     return folder
 
 
-def call(*words):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "generate.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+@pytest.fixture
+def call(capsys):
+    """Calls the tool in this process: its exit code, what it wrote, and what it told on stderr."""
+    specification = importlib.util.spec_from_file_location("generate_tool", TOOL)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+
+    def in_this_process(*words):
+        try:
+            code = tool.main([str(word) for word in words])
+        except SystemExit as exit:  # argparse's way to refuse
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return in_this_process
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
@@ -55,28 +67,40 @@ def test_the_checkpoint_alone_writes_what_the_training_run_wrote(runs, name):
     assert summary["sample"] == "heads " + trained.tokenizer.decode(written[0])
 
 
-def test_the_tool(runs):
-    result = call(runs / "zero1", "--prompt", "heads ", "--prompt", "a", "--new-tokens", 10, "--temperature", 0)
+def test_the_tool(runs, call):
+    words = [str(runs / "zero1"), "--prompt", "heads ", "--prompt", "a", "--new-tokens", "10", "--temperature", "0"]
+    result = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("----\n") == 2
     assert "----\nheads " in result.stdout
     assert "step-00000008 (step 8)" in result.stderr
-    again = call(runs / "zero1", "--prompt", "heads ", "--prompt", "a", "--new-tokens", 10, "--temperature", 0)
-    assert again.stdout == result.stdout
-    older = call(runs / "zero1" / "checkpoints" / "step-00000004", "--prompt", "heads ", "--new-tokens", 4)
-    assert "(step 4)" in older.stderr
+    assert call(*words)[:2] == (0, result.stdout)
+    _, _, told = call(runs / "zero1" / "checkpoints" / "step-00000004", "--prompt", "heads ", "--new-tokens", 4)
+    assert "(step 4)" in told
 
 
-def test_errors_of_the_tool(runs, tmp_path):
+def test_what_the_tool_writes_cannot_steer_the_terminal(runs, call):
+    code, written, _ = call(runs / "zero1", "--prompt", "a\x1b[2Jb", "--new-tokens", 4, "--temperature", 0)
+    assert code == 0
+    assert "----\na\\x1b[2Jb" in written
+    assert "\x1b" not in written
+
+
+def test_errors_of_the_tool(runs, tmp_path, call):
+    diverged = tmp_path / "diverged" / "step-00000008"
+    shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", diverged)
+    overwrite_weights(diverged, float("nan"))
     for words, message in (
         ([tmp_path, "--prompt", "a"], "holds no checkpoint"),
         ([runs / "zero1", "--prompt", ""], "prompt 0 is empty"),
         ([runs / "zero1", "--prompt", "a", "--new-tokens", "0"], "new_tokens is 0"),
+        ([runs / "zero1", "--prompt", "a", "--device", "abacus"], "--device: 'abacus' cannot be used: Expected one of"),
+        ([runs / "zero1", "--prompt", "a", "--device", "meta"], "--device: 'meta' cannot be used: "),
+        ([diverged, "--prompt", "a"], "the model's logits are not finite"),
     ):
-        result = call(*words)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+        code, written, told = call(*words)
+        assert (code, written) == (2, "")
+        assert message in told
 
 
 @pytest.mark.parametrize(
@@ -86,7 +110,7 @@ def test_errors_of_the_tool(runs, tmp_path):
         (lambda f: edit_state(f, "tokenizer", None), "has no entry for the tokenizer"),
         (
             lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text().replace("dim: 32", "dim: 64")),
-            "bytes",
+            r"does not fit the model: embedding\.weight has shape \(257, 32\), the model wants \(257, 64\)",
         ),
     ],
 )
@@ -96,6 +120,54 @@ def test_a_checkpoint_that_is_not_whole(runs, tmp_path, change, message):
     change(folder)
     with pytest.raises(CheckpointError, match=message):
         load_trained(folder, torch.device("cpu"))
+
+
+def test_a_tokenizer_json_comes_with_the_checkpoint(tmp_path):
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.train_from_iterator(
+        [" ".join(WORDS)],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    file = tmp_path / "made-here.json"
+    library.save(str(file))
+    shards = make_shards(tmp_path / "shards", tokenizer=file)
+    run, definition = tmp_path / "run", file.read_bytes()
+    sampling = ["samples.interval=4", "samples.new_tokens=12", 'samples.prompts=["heads are"]']
+    overrides = [f"model.vocab_size={library.get_vocab_size()}", "train.steps=4", *sampling]
+    run_distributed(train_all, 1, [tiny_config(run, shards, *overrides)])
+    shutil.rmtree(shards)  # the checkpoint must be enough
+    file.unlink()
+
+    trained = load_trained(run, torch.device("cpu"))
+    assert (trained.checkpoint / "tokenizer.json").read_bytes() == definition
+    prompt = trained.tokenizer.encode("heads are")
+    assert prompt == library.encode("heads are").ids
+    assert len(prompt) < len("heads are")  # no byte tokens
+    assert trained.tokenizer.eos_id == library.token_to_id("<|endoftext|>")
+    (written,) = generate(trained.model, [prompt], 12, temperature=0.8, top_p=0.95, seed=0, stop_id=0)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["sample"] == "heads are" + trained.tokenizer.decode(written)
+
+    (trained.checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        load_trained(run, torch.device("cpu"))
+
+
+def overwrite_weights(folder, value):
+    """Sets every weight to ``value``."""
+    for path in (folder / "weights").glob("*.safetensors"):
+        save_file({name: torch.full_like(x, value) for name, x in load_file(path).items()}, path)
+        marker = folder / "COMPLETE"
+        content = json.loads(marker.read_text())
+        content["files"][str(path.relative_to(folder))] = path.stat().st_size
+        marker.write_text(json.dumps(content))
 
 
 def edit_state(folder, key, value):

@@ -1,0 +1,109 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the terminal."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from dcscale.observe import Console
+from dcscale.train.report import Reporter
+
+
+def reporter(run, last_step=0, is_main=True, progress=False):
+    return Reporter(run, last_step, 5, Console(enabled=is_main), progress, is_main)
+
+
+def record_of(step, loss, **more):
+    return {"step": step, "tokens": step * 256, "loss": loss, "tokens_per_second": 1234.5, "mfu": None, **more}
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(run):
+    accumulator = EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def points(run, tag):
+    return [(event.step, pytest.approx(event.value)) for event in board(run).Scalars(tag)]
+
+
+def test_a_run_in_file_board_and_terminal(tmp_path, capsys):
+    training = record_of(1, 2.5, mfu=0.4, **{"compose/pre/layer_00": 0.1, "compose/post/layer_00": 0.2})
+    validation = {"step": 1, "validation_loss": 2.25, "bits_per_byte": 3.125}
+    report = reporter(tmp_path)
+    report.record(training)
+    report.record(validation)
+    report.text("samples/prompt_0", "<pre>heads are</pre>", 1)
+    report.close()
+
+    assert metrics(tmp_path) == [training, validation]
+    assert points(tmp_path, "loss/train") == [(1, 2.5)]
+    assert points(tmp_path, "loss/validation") == [(1, 2.25)]
+    assert points(tmp_path, "loss/bits_per_byte") == [(1, 3.125)]
+    assert points(tmp_path, "speed/mfu") == [(1, 0.4)]
+    assert points(tmp_path, "weights/compose/pre/layer_00") == [(1, 0.1)]
+    assert points(tmp_path, "weights/compose/post/layer_00") == [(1, 0.2)]
+    (text,) = board(tmp_path).Tensors("samples/prompt_0/text_summary")
+    assert (text.step, text.tensor_proto.string_val) == (1, [b"<pre>heads are</pre>"])
+    assert capsys.readouterr().out == "step 1: validation loss 2.2500 nats/token, 3.1250 bits/byte\n"
+
+
+def test_what_is_unknown_is_null_in_the_file_and_absent_from_board_and_terminal(tmp_path, capsys):
+    report = reporter(tmp_path)
+    report.record(record_of(1, 2.5))
+    report.record({"step": 1, "validation_loss": 2.25})
+    report.close()
+    assert metrics(tmp_path)[0]["mfu"] is None
+    assert "speed/mfu" not in board(tmp_path).Tags()["scalars"]
+    assert capsys.readouterr().out == "step 1: validation loss 2.2500 nats/token\n"
+
+
+def test_charts_of_several_curves(tmp_path):
+    reporter(tmp_path).close()
+    (event,) = board(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {
+        (group.title, chart.title): list(chart.multiline.tag) for group in layout.category for chart in group.chart
+    }
+    assert charts == {
+        ("loss", "training and validation"): ["loss/train", "loss/validation"],
+        ("compose", "pre"): ["weights/compose/pre/.*"],
+        ("compose", "post"): ["weights/compose/post/.*"],
+    }
+
+
+def test_progress_shows_loss_speed_and_mfu_where_it_is_known(tmp_path, capsys):
+    report = reporter(tmp_path, progress=True)
+    report.record(record_of(1, 2.5))
+    report.record(record_of(5, 2.0, mfu=0.4))
+    report.close()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/5 | loss 2.5000 | tok/s 1,234 | ")
+    assert last.startswith("step 5/5 | loss 2.0000 | tok/s 1,234 | mfu 40.0% | ")
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+    report = reporter(tmp_path, is_main=False, progress=True)
+    report.record(record_of(1, 2.5))
+    report.record({"step": 1, "validation_loss": 2.25})
+    report.text("samples/prompt_0", "text", 1)
+    report.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_going_on_from_an_earlier_step_leaves_every_step_once(tmp_path):
+    report = reporter(tmp_path)
+    for step in range(1, 6):
+        report.record(record_of(step, float(step)))
+    report.close()
+    report = reporter(tmp_path, last_step=3)
+    report.record(record_of(4, 40.0))
+    report.close()
+    assert [(record["step"], record["loss"]) for record in metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert points(tmp_path, "loss/train") == [(1, 1), (2, 2), (3, 3), (4, 40)]
