@@ -51,7 +51,7 @@ def resources(capability: int, kernel: Any, tile: Tile, constants: dict[str, Any
         if signature[name].startswith("*") or name == "row_stride":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": tile.warps}
+    options = {"num_warps": tile.warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

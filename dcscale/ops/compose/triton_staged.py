@@ -349,6 +349,7 @@ class StagedAttention:
             BLOCK_T=tile.queries,
             BLOCK_S=tile.keys,
             num_warps=tile.warps,
+            enable_fp_fusion=True,  # newer versions of Triton do not fuse unasked, and the kernels are made of fma
             **constants,
         )
 
