@@ -10,7 +10,7 @@ from torch import nn
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import ENGINE
 from dcscale.config import Config, to_yaml
-from dcscale.data import BatchLoader, SequenceStream, Tokenizer, load_tokenizer, open_stream
+from dcscale.data import BatchLoader, SequenceStream, load_tokenizer, open_stream
 from dcscale.files import write_atomically
 from dcscale.models import DCFormer, count_flops, count_parameters, initialize
 from dcscale.observe import Console
@@ -33,7 +33,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
             fit, on this rank or on another; nothing has been written then.
     """
     run = Path(config.run.folder)
-    stream, loader, validation, tokenizer = on_every_rank(lambda: _open_data(config, environment))
+    stream, loader, validation, samples = on_every_rank(lambda: _open_data(config, environment))
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
@@ -50,14 +50,14 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         build_optimizer=lambda model: build_optimizer(model, config.optimizer, fused=environment.device.type == "cuda"),
     )
     if checkpoint is not None:
-        saved = decided_by_main(lambda: read_state(checkpoint))["optimizer_groups"]
-        if saved != engine.grouping:
+        if state.optimizer_groups != engine.grouping:
             raise CheckpointError(
-                f"{checkpoint} has its parameters in other optimizer groups ({saved}, here {engine.grouping}): "
-                "optimizer.rules or optimizer.weight_decay group them differently. Restore these settings, or start a "
-                "new run with another run.name"
+                f"{checkpoint} has its parameters in other optimizer groups ({state.optimizer_groups}, here "
+                f"{engine.grouping}): optimizer.rules or optimizer.weight_decay group them differently. Restore these "
+                "settings, or start a new run with another run.name"
             )
         engine.load(checkpoint / ENGINE)
+    state.optimizer_groups = engine.grouping
 
     if environment.is_main:
         run.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         hooks.append(validation)
     if config.model.attention == "dcmha" and config.log.compose_interval > 0:
         hooks.append(ComposeDistance(config.log.compose_interval))
-    if tokenizer is not None:
-        hooks.append(Samples(config.samples, tokenizer, config.train.seed))
+    if samples is not None:
+        hooks.append(samples)
     hooks.append(Saving(config.checkpoint.interval))
     for hook in hooks:
         if hook.name in state.hooks:
@@ -97,7 +97,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
 
 def _open_data(
     config: Config, environment: Environment
-) -> tuple[SequenceStream, BatchLoader, Validation | None, Tokenizer | None]:
+) -> tuple[SequenceStream, BatchLoader, Validation | None, Samples | None]:
     stream = _open_stream(config, config.data.train, shuffle=True)
     loader = _loader(config, environment, stream, config.data.prefetch_steps)
     validation = None
@@ -108,8 +108,10 @@ def _open_data(
             config.validation.interval,
             held_out.text_bytes_per_target,
         )
-    tokenizer = load_tokenizer(config.data.train) if config.samples.interval > 0 else None
-    return stream, loader, validation, tokenizer
+    samples = None
+    if config.samples.interval > 0:
+        samples = Samples(config.samples, load_tokenizer(config.data.train), config.train.seed)
+    return stream, loader, validation, samples
 
 
 def _open_stream(config: Config, folder: str, shuffle: bool) -> SequenceStream:

@@ -27,6 +27,9 @@ class TrainState:
     data_identity: dict[str, Any] = field(default_factory=dict)
     """What decides the data's content, order and cutting. The next sequence is number step * global_batch_size."""
 
+    optimizer_groups: str = ""
+    """:attr:`dcscale.parallel.Engine.grouping` of the optimizer whose state is saved."""
+
     branched_from: str | None = None
     """The checkpoint that ``checkpoint.resume`` named when this run began, if it did."""
 

@@ -192,7 +192,6 @@ class Trainer:
             zero_stage=self.config.parallel.zero_stage,
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
-            optimizer_groups=self.engine.grouping,
             tokenizer=dataclasses.asdict(self.loader.manifest.tokenizer),
         )
         self.latest_checkpoint = save_checkpoint(
