@@ -387,9 +387,10 @@ def _over_tiles(parts: Tensor) -> Tensor:
 def _product(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: bool = False) -> None:
     """out = scale a b, plus out if ``add``, batch by batch. A float32 ``out`` of 16-bit a and b is not rounded."""
     options = {"beta": int(add), "alpha": scale, "out": out}
-    if out.dtype == a.dtype:
-        torch.baddbmm(out, a, b, **options)
-    elif out.is_cuda:
+    if out.is_cuda and out.dtype != a.dtype:
         torch.baddbmm(out, a, b, out.dtype, **options)
-    else:
+    elif out.is_cuda or add or out.dtype != torch.float32:
         torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), **options)
+    else:
+        # cuBLAS scales what comes out of a product; MKL scales what goes into it, which is one rounding more.
+        torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out).mul_(scale)
