@@ -52,7 +52,7 @@ class ModelConfig:
 
     backend: str = "auto"
     """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition), ``chunked`` (exact, no T x S
-    tensor kept) or ``triton`` (the same by fused kernels, on NVIDIA GPUs)."""
+    tensor kept) or ``triton`` (the same by fused kernels on NVIDIA GPUs, where they are still to be tried)."""
 
     vocab_size: int = 256
     """Rows of the embedding; at least the tokenizer's vocabulary, which the data's manifest states."""

@@ -63,8 +63,8 @@ def choose_backend(
 ) -> tuple[str, str]:
     """(name, reason) of the implementation that :func:`compose_attention` runs for these arguments.
 
-    The name is "reference", "chunked", "triton", or "sdpa" for plain attention; where the fastest of them cannot run,
-    the reason says why. Raises ValueError for an unknown ``requested``, and for "triton" where it cannot run.
+    The name is "reference", "chunked", "triton", or "sdpa" for plain attention; the reason says why it is not the
+    fastest of them. Raises ValueError for an unknown ``requested``, and for "triton" where it cannot run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
@@ -78,9 +78,8 @@ def choose_backend(
         return "sdpa", "without compose weights this is plain attention"
     if q.device.type == "cpu":
         return "chunked", "the fastest backend for compose on cpu: triton needs an NVIDIA GPU"
-    problem = obstacle(q, pre, post)
-    if problem is None:
-        return "triton", f"the fastest backend for compose on {q.device.type}"
+    # Interpreted and compiled, but never executed by a GPU: not what a run should get without asking.
+    problem = obstacle(q, pre, post) or "its results on a GPU have not been checked yet; ask for it by name"
     return "chunked", f"the fastest backend for compose that can run here; not triton: {problem}"
 
 
