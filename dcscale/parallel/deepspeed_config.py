@@ -36,7 +36,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "reduce_bucket_size": parallel.bucket_elements,
             "allgather_bucket_size": parallel.bucket_elements,
         },
-        "zero_allow_untested_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

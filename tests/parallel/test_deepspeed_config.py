@@ -1,0 +1,41 @@
+"""The DeepSpeed config that ours generates."""
+
+import pytest
+
+from dcscale.config import load_config
+from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
+
+
+def generated(*overrides, world_size=2):
+    sizes = ["train.global_batch_size=24", "train.micro_batch_size=3", "data.train=somewhere"]
+    return deepspeed_config(load_config([], [*sizes, *overrides]).config, world_size)
+
+
+def test_the_batch_triple():
+    result = generated(world_size=4)
+    assert result["train_micro_batch_size_per_gpu"] == 3
+    assert result["gradient_accumulation_steps"] == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stages(stage):
+    result = generated(f"parallel.zero_stage={stage}", "parallel.bucket_elements=77", "parallel.whole_elements=5")
+    zero = result["zero_optimization"]
+    assert zero["stage"] == stage
+    assert zero["overlap_comm"] == (stage > 0)
+    assert zero["reduce_bucket_size"] == 77
+    assert zero.get("stage3_param_persistence_threshold") == (5 if stage == 3 else None)
+    assert result.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage else None)
+
+
+def test_precision():
+    assert generated("train.precision=bf16")["bf16"]["enabled"]
+    assert not generated("train.precision=fp32")["bf16"]["enabled"]
+    assert "data_types" not in generated("train.precision=fp32")
+
+
+def test_without_clipping_the_norm_is_still_computed():
+    assert generated("train.gradient_clip=0.5")["gradient_clipping"] == 0.5
+    assert generated("train.gradient_clip=0")["gradient_clipping"] == NO_CLIP
+    # Without ZeRO and in float32 the engine clips, and keeps the norm.
+    assert generated("train.precision=fp32", "parallel.zero_stage=0")["gradient_clipping"] == 0.0
