@@ -272,7 +272,7 @@ COUNTS = (
 )
 FROM_ZERO = (
     "data.prefetch_steps train.loss_chunk schedule.warmup_steps validation.interval samples.interval "
-    "checkpoint.interval log.compose_interval"
+    "checkpoint.interval log.compose_interval parallel.whole_elements"
 )
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clip optimizer.weight_decay samples.temperature"
 POSITIVE = (
