@@ -89,5 +89,4 @@ def _together(engine: Engine, phase: Callable[[], None], failure: str) -> None:
         error = f"{type(caught).__name__}: {caught}"
     errors = engine.errors_of_ranks(error)
     if errors:
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in errors.items())
-        raise layout.CheckpointError(f"{failure}: {told}")
+        raise layout.CheckpointError(f"{failure}: {errors}")

@@ -203,12 +203,9 @@ class Engine:
         dist.all_reduce(tensor)
         return tensor
 
-    def errors_of_ranks(self, error: str | None) -> dict[int, str]:
-        """Tells every rank which ranks failed and why; empty when none did."""
+    def errors_of_ranks(self, error: str | None) -> str:
+        """:func:`dcscale.parallel.together.errors_of_ranks`, on the CPU."""
         return errors_of_ranks(error, self._control)
-
-    def barrier(self) -> None:
-        dist.barrier(group=self._control)
 
     # -- state ------------------------------------------------------------------------------------------------
 

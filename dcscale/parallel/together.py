@@ -14,11 +14,11 @@ class RankError(RuntimeError):
     """Other ranks failed while this one did not."""
 
 
-def errors_of_ranks(error: str | None, group: dist.ProcessGroup | None = None) -> dict[int, str]:
-    """Tells every rank which ranks failed and why; empty when none did."""
+def errors_of_ranks(error: str | None, group: dist.ProcessGroup | None = None) -> str:
+    """Tells every rank which ranks failed and why, as ``rank 1: REASON; rank 3: REASON``; empty when none did."""
     said: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, error, group=group)
-    return {rank: text for rank, text in enumerate(said) if text is not None}
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None)
 
 
 def on_every_rank(call: Callable[[], T]) -> T:
@@ -37,7 +37,7 @@ def on_every_rank(call: Callable[[], T]) -> T:
     if own is not None:
         raise own
     if errors:
-        raise RankError("; ".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+        raise RankError(errors)
     return result  # type: ignore[return-value]
 
 

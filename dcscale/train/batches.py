@@ -48,5 +48,5 @@ def next_together(engine: Engine, batches: Iterator[list[Batch]], stop: bool = F
     own = [sum(batch.target_count for batch in micro_batches), stop, error is not None]
     targets, stops, failures = engine.sum_over_ranks(own)
     if failures:
-        raise DataError("; ".join(f"rank {rank}: {text}" for rank, text in engine.errors_of_ranks(error).items()))
+        raise DataError(engine.errors_of_ranks(error))
     return StepBatches(micro_batches, targets, stops > 0, waited)

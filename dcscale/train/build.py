@@ -15,6 +15,7 @@ from dcscale.files import write_atomically
 from dcscale.models import DCFormer, count_flops, count_parameters, initialize
 from dcscale.observe import Console
 from dcscale.parallel import Engine, Environment, decided_by_main, on_every_rank
+from dcscale.parallel.deepspeed_config import accumulation_steps
 from dcscale.train.hooks import ComposeDistance, Hook, Samples, Saving, Throughput, Validation, peak_tflops
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter
@@ -59,10 +60,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         engine.load(checkpoint / ENGINE)
     state.optimizer_groups = engine.grouping
 
-    if environment.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / "config.yaml", to_yaml(config))
-    engine.barrier()
+    decided_by_main(lambda: _start_folder(run, config))
     hooks: list[Hook] = [
         Throughput(
             count_flops(config.model, config.data.sequence_length).total,
@@ -142,6 +140,11 @@ def _loader(
     )
 
 
+def _start_folder(run: Path, config: Config) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "config.yaml", to_yaml(config))
+
+
 def _build_model(config: Config) -> nn.Module:
     model = DCFormer(config.model, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
     if config.train.compile:
@@ -155,7 +158,6 @@ def _announce(
 ) -> None:
     """Says what is about to run, with everything that was derived."""
     parameters = count_parameters(config.model)
-    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * environment.world_size)
     on_gpu = environment.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     model = "DCFormer" if config.model.attention == "dcmha" else "Transformer"
@@ -167,7 +169,7 @@ def _announce(
     console.line(
         f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
         f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, "
-        f"{accumulation} times"
+        f"{accumulation_steps(config, environment.world_size)} times"
     )
     console.line(
         f"run        {config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens, "
