@@ -99,6 +99,10 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     """The shards, in the order that unshuffled reading follows."""
 
+    row_tokens: int | None = None
+    """Tokens of a row, where the shards are made of rows: each is read as one sequence, of one target less. Its slack
+    is filled with documents of one end-of-document token, which have no target. Left out of the file where null."""
+
     @cached_property
     def totals(self) -> dict[str, int]:
         """Sums over the shards: ``bytes``, ``samples``, ``documents``, ``tokens``, ``text_bytes``."""
@@ -111,8 +115,13 @@ class Manifest:
             "dtype": self.dtype,
             "tokenizer": [self.tokenizer.fingerprint, self.tokenizer.vocab_size, self.tokenizer.eos_id],
             "shards": [[shard.sha256, shard.documents, shard.tokens] for shard in self.shards],
+            **self._row_tokens,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _row_tokens(self) -> dict[str, int]:
+        return {} if self.row_tokens is None else {"row_tokens": self.row_tokens}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -123,6 +132,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "dtype": manifest.dtype,
         "tokenizer": asdict(manifest.tokenizer),
         "max_token_id": manifest.max_token_id,
+        **manifest._row_tokens,
         "totals": manifest.totals,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
@@ -175,7 +185,7 @@ class _Reader:
             fix = "make the shards again with this version's tools/make_shards.py, or use the version that wrote them"
             self.fail("version", content.get("version"), f"{VERSION}, the version that this code reads", fix)
         known = {"format", "version", "dtype", "tokenizer", "max_token_id", "totals", "shards"}
-        self.keys("the manifest", content, known)
+        self.keys("the manifest", content, known | ({"row_tokens"} & set(content)))
 
         dtype, tokenizer = content["dtype"], self.record(TokenizerInfo, "tokenizer", content["tokenizer"])
         if dtype not in DTYPES:
@@ -197,7 +207,14 @@ class _Reader:
                 self.fail(f"shards[{i}].name", shard.name, f"unique, but shards[{names[shard.name]}] has it too")
             names[shard.name] = i
 
-        manifest = Manifest(dtype, tokenizer, content["max_token_id"], shards)
+        row_tokens = content.get("row_tokens")
+        if "row_tokens" in content and (type(row_tokens) is not int or row_tokens < 2):
+            self.fail("row_tokens", row_tokens, "a whole number, at least 2, or left out")
+        for i, shard in enumerate(shards):
+            if row_tokens and shard.tokens % row_tokens:
+                self.fail(f"shards[{i}].tokens", shard.tokens, f"a multiple of row_tokens, {row_tokens}")
+
+        manifest = Manifest(dtype, tokenizer, content["max_token_id"], shards, row_tokens)
         self.keys("totals", content["totals"], set(_TOTALS))
         for name in _TOTALS:
             if content["totals"][name] != manifest.totals[name]:

@@ -1,5 +1,6 @@
 """The manifest: round trip, and everything malformed refused by name."""
 
+import dataclasses
 import json
 
 import pytest
@@ -20,6 +21,18 @@ def test_round_trip(tmp_path):
     assert read_manifest(tmp_path) == MANIFEST
     assert MANIFEST.totals == {"bytes": 30720, "samples": 3, "documents": 4, "tokens": 49, "text_bytes": 45}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_rows_are_written_only_where_there_are_any(tmp_path):
+    """So manifests of before there were rows stay as they are, and so do the fingerprints that runs remember."""
+    write_manifest(tmp_path, MANIFEST)
+    assert "row_tokens" not in json.loads((tmp_path / "manifest.json").read_text())
+    assert MANIFEST.fingerprint == "e53854e206332dd7af2799efc5f1430e16cc80c59cac22a463984ff211eba16c"
+    shards = tuple(dataclasses.replace(shard, tokens=8 * (i + 1)) for i, shard in enumerate(SHARDS))
+    plain, rows = (Manifest("uint16", TOKENIZER, 256, shards, row_tokens) for row_tokens in (None, 8))
+    assert plain.fingerprint != rows.fingerprint
+    write_manifest(tmp_path, rows)
+    assert read_manifest(tmp_path) == rows
 
 
 def test_writing_is_reproducible_and_replaces(tmp_path):
@@ -90,6 +103,9 @@ FAULTS = {
     "a shard twice": (set_at(["shards", 1, "name"], "shard-0.tar"), r"shards\[1\]\.name .* unique, but shards\[0\]"),
     "a shard lost": (drop("shards", 1), r"totals\.bytes is 30720, but must be the sum over the shards, 10240"),
     "a total": (set_at(["totals", "tokens"], 50), r"totals\.tokens is 50, but must be the sum over the shards, 49"),
+    "rows of one token": (set_at(["row_tokens"], 1), r"row_tokens is 1, but must be a whole number, at least 2"),
+    "rows without length": (set_at(["row_tokens"], None), r"row_tokens is None, but must be a whole number"),
+    "part of a row": (set_at(["row_tokens"], 4), r"shards\[1\]\.tokens is 9, .* a multiple of row_tokens, 4"),
     "totals incomplete": (drop("totals", "tokens"), r"fields of totals .*'missing': \['tokens'\]"),
 }
 
