@@ -7,6 +7,8 @@ and on sequence length L, slots V, shards a window K and the seed; not on ranks,
 2. Each window's documents are permuted. All windows, one after another, are the epoch's T tokens. Sequence s is the
    L + 1 tokens from s*L on: its L inputs and L targets. An epoch has N = ceil((T - 1) / L) sequences, whatever its
    permutation; only the very last is padded, and every token but the first is a target exactly once.
+   Shards made of rows (see :mod:`packing <dcscale.data.packing>`) are cut at the rows instead, and it is rows that a
+   window permutes: sequence s is the tokens from s*(L + 1) on, and N = T / (L + 1).
 3. The N sequences are cut into V contiguous runs, one a slot, whose lengths differ by at most one. Position g is row
    (g mod N) div V of slot (g mod N) mod V. Each slot reads forward, and slots begin in the middle of windows, so
    neighbours in a batch come from all over the epoch and window changes are spread over time.
@@ -54,6 +56,7 @@ class Order:
         seed: seed of all permutations.
         shuffle: false keeps shards and documents in the manifest's order, in every epoch.
         source: number of the source among several that share a seed.
+        rows: the shards are made of rows of ``sequence_length + 1`` tokens.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Order:
         seed: int,
         shuffle: bool = True,
         source: int = 0,
+        rows: bool = False,
     ) -> None:
         self.sequence_length = sequence_length
         self.slots = slots
@@ -74,7 +78,8 @@ class Order:
         self._rng_key = (int(seed), int(source))
         self._shard_tokens = np.array(shard_tokens, dtype=np.int64)
         self.tokens = int(self._shard_tokens.sum())
-        self.sequences_per_epoch = -(-(self.tokens - 1) // sequence_length)
+        self._stride = sequence_length + rows
+        self.sequences_per_epoch = self.tokens // self._stride if rows else -(-(self.tokens - 1) // self._stride)
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
 
     def locate(self, g: int) -> tuple[int, int]:
@@ -87,7 +92,7 @@ class Order:
     def pieces(self, epoch: int, index: int) -> list[Piece]:
         """The L + 1 tokens of a sequence (fewer for an epoch's last), in order, as parts of windows."""
         _, starts = self._epoch(epoch)
-        begin = index * self.sequence_length
+        begin = index * self._stride
         end = min(begin + self.sequence_length + 1, self.tokens)
         window = int(np.searchsorted(starts, begin, side="right")) - 1
         pieces = []
@@ -103,7 +108,7 @@ class Order:
         return shards[window * self.shuffle_shards : (window + 1) * self.shuffle_shards].tolist()
 
     def documents(self, epoch: int, window: int, count: int) -> np.ndarray:
-        """Order of the ``count`` documents of a window, int64 [count]; they are numbered through its shards."""
+        """Order of the ``count`` documents or rows of a window, int64 [count]; they are numbered through its shards."""
         if not self.shuffle:
             return np.arange(count)
         return permutation(count, "documents", *self._rng_key, epoch, window)

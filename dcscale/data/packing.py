@@ -35,8 +35,25 @@ class Window:
 def pack_window(documents: list[np.ndarray], order: np.ndarray) -> Window:
     """Put ``documents`` one after another in the given ``order`` [documents]."""
     ordered = [documents[i] for i in order.tolist()]
-    lengths = np.fromiter(map(len, ordered), dtype=np.int64, count=len(ordered))
-    return Window(np.concatenate(ordered), np.cumsum(lengths))
+    return Window(np.concatenate(ordered), _ends(ordered))
+
+
+def pack_rows(documents: list[np.ndarray], order: np.ndarray, row_tokens: int) -> Window:
+    """Put the rows that ``documents`` make up one after another in the given ``order`` [rows]."""
+    rows_NR = np.concatenate(documents).reshape(-1, row_tokens)
+    ends = _ends(documents)
+    row = (ends - 1) // row_tokens
+    return Window(rows_NR[order].reshape(-1), np.sort(ends + (np.argsort(order)[row] - row) * row_tokens))
+
+
+def fills_rows(documents: list[np.ndarray], row_tokens: int) -> bool:
+    """Whether some document ends wherever a row does."""
+    ends = _ends(documents)
+    return np.count_nonzero(ends % row_tokens == 0) * row_tokens == ends[-1]
+
+
+def _ends(documents: list[np.ndarray]) -> np.ndarray:
+    return np.cumsum(np.fromiter(map(len, documents), dtype=np.int64, count=len(documents)))
 
 
 @dataclass(frozen=True)

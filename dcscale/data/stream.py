@@ -12,12 +12,13 @@ from typing import Any
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from dcscale.data.order import ORDER_VERSION, Order
-from dcscale.data.packing import SequenceBuffer, Sequences, Window, pack_window
-from dcscale.data.shards import check_shard_file, read_shard
+from dcscale.data.packing import SequenceBuffer, Sequences, Window, fills_rows, pack_rows, pack_window
+from dcscale.data.shards import check_shards, read_shard
+from dcscale.data.sources import Source, open_source
 
 
 def open_stream(
-    folder: str | Path,
+    root: str | Path | Source,
     *,
     vocab_size: int,
     sequence_length: int,
@@ -27,11 +28,13 @@ def open_stream(
     document_mask: bool,
     verify: bool,
     shuffle: bool = True,
+    source: int = 0,
 ) -> SequenceStream:
     """Open a folder of shards. Only its manifest is read here.
 
     Args:
-        folder: folder with a ``manifest.json``, as ``tools/make_shards.py`` writes it.
+        root: folder with a ``manifest.json``, as ``tools/make_shards.py`` writes it, or see
+            :func:`dcscale.data.sources.open_source`.
         vocab_size: the model's; at least the tokenizer's.
         sequence_length: L, inputs (and targets) a sequence.
         seed: seed of the order, any whole number.
@@ -41,18 +44,20 @@ def open_stream(
         verify: check every shard's SHA-256 when it is read.
         shuffle: false reads the documents in the manifest's order, the same in every epoch, one shard at a time, from
             one position; ``seed``, ``shuffle_shards`` and ``slots`` are then not used.
+        source: number of the source in a mixture, whose sources share a seed.
 
     Raises:
         DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
-            data do not fill one sequence or give no target, or an argument is out of range.
+            data do not fill one sequence or give no target or are rows of another length, or an argument is out of
+            range.
     """
     limits = {"vocab_size": vocab_size, "sequence_length": sequence_length, "slots": slots}
     for name, value in {**limits, "shuffle_shards": shuffle_shards}.items():
         if value < 1:
             raise DataError(f"{name} is {value}, but must be at least 1")
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    path = folder / MANIFEST_NAME
+    source = open_source(root)
+    manifest = read_manifest(source)
+    path = source.where(MANIFEST_NAME)
     if manifest.tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{path}: tokenizer.vocab_size is {manifest.tokenizer.vocab_size}, but model.vocab_size is {vocab_size}: "
@@ -69,6 +74,18 @@ def open_stream(
             f"{path}: totals.tokens is totals.documents, {tokens}: every document is one token, so there is nothing to "
             f"predict in it; set data.document_mask=false, or make shards of longer documents"
         )
+    if manifest.row_tokens not in (None, sequence_length + 1):
+        raise DataError(
+            f"{path}: row_tokens is {manifest.row_tokens}, but a sequence takes data.sequence_length + 1, "
+            f"{sequence_length + 1}; set data.sequence_length to {manifest.row_tokens - 1}, or make the shards again "
+            f"with --sequence-length {sequence_length}"
+        )
+    if manifest.row_tokens is not None and not document_mask:
+        raise DataError(
+            f"{path}: row_tokens is {manifest.row_tokens}: the shards are rows filled up with end-of-document tokens, "
+            f"which only the document mask keeps from being learned; set data.document_mask=true, or make the shards "
+            f"again without --pack"
+        )
     if not shuffle:
         slots = shuffle_shards = 1
         seed = 0
@@ -79,6 +96,8 @@ def open_stream(
         shuffle_shards=shuffle_shards,
         seed=seed,
         shuffle=shuffle,
+        source=source,
+        rows=manifest.row_tokens is not None,
     )
     identity = {
         "order_version": ORDER_VERSION,
@@ -89,8 +108,9 @@ def open_stream(
         "shuffle_shards": shuffle_shards,
         "seed": seed,
         "document_mask": document_mask,
+        **({"source": source} if source else {}),
     }
-    return SequenceStream(folder, manifest, order, identity, vocab_size=vocab_size, verify=verify)
+    return SequenceStream(source, manifest, order, identity, vocab_size=vocab_size, verify=verify)
 
 
 class SequenceStream:
@@ -108,7 +128,7 @@ class SequenceStream:
 
     def __init__(
         self,
-        folder: Path,
+        source: Source,
         manifest: Manifest,
         order: Order,
         identity: dict[str, Any],
@@ -116,7 +136,7 @@ class SequenceStream:
         vocab_size: int,
         verify: bool,
     ) -> None:
-        self.folder = folder
+        self.source = source
         self.manifest = manifest
         self.identity = identity
         """What decides the content of every sequence, for messages about what has changed."""
@@ -156,8 +176,7 @@ class SequenceStream:
         Raises:
             DataError: a shard is missing or has another size.
         """
-        for info in self.manifest.shards[rank::world_size]:
-            check_shard_file(self.folder, info)
+        check_shards(self.source, self.manifest.shards[rank::world_size])
 
     def sequence(self, g: int) -> Sequences:
         """Sequence ``g`` as one row, N = 1; see :meth:`sequences`."""
@@ -176,11 +195,22 @@ class SequenceStream:
                     continue
                 if g < 0:
                     raise DataError(f"sequence number {g} must not be negative")
-                epoch, index = self._order.locate(g)
-                for piece in self._order.pieces(epoch, index):
-                    window = self._stand_in(g % self._order.slots, epoch, piece.window)
-                    buffer.append(row, window, piece.start, piece.stop)
+                self._append(buffer, row, g % self._order.slots, *self._order.locate(g))
         return buffer.finish(self.identity["document_mask"])
+
+    def append(self, buffer: SequenceBuffer, row: int, lane: int, epoch: int, index: int) -> None:
+        """Put sequence ``index`` of an epoch into a row, read by a lane that another order than its own leads.
+
+        Raises:
+            DataError: a shard that it lies in cannot be used.
+        """
+        with self._lock:
+            self._append(buffer, row, lane, epoch, index)
+
+    def _append(self, buffer: SequenceBuffer, row: int, lane: int, epoch: int, index: int) -> None:
+        for piece in self._order.pieces(epoch, index):
+            window = self._stand_in(lane, epoch, piece.window)
+            buffer.append(row, window, piece.start, piece.stop)
 
     def _stand_in(self, lane: int, epoch: int, number: int) -> Window:
         """Move a lane to a window, which is then kept until the last lane leaves it."""
@@ -194,14 +224,20 @@ class SequenceStream:
         return self._windows[key]
 
     def _load(self, epoch: int, number: int) -> Window:
-        documents = []
+        documents, row_tokens = [], self.manifest.row_tokens
         for shard in self._order.shards(epoch, number):
-            documents += read_shard(
-                self.folder,
-                self.manifest.shards[shard],
-                dtype=self.manifest.dtype,
-                vocab_size=self._vocab_size,
-                verify=self._verify,
+            info = self.manifest.shards[shard]
+            found = read_shard(
+                self.folder, info, dtype=self.manifest.dtype, vocab_size=self._vocab_size, verify=self._verify
             )
             self.shards_read += 1
-        return pack_window(documents, self._order.documents(epoch, number, len(documents)))
+            if row_tokens is not None and not fills_rows(found, row_tokens):
+                raise DataError(
+                    f"{self.folder / info.name}: a document lies across the end of a row, but the manifest says that "
+                    f"the shards are rows of {row_tokens} tokens; make the shards again with tools/make_shards.py"
+                )
+            documents += found
+        if row_tokens is None:
+            return pack_window(documents, self._order.documents(epoch, number, len(documents)))
+        rows = sum(map(len, documents)) // row_tokens
+        return pack_rows(documents, self._order.documents(epoch, number, rows), row_tokens)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dcscale.data.manifest import Manifest, TokenizerInfo, write_manifest
+from dcscale.data.packing import Row, pack_best_fit
 from dcscale.data.shards import write_shard
 from dcscale.data.tokenizers import ByteTokenizer
 
@@ -16,7 +17,13 @@ Documents = Sequence[Sequence[int]]
 
 
 def write_token_shards(
-    folder: Path, shards: Sequence[Documents], *, dtype: str = "uint16", vocab_size: int = 257, bundle: int = 3
+    folder: Path,
+    shards: Sequence[Documents],
+    *,
+    dtype: str = "uint16",
+    vocab_size: int = 257,
+    bundle: int = 3,
+    row_tokens: int | None = None,
 ) -> Manifest:
     """Writes each list of documents as a shard, ``bundle`` documents a sample, and the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +36,7 @@ def write_token_shards(
         )
     largest = max(max(document) for documents in shards for document in documents)
     tokenizer = TokenizerInfo("byte", ByteTokenizer.fingerprint, vocab_size, 256)
-    manifest = Manifest(dtype, tokenizer, largest, tuple(infos))
+    manifest = Manifest(dtype, tokenizer, largest, tuple(infos), row_tokens)
     write_manifest(folder, manifest)
     return manifest
 
@@ -46,3 +53,20 @@ def numbered_shards(sizes: Sequence[int], *, longest: int = 12, seed: int = 0) -
             token, size = token + length, size - length
         shards.append(documents)
     return shards
+
+
+def packed_shards(
+    shards: Sequence[Documents],
+    row_tokens: int,
+    pack: Callable[[Sequence[int], int], list[Row]] = pack_best_fit,
+    eos_id: int = 256,
+) -> list[list[list[int]]]:
+    """The same documents, each shard in rows of ``row_tokens`` that are filled up with documents of one token."""
+    packed = []
+    for documents in shards:
+        filled = []
+        for row in pack([len(document) for document in documents], row_tokens):
+            filled += [list(documents[i][start:stop]) for i, start, stop in row]
+            filled += [[eos_id]] * (row_tokens - sum(stop - start for _, start, stop in row))
+        packed.append(filled)
+    return packed
