@@ -28,7 +28,7 @@ def open_stream(
     document_mask: bool,
     verify: bool,
     shuffle: bool = True,
-    source: int = 0,
+    source_number: int = 0,
 ) -> SequenceStream:
     """Open a folder of shards. Only its manifest is read here.
 
@@ -44,7 +44,7 @@ def open_stream(
         verify: check every shard's SHA-256 when it is read.
         shuffle: false reads the documents in the manifest's order, the same in every epoch, one shard at a time, from
             one position; ``seed``, ``shuffle_shards`` and ``slots`` are then not used.
-        source: number of the source in a mixture, whose sources share a seed.
+        source_number: number of the source in a mixture, whose sources share a seed.
 
     Raises:
         DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
@@ -96,7 +96,7 @@ def open_stream(
         shuffle_shards=shuffle_shards,
         seed=seed,
         shuffle=shuffle,
-        source=source,
+        source=source_number,
         rows=manifest.row_tokens is not None,
     )
     identity = {
@@ -108,7 +108,7 @@ def open_stream(
         "shuffle_shards": shuffle_shards,
         "seed": seed,
         "document_mask": document_mask,
-        **({"source": source} if source else {}),
+        **({"source": source_number} if source_number else {}),
     }
     return SequenceStream(source, manifest, order, identity, vocab_size=vocab_size, verify=verify)
 
