@@ -228,13 +228,13 @@ class SequenceStream:
         for shard in self._order.shards(epoch, number):
             info = self.manifest.shards[shard]
             found = read_shard(
-                self.folder, info, dtype=self.manifest.dtype, vocab_size=self._vocab_size, verify=self._verify
+                self.source, info, dtype=self.manifest.dtype, vocab_size=self._vocab_size, verify=self._verify
             )
             self.shards_read += 1
             if row_tokens is not None and not fills_rows(found, row_tokens):
                 raise DataError(
-                    f"{self.folder / info.name}: a document lies across the end of a row, but the manifest says that "
-                    f"the shards are rows of {row_tokens} tokens; make the shards again with tools/make_shards.py"
+                    f"{self.source.where(info.name)}: a document lies across the end of a row, but the manifest says "
+                    f"that the shards are rows of {row_tokens} tokens; make the shards again with tools/make_shards.py"
                 )
             documents += found
         if row_tokens is None:

@@ -33,7 +33,7 @@ def test_every_sequence_is_a_row_of_the_shards_and_each_row_comes_once_an_epoch(
     flat = []
     for info in stream.manifest.shards:
         flat += itertools.chain(
-            *(d.tolist() for d in read_shard(folder, info, dtype="uint16", vocab_size=6000, verify=True))
+            *(d.tolist() for d in read_shard(stream.source, info, dtype="uint16", vocab_size=6000, verify=True))
         )
     rows = sorted(flat[i : i + ROW] for i in range(0, len(flat), ROW))
     n = stream.sequences_per_epoch
