@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dcscale.data.errors import DataError
+from dcscale.data.sources import FolderSource, Source, UnreadableError, open_source
 from dcscale.files import write_json
 
 MANIFEST_NAME = "manifest.json"
@@ -139,31 +140,31 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_NAME, content)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read ``folder/manifest.json``.
+def read_manifest(root: str | Path | Source) -> Manifest:
+    """Read the ``manifest.json`` of a root of shards.
 
     Raises:
-        DataError: the folder or the manifest is missing, unreadable, of another version, or breaks a rule.
+        DataError: the root or the manifest is missing, unreadable, of another version, or breaks a rule.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of shards, as tools/make_shards.py writes it")
+    source = open_source(root)
+    path = source.where(MANIFEST_NAME)
     try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        inside = [child.name for child in sorted(folder.iterdir()) if (child / MANIFEST_NAME).is_file()]
-        hint = f"did you mean {folder / inside[0]}?" if inside else "make the shards with tools/make_shards.py"
-        raise DataError(f"{path}: no such file, so {folder} is not a folder of shards; {hint}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; it must be a readable file") from error
+        text = source.read(MANIFEST_NAME)
+    except UnreadableError as error:
+        if not error.missing:
+            raise DataError(f"{error}; it must be a readable file") from error
+        hint = "make the shards with tools/make_shards.py"
+        if isinstance(source, FolderSource):
+            inside = [child.name for child in sorted(source.folder.iterdir()) if (child / MANIFEST_NAME).is_file()]
+            hint = f"did you mean {source.folder / inside[0]}?" if inside else hint
+        raise DataError(f"{path}: no such file, so {source} is not a folder of shards; {hint}") from error
     return _Reader(path).manifest(text)
 
 
 class _Reader:
     """Strict reading of one manifest: every method returns a value that keeps the rules, or raises."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
 
     def fail(self, name: str, value: object, rule: str, fix: str = "") -> NoReturn:

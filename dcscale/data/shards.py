@@ -23,9 +23,11 @@ import webdataset
 
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import ShardInfo
+from dcscale.data.sources import ContentError, Source, UnreadableError
 from dcscale.files import write_atomically
 
 _MEMBERS = ("tokens.npy", "lens.npy")
+_ANEW = "copy the shard again or make it anew with tools/make_shards.py"
 
 
 def write_shard(
@@ -53,24 +55,23 @@ def write_shard(
     return ShardInfo(name, len(data), hashlib.sha256(data).hexdigest(), samples, documents, tokens, text_bytes)
 
 
-def check_shard_file(folder: Path, info: ShardInfo) -> None:
-    """Check, without reading it, that the shard is there and has the manifest's size.
+def check_shards(source: Source, shards: Iterable[ShardInfo]) -> None:
+    """Check, without reading them, that shards are there and have the manifest's sizes.
 
     Raises:
-        DataError: it is missing or has another size.
+        DataError: one is missing or has another size.
     """
-    path = folder / info.name
     try:
-        _check_size(path, path.stat().st_size, info)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        source.check({info.name: info.bytes for info in shards})
+    except (UnreadableError, ContentError) as error:
+        raise _unusable(error) from error
 
 
-def read_shard(folder: Path, info: ShardInfo, *, dtype: str, vocab_size: int, verify: bool) -> list[np.ndarray]:
+def read_shard(source: Source, info: ShardInfo, *, dtype: str, vocab_size: int, verify: bool) -> list[np.ndarray]:
     """Read a shard's documents.
 
     Args:
-        folder: folder of the manifest.
+        source: root of the manifest.
         info: the shard's entry in the manifest.
         dtype: type of the tokens, from the manifest.
         vocab_size: every token must be below it.
@@ -82,15 +83,12 @@ def read_shard(folder: Path, info: ShardInfo, *, dtype: str, vocab_size: int, ve
     Raises:
         DataError: the shard is missing, or differs in any way from its entry, the format or the vocabulary.
     """
-    path = folder / info.name
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    _check_size(path, len(data), info)
-    if verify and (found := hashlib.sha256(data).hexdigest()) != info.sha256:
-        _fail(path, f"its SHA-256 is {found}, but the manifest says {info.sha256}")
+        data = source.read(info.name, info.bytes, info.sha256 if verify else None)
+    except (UnreadableError, ContentError) as error:
+        raise _unusable(error) from error
 
+    path = source.where(info.name)
     documents: list[np.ndarray] = []
     samples = total = 0
     for key, tokens, lengths in _samples(path, data, dtype):
@@ -109,7 +107,7 @@ def read_shard(folder: Path, info: ShardInfo, *, dtype: str, vocab_size: int, ve
     return documents
 
 
-def _samples(path: Path, data: bytes, dtype: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _samples(path: str, data: bytes, dtype: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(key, tokens [n], lengths [documents]) of each sample; a sample's members must lie side by side."""
     keys: set[str] = set()
     current, parts = "", dict.fromkeys(_MEMBERS)
@@ -140,7 +138,7 @@ def _samples(path: Path, data: bytes, dtype: str) -> Iterator[tuple[str, np.ndar
         yield complete()
 
 
-def _members(path: Path, data: bytes) -> list[tarfile.TarInfo]:
+def _members(path: str, data: bytes) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = [member for member in tar if not member.isdir()]
@@ -152,7 +150,7 @@ def _members(path: Path, data: bytes) -> list[tarfile.TarInfo]:
     return members
 
 
-def _array(path: Path, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) -> np.ndarray:
+def _array(path: str, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) -> np.ndarray:
     """The one-dimensional array of a ``.npy`` member, as a view into ``data``; nothing is ever unpickled."""
     start, end = member.offset_data, member.offset_data + member.size
     header = io.BytesIO(data[start : min(end, start + 4096)])
@@ -173,16 +171,13 @@ def _array(path: Path, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) ->
     return np.frombuffer(data, dtype, count=shape[0], offset=offset)
 
 
-def _check_size(path: Path, size: int, info: ShardInfo) -> None:
-    if size != info.bytes:
-        _fail(path, f"it has {size} bytes, but the manifest says {info.bytes}: it was cut off or replaced")
+def _unusable(error: UnreadableError | ContentError) -> DataError:
+    if isinstance(error, ContentError):
+        return DataError(f"{error}; {_ANEW}")
+    return DataError(
+        f"{error.where}: the manifest names this shard, but it cannot be read: {error.reason}; copy it again"
+    )
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: the manifest names this shard, but it cannot be read: {error.strerror}; copy it again")
-
-
-def _fail(
-    path: Path, what: str, fix: str = "copy the shard again or make it anew with tools/make_shards.py"
-) -> NoReturn:
+def _fail(path: str, what: str, fix: str = _ANEW) -> NoReturn:
     raise DataError(f"{path}: {what}; {fix}")

@@ -17,6 +17,7 @@ from dcscale.data import DataError, build_shards, open_stream, read_manifest
 from dcscale.data.corpus import find_files
 from dcscale.data.scatter import document_key, part_of
 from dcscale.data.shards import read_shard
+from dcscale.data.sources import open_source
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -49,7 +50,7 @@ def texts_of_shards(folder):
     documents = [
         document.tolist()
         for info in manifest.shards
-        for document in read_shard(folder, info, dtype=manifest.dtype, vocab_size=257, verify=True)
+        for document in read_shard(open_source(folder), info, dtype=manifest.dtype, vocab_size=257, verify=True)
     ]
     assert all(document[-1] == 256 and document.count(256) == 1 for document in documents)
     return [bytes(document[:-1]).decode() for document in documents]
@@ -178,7 +179,9 @@ def test_a_tokenizer_that_changes_under_its_name_is_noticed(tmp_path, monkeypatc
         make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "one": 1 + number, "two": 4})
         build_shards([tmp_path / "a.txt"], tmp_path / f"out{number}", tokenizer=str(path))
         folder = tmp_path / f"out{number}/train"
-        (document,) = read_shard(folder, read_manifest(folder).shards[0], dtype="uint16", vocab_size=5, verify=True)
+        (document,) = read_shard(
+            open_source(folder), read_manifest(folder).shards[0], dtype="uint16", vocab_size=5, verify=True
+        )
         assert document.tolist() == [1 + number, 4, 0]
 
     def change_then_find(*arguments, **options):
@@ -201,7 +204,7 @@ def test_uint32_for_large_vocabularies(tmp_path):
     folder = tmp_path / "out/train"
     manifest = read_manifest(folder)
     assert (manifest.dtype, manifest.tokenizer.vocab_size, manifest.max_token_id) == ("uint32", 70_001, 70_000)
-    documents = read_shard(folder, manifest.shards[0], dtype="uint32", vocab_size=70_001, verify=True)
+    documents = read_shard(open_source(folder), manifest.shards[0], dtype="uint32", vocab_size=70_001, verify=True)
     assert [document.tolist() for document in documents] == [[2, 70_000, 1, 0]]
     assert report.empty == 1, "text without a token is left out"
 

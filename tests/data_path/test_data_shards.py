@@ -14,7 +14,8 @@ import pytest
 import webdataset
 
 from dcscale.data import DataError
-from dcscale.data.shards import check_shard_file, read_shard, write_shard
+from dcscale.data.shards import check_shards, read_shard, write_shard
+from dcscale.data.sources import open_source
 
 DOCUMENTS = [[1, 2, 256], [3, 256], [4, 5, 6, 256], [256], [7, 8, 256]]
 BUNDLES = [("a-0", DOCUMENTS[:2]), ("a-1", DOCUMENTS[2:])]
@@ -31,7 +32,11 @@ def write(folder, dtype="uint16", name="s.tar"):
 
 
 def read(folder, info, **changes):
-    return read_shard(folder, info, **{"dtype": "uint16", "vocab_size": 257, "verify": True, **changes})
+    return read_shard(open_source(folder), info, **{"dtype": "uint16", "vocab_size": 257, "verify": True, **changes})
+
+
+def check(folder, info):
+    check_shards(open_source(folder), [info])
 
 
 def info_of(folder, info):
@@ -68,7 +73,7 @@ def test_documents_come_back(tmp_path, dtype, verify):
     assert [document.tolist() for document in found] == DOCUMENTS
     assert {document.dtype for document in found} == {np.dtype(dtype)}
     assert (info.samples, info.documents, info.tokens, info.text_bytes) == (2, 5, 13, 8)
-    check_shard_file(tmp_path, info)
+    check(tmp_path, info)
 
 
 def test_plain_webdataset_reads_the_shard(tmp_path):
@@ -151,7 +156,7 @@ def test_damage_to_the_structure_is_found_without_checksum_and_size(tmp_path, na
 def test_missing_shard(tmp_path):
     info = write(tmp_path)
     (tmp_path / "s.tar").unlink()
-    for attempt in (read, check_shard_file):
+    for attempt in (read, check):
         with pytest.raises(
             DataError, match=r"s\.tar: the manifest names this shard, but it cannot be read: No such file"
         ):
@@ -161,7 +166,7 @@ def test_missing_shard(tmp_path):
 def test_wrong_size_is_found_without_reading(tmp_path):
     info = write(tmp_path)
     with pytest.raises(DataError, match=r"it has 10240 bytes, but the manifest says 10241: it was cut off or replaced"):
-        check_shard_file(tmp_path, dataclasses.replace(info, bytes=10241))
+        check(tmp_path, dataclasses.replace(info, bytes=10241))
 
 
 @pytest.mark.parametrize("name", ["samples", "documents", "tokens"])
