@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def open_stream(
             data do not fill one sequence or give no target or are rows of another length, or an argument is out of
             range.
     """
+    reopen = partial(open_stream, **locals())
     limits = {"vocab_size": vocab_size, "sequence_length": sequence_length, "slots": slots}
     for name, value in {**limits, "shuffle_shards": shuffle_shards}.items():
         if value < 1:
@@ -110,7 +112,7 @@ def open_stream(
         "document_mask": document_mask,
         **({"source": source_number} if source_number else {}),
     }
-    return SequenceStream(source, manifest, order, identity, vocab_size=vocab_size, verify=verify)
+    return SequenceStream(source, manifest, order, identity, reopen, vocab_size=vocab_size, verify=verify)
 
 
 class SequenceStream:
@@ -132,6 +134,7 @@ class SequenceStream:
         manifest: Manifest,
         order: Order,
         identity: dict[str, Any],
+        reopen: Callable[[], SequenceStream],
         *,
         vocab_size: int,
         verify: bool,
@@ -142,6 +145,8 @@ class SequenceStream:
         """What decides the content of every sequence, for messages about what has changed."""
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
+        self.reopen = reopen
+        """Opens the same stream in another process, to which it can be sent."""
         self.shards_read = 0
         """Shards read so far, repetitions included."""
         self._order = order
@@ -155,6 +160,10 @@ class SequenceStream:
     def sequences_per_epoch(self) -> int:
         """Sequences in an epoch; numbers [e * this, (e + 1) * this) are epoch e."""
         return self._order.sequences_per_epoch
+
+    def epochs(self, count: int) -> dict[str, float]:
+        """How many epochs the first ``count`` sequences are, by the source's name: the only one has none."""
+        return {"": count / self.sequences_per_epoch}
 
     @property
     def targets_per_epoch(self) -> int:
