@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
 from dcscale.data.order import ORDER_VERSION, Order
 from dcscale.data.packing import SequenceBuffer, Sequences, Window, fills_rows, pack_rows, pack_window
 from dcscale.data.shards import check_shards, read_shard
@@ -115,6 +115,11 @@ def open_stream(
     return SequenceStream(source, manifest, order, identity, reopen, vocab_size=vocab_size, verify=verify)
 
 
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """Hash of what decides the content of every sequence."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class SequenceStream:
     """Packed sequences by global number; made by :func:`open_stream`. Any thread may read.
 
@@ -143,7 +148,7 @@ class SequenceStream:
         self.manifest = manifest
         self.identity = identity
         """What decides the content of every sequence, for messages about what has changed."""
-        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.fingerprint = fingerprint_of(identity)
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
         self.reopen = reopen
         """Opens the same stream in another process, to which it can be sent."""
@@ -155,6 +160,11 @@ class SequenceStream:
         self._lock = threading.Lock()
         self._windows: dict[tuple[int, int], Window] = {}
         self._lanes: dict[int, tuple[int, int]] = {}
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer that made the tokens."""
+        return self.manifest.tokenizer
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -197,7 +207,7 @@ class SequenceStream:
         Raises:
             DataError: a shard that they lie in cannot be used, or a number is negative.
         """
-        buffer = SequenceBuffer(len(numbers), self._order.sequence_length, self.manifest.tokenizer.eos_id)
+        buffer = self.buffer(len(numbers))
         with self._lock:
             for row, g in enumerate(numbers):
                 if g is None:
@@ -206,6 +216,10 @@ class SequenceStream:
                     raise DataError(f"sequence number {g} must not be negative")
                 self._append(buffer, row, g % self._order.slots, *self._order.locate(g))
         return buffer.finish(self.identity["document_mask"])
+
+    def buffer(self, count: int) -> SequenceBuffer:
+        """Room for ``count`` sequences."""
+        return SequenceBuffer(count, self._order.sequence_length, self.tokenizer.eos_id)
 
     def append(self, buffer: SequenceBuffer, row: int, lane: int, epoch: int, index: int) -> None:
         """Put sequence ``index`` of an epoch into a row, read by a lane that another order than its own leads.
