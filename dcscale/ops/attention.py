@@ -1,4 +1,6 @@
-"""Plain causal attention through ``scaled_dot_product_attention``, with windows that cost T * W.
+"""Plain causal attention: through flash-attn where it can run, else through ``scaled_dot_product_attention``.
+
+Either way a window of W costs T * W.
 
 Axes in names: B batch, T queries, S keys, H query heads, G key/value heads, D head width.
 """
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcscale.ops import flash
 from dcscale.ops.arguments import check_attention
 from dcscale.ops.visibility import key_range, visible_keys
 
@@ -36,6 +39,12 @@ def attention(
     queries = q.shape[1]
     if window is not None and window >= query_offset + queries:
         window = None
+    if flash.obstacle(q) is None:
+        out = flash.flash_attention(
+            q, k, v, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
+        )
+        if out is not None:
+            return out
     if query_offset == 0 and window is None and document_ids is None:
         return _sdpa(q, k[:, :queries], v[:, :queries], scale, causal=True)
 

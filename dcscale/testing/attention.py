@@ -15,6 +15,29 @@ from dcscale.ops.compose.reference import reference_attention
 WEIGHTS = [f"{stage}.{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
 """The twelve weights: pre.q1 ... post.kg."""
 
+PLAIN_CALLS = {
+    "causal": {"queries": 33},
+    "one query": {"queries": 1},
+    "window": {"queries": 300, "window": 20, "batch": 1},
+    "window of one": {"queries": 9, "window": 1},
+    "window of the length": {"queries": 9, "window": 9},
+    "window beyond the start": {"queries": 9, "window": 30},
+    "last queries": {"queries": 5, "keys": 30},
+    "first queries": {"queries": 5, "keys": 30, "query_offset": 0},
+    "queries in the middle": {"queries": 5, "keys": 30, "query_offset": 9, "window": 8},
+    "one query at the end": {"queries": 1, "keys": 30},
+    "documents": {"queries": 40, "documents": 9},
+    "documents in several calls": {"queries": 600, "documents": 90, "batch": 1, "heads": 2},
+    "documents, window": {"queries": 200, "documents": 30, "window": 17},
+    "documents, window, last queries": {"queries": 200, "keys": 230, "documents": 30, "window": 17},
+    "documents, first queries": {"queries": 20, "keys": 30, "documents": 5, "query_offset": 0},
+    "grouped": {"queries": 20, "heads": 6, "kv_heads": 2},
+    "grouped, window": {"queries": 20, "heads": 6, "kv_heads": 1, "window": 4},
+    "grouped, documents": {"queries": 20, "heads": 6, "kv_heads": 2, "documents": 5},
+    "scale": {"queries": 12, "scale": 0.7},
+}
+"""Arguments of :func:`random_inputs` for every way to call plain attention."""
+
 
 @dataclass
 class AttentionInputs:
@@ -25,10 +48,11 @@ class AttentionInputs:
     cotangent: Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, dtype: torch.dtype) -> AttentionInputs:
-        """The same in another type."""
-        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, cotangent=self.cotangent.to(dtype))
+    def to(self, dtype: torch.dtype, device: str | None = None) -> AttentionInputs:
+        """The same in another type, and on another device."""
+        tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return AttentionInputs(tensors, self.cotangent.to(device, dtype), options)
 
     def with_tensors(self, **tensors: Tensor) -> AttentionInputs:
         """The same with some tensors replaced."""

@@ -4,27 +4,8 @@ import pytest
 import torch
 
 from dcscale.ops import attention
-from dcscale.testing.attention import WEIGHTS, random_inputs, unfused_attention
+from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, random_inputs, unfused_attention
 from dcscale.testing.tolerance import check_results
-
-VARIANTS = {
-    "causal": {"queries": 33},
-    "one query": {"queries": 1},
-    "window": {"queries": 300, "window": 20, "batch": 1},
-    "window of one": {"queries": 9, "window": 1},
-    "window of the length": {"queries": 9, "window": 9},
-    "window beyond the start": {"queries": 9, "window": 30},
-    "last queries": {"queries": 5, "keys": 30},
-    "first queries": {"queries": 5, "keys": 30, "query_offset": 0},
-    "queries in the middle": {"queries": 5, "keys": 30, "query_offset": 9, "window": 8},
-    "one query at the end": {"queries": 1, "keys": 30},
-    "documents": {"queries": 40, "documents": 9},
-    "documents in several calls": {"queries": 600, "documents": 90, "batch": 1, "heads": 2},
-    "documents, window, last queries": {"queries": 200, "keys": 230, "documents": 30, "window": 17},
-    "grouped": {"queries": 20, "heads": 6, "kv_heads": 2},
-    "grouped, window": {"queries": 20, "heads": 6, "kv_heads": 1, "window": 4},
-    "scale": {"queries": 12, "scale": 0.7},
-}
 
 
 def plain(q, k, v, pre, post, **options):
@@ -32,7 +13,7 @@ def plain(q, k, v, pre, post, **options):
     return attention(q, k, v, **options)
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", PLAIN_CALLS.values(), ids=PLAIN_CALLS)
 def test_equals_the_reference_in_float64(options):
     inputs = random_inputs(**options, absent=WEIGHTS)
     expected = inputs.run("reference")
@@ -42,7 +23,7 @@ def test_equals_the_reference_in_float64(options):
 
 
 # With one key a query, the gradients of q and k are zero, and torch's kernel is off by rounding: no yardstick for that.
-SEVERAL_KEYS = {name: options for name, options in VARIANTS.items() if name not in ("one query", "window of one")}
+SEVERAL_KEYS = {name: options for name, options in PLAIN_CALLS.items() if name not in ("one query", "window of one")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dcscale.ops import flash
 from dcscale.ops.arguments import check_attention, check_tensor
 from dcscale.ops.attention import attention
 from dcscale.ops.compose.chunked import chunked_attention
@@ -51,7 +52,7 @@ def compose_attention(
         if weights is not None:
             _check_weights(stage, weights, q, k)
     name, _ = choose_backend(backend, q, pre, post)
-    if name == "sdpa":
+    if name in ("flash-attn", "sdpa"):
         return attention(q, k, v, window=window, scale=scale, document_ids=document_ids, query_offset=query_offset)
     return _IMPLEMENTATIONS[name](
         q, k, v, pre, post, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
@@ -63,8 +64,8 @@ def choose_backend(
 ) -> tuple[str, str]:
     """(name, reason) of the implementation that :func:`compose_attention` runs for these arguments.
 
-    The name is "reference", "chunked", "triton", or "sdpa" for plain attention; the reason says why it is not the
-    fastest of them. Raises ValueError for an unknown ``requested``, and for "triton" where it cannot run.
+    The name is "reference", "chunked", "triton", or for plain attention "flash-attn" or "sdpa"; the reason says why
+    it is not the fastest of them. Raises ValueError for an unknown ``requested``, and for "triton" where it cannot run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
@@ -75,7 +76,10 @@ def choose_backend(
     if requested != "auto":
         return requested, "requested"
     if pre is None and post is None:
-        return "sdpa", "without compose weights this is plain attention"
+        problem = flash.obstacle(q)
+        if problem is None:
+            return "flash-attn", "without compose weights this is plain attention"
+        return "sdpa", f"without compose weights this is plain attention; not flash-attn: {problem}"
     if q.device.type == "cpu":
         return "chunked", "the fastest backend for compose on cpu: triton needs an NVIDIA GPU"
     # Interpreted and compiled, but never executed by a GPU: not what a run should get without asking.
