@@ -58,6 +58,7 @@ RANGES: dict[str, Range] = {
     "data.shuffle_shards": _COUNT,
     "data.slots": _COUNT,
     "data.prefetch_steps": _NOT_NEGATIVE,
+    "data.workers": _NOT_NEGATIVE,
     "train.steps": _COUNT,
     "train.stop_after": _COUNT,
     "train.global_batch_size": _COUNT,
@@ -93,7 +94,6 @@ _SHARDS = "name a folder that tools/make_shards.py has written"
 _NEEDS_TEXT = {
     "run.name": "the default is run",
     "run.folder": "the default is runs/${run.name}",
-    "data.train": _SHARDS,
     "data.validation": f"{_SHARDS}, or null for none",
     "checkpoint.resume": "the default is auto",
 }
@@ -212,6 +212,39 @@ def _compose_composes(config: Config) -> Findings:
         if not getattr(config.model.compose, a) and not getattr(config.model.compose, b):
             fix = "turn one on, or set model.attention=mha for a plain Transformer"
             yield f"model.compose.{a}", f"{a} and {b} are both off, so that nothing is composed", fix
+
+
+@_rule("data.train", "data.sources")
+def _train_or_sources(config: Config) -> Findings:
+    train, sources = config.data.train, config.data.sources
+    if not train and not sources:
+        yield "data.train", "must not be empty", f"{_SHARDS}, or several in data.sources"
+    if train and sources:
+        rule = f"must be empty while data.train is {show(train)}: a run has one folder or a mixture"
+        yield "data.sources", rule, "remove one; data.train='' takes back what a file says"
+
+
+@_rule("data.sources")
+def _sources_are_complete(config: Config) -> Findings:
+    names: dict[str, int] = {}
+    for i, source in enumerate(config.data.sources):
+        path = f"data.sources[{i}]"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.name):
+            yield f"{path}.name", "must be a name of letters, digits and ._-", "it names the source in the metrics"
+        elif source.name in names:
+            yield f"{path}.name", f"is that of data.sources[{names[source.name]}] too", "give each source its own"
+        names.setdefault(source.name, i)
+        if source.path == "":
+            yield f"{path}.path", "must not be empty", _SHARDS
+        if rule := _broken(_POSITIVE, source.weight):
+            yield f"{path}.weight", rule, "weights are relative to each other; leave a source out for none of it"
+
+
+@_rule("data.prefetch_steps", "data.workers")
+def _workers_prepare_ahead(config: Config) -> Findings:
+    if config.data.workers > 0 and config.data.prefetch_steps == 0:
+        fix = "use 0 to prepare batches in the training loop, or data.prefetch_steps from 1"
+        yield "data.workers", "prepare batches ahead, but data.prefetch_steps is 0", fix
 
 
 @_rule("data.validation", "validation.interval")

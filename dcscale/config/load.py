@@ -134,10 +134,13 @@ class _Merge:
 
     def setting(self, path: str, node: yaml.Node, source: str) -> None:
         """Takes over a field or a whole section."""
+        item = re.fullmatch(r"([\w.]+)\[(\d+)\](?:\.(\w+))?", path)
         if path in FIELDS:
             self.field(FIELDS[path], node, source)
         elif path in SECTIONS:
             self.section(f"{path}.", node, source)
+        elif item and item[1] in FIELDS and source == COMMAND_LINE:
+            self.item(FIELDS[item[1]], int(item[2]), item[3], node)
         else:
             self.report(path, "unknown key", _suggestion(path), dialect.plain(node), _place(source, node))
 
@@ -167,6 +170,28 @@ class _Merge:
             self.report(field.path, f"must be {type_name(field.type)}", fix, dialect.plain(node), origin)
         except _Refused as refused:
             self.report(*refused.args, origin=origin)
+
+    def item(self, field: Field, number: int, key: str | None, node: yaml.Node) -> None:
+        """Takes over an item of a list, or one key of it, beside what the list holds so far."""
+        items, before = OmegaConf.select(self.tree, field.path), self.origins[field.path]
+        count = len(items) if OmegaConf.is_list(items) else 0
+        path = f"{field.path}[{number}]"
+        if number >= count:
+            rule, fix = f"there is no such item: {field.path} has {count} so far", f"give {field.path} whole"
+            self.report(path, rule, fix, dialect.plain(node), COMMAND_LINE)
+            return
+        whole = dialect.nodes(OmegaConf.to_container(items))
+        if key is None:
+            whole.value[number] = node
+        elif isinstance(whole.value[number], yaml.MappingNode):
+            keys = {name.value: (name, value) for name, value in whole.value[number].value}
+            keys[key] = (dialect.nodes(key), node)
+            whole.value[number].value = list(keys.values())
+        else:
+            self.report(f"{path}.{key}", "unknown key", f"{path} is a single value", dialect.plain(node), COMMAND_LINE)
+            return
+        self.field(field, whole, COMMAND_LINE)
+        self.origins[field.path] = before if before.endswith(COMMAND_LINE) else f"{before}, {COMMAND_LINE}"
 
     def finish(self) -> Loaded:
         """Resolves ``${section.key}``; raises if anything was wrong."""

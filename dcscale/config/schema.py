@@ -119,11 +119,30 @@ class ModelConfig:
 
 
 @dataclass
+class DataSource:
+    """One source of a mixture."""
+
+    name: str = ""
+    """Name in metrics and messages: letters, digits and ``._-``."""
+
+    path: str = ""
+    """Its shards, as ``data.train`` names them."""
+
+    weight: float = 1.0
+    """Its share of the sequences, relative to the other weights."""
+
+
+@dataclass
 class DataConfig:
     """Where tokens come from and in which order."""
 
     train: str = ""
-    """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``)."""
+    """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``). Empty where
+    ``data.sources`` says what to mix."""
+
+    sources: list[DataSource] = field(default_factory=list)
+    """Sources to mix instead of one folder. A source that comes to its end begins again, whatever the others do. One
+    item is changed by, for example, ``data.sources[0].weight=0.5``."""
 
     validation: str | None = None
     """Folder of held-out shards; null for no validation."""
@@ -143,7 +162,12 @@ class DataConfig:
     """Attention and targets stop at document bounds; false lets a sequence's documents see each other."""
 
     prefetch_steps: int = 4
-    """Optimizer steps whose batches are prepared ahead in a background thread; 0 prepares them in the training loop."""
+    """Optimizer steps whose batches are prepared ahead in a background thread; 0 prepares them in the training loop.
+    With ``workers`` at least so many; they hand over groups of steps."""
+
+    workers: int = 0
+    """Processes a rank that prepare its batches, where one thread beside the training loop cannot keep up; 0 for that
+    thread. Any number gives the same batches. Best such that ranks * workers divides ``slots``, or more is read."""
 
     verify: bool = True
     """Check every shard's SHA-256 against the manifest when it is read."""
@@ -300,6 +324,10 @@ class CheckpointConfig:
     resume: str = "auto"
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one;
     or the path of a checkpoint."""
+
+    allow_data_change: bool = False
+    """Go on with other data, or another order, than the checkpoint was made with. The first sequence of the new order
+    that is used has the number of sequences used so far; what was read before may come again."""
 
 
 @dataclass

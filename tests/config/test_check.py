@@ -108,7 +108,41 @@ BROKEN = [
         "model.compose.low_rank = false: low_rank and gates are both off",
     ),
     # Data.
-    ("data.train=''", 'data.train = "": must not be empty; name a folder that tools/make_shards.py has written'),
+    (
+        "data.train=''",
+        'data.train = "": must not be empty; name a folder that tools/make_shards.py has written, or several in',
+    ),
+    (
+        "data.sources=[{name: a, path: b}]",
+        'data.sources = [{"name": "a", "path": "b", "weight": 1.0}]: must be empty while data.train is "shards": a run '
+        "has one folder or a mixture; remove one; data.train='' takes back what a file says",
+    ),
+    (
+        "data.train=''; data.sources=[{path: b}]",
+        'data.sources[0].name = "": must be a name of letters, digits and ._-; it names the source in the metrics',
+    ),
+    ("data.train=''; data.sources=[{name: a/b, path: b}]", 'data.sources[0].name = "a/b": must be a name'),
+    (
+        "data.train=''; data.sources=[{name: a, path: b}, {name: a, path: c}]",
+        'data.sources[1].name = "a": is that of data.sources[0] too; give each source its own',
+    ),
+    (
+        "data.train=''; data.sources=[{name: a}]",
+        'data.sources[0].path = "": must not be empty; name a folder that tools/make_shards.py has written',
+    ),
+    (
+        "data.train=''; data.sources=[{name: a, path: b, weight: 0}]",
+        "data.sources[0].weight = 0.0: must be above 0; weights are relative to each other; leave a source out",
+    ),
+    (
+        "data.train=''; data.sources=[{name: a, path: b, weight: .inf}]",
+        "data.sources[0].weight = Infinity: must be a finite number",
+    ),
+    (
+        "data.workers=2; data.prefetch_steps=0",
+        "data.workers = 2: prepare batches ahead, but data.prefetch_steps is 0; "
+        "use 0 to prepare batches in the training loop, or data.prefetch_steps from 1",
+    ),
     (
         "data.validation=''",
         'data.validation = "": must not be empty; name a folder that tools/make_shards.py has written, or',
@@ -216,6 +250,8 @@ KEPT = [
     ("train.stop_after=1000",),
     ("optimizer.betas=[0,0]",),
     ("optimizer.rules=[{match: a, lr_scale: 0, weight_decay: 0}, {match: b}]",),
+    ("data.train=''", "data.sources=[{name: a-1, path: b}, {name: b.2_, path: b, weight: 1e-9}]"),
+    ("data.workers=2", "data.prefetch_steps=1"),
     ("schedule.warmup_steps=1000",),
     ("schedule.warmup_steps=0",),
     ("schedule.kind=wsd", "schedule.warmup_steps=800"),
@@ -271,7 +307,7 @@ COUNTS = (
     "log.interval"
 )
 FROM_ZERO = (
-    "data.prefetch_steps train.loss_chunk schedule.warmup_steps validation.interval samples.interval "
+    "data.prefetch_steps data.workers train.loss_chunk schedule.warmup_steps validation.interval samples.interval "
     "checkpoint.interval log.compose_interval parallel.whole_elements"
 )
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clip optimizer.weight_decay samples.temperature"

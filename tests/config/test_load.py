@@ -10,7 +10,7 @@ import pytest
 
 from dcscale.config import Config, ConfigError, config_to_dict, differences, from_dict, load_config, to_yaml
 from dcscale.config.fields import FIELDS, get
-from dcscale.config.schema import ComposeConfig, ModelConfig, OptimizerRule
+from dcscale.config.schema import ComposeConfig, DataSource, ModelConfig, OptimizerRule
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -115,6 +115,18 @@ optimizer:
     loaded = load_config([path], [override])
     assert loaded.config.optimizer.rules == [OptimizerRule("*", 0.1)]  # a list replaces the earlier one
     assert loaded.origins["optimizer.rules"] == "command line"
+
+
+def test_an_item_of_a_list_is_changed_beside_the_others(tmp_path: Path) -> None:
+    text = "data: {sources: [{name: web, path: a, weight: 3}, {name: '${run.name}', path: '007'}]}\n"
+    path = write(tmp_path, "a.yaml", text)
+    loaded = load_config([path], ["data.sources[0].weight=0.5", "data.sources[1].path=no", "model.windows[1]=8"])
+    assert loaded.config.data.sources == [DataSource("web", "a", 0.5), DataSource("run", "no", 1.0)]
+    assert loaded.config.model.windows == [256, 8]
+    assert loaded.origins["data.sources"] == f"{path}:1, command line"
+    assert loaded.origins["model.windows"] == "default, command line"
+    whole = load_config([path], ["data.sources[1]={name: code, path: c}", "data.sources[1].weight=2"])
+    assert whole.config.data.sources == [DataSource("web", "a", 3.0), DataSource("code", "c", 2.0)]
 
 
 def test_references_are_resolved_wherever_they_stand(tmp_path: Path) -> None:

@@ -43,6 +43,18 @@ OVERRIDES = [
         "model.windows.0=1",
         f"model.windows.0 = 1 {CLI}: unknown key; model.windows is given whole, such as model.windows=[256, null]",
     ),
+    ("data.sources[0].weight=1", f"data.sources[0] = 1 {CLI}: there is no such item: data.sources has 0 so far; give"),
+    (
+        "model.windows[2]=1",
+        f"model.windows[2] = 1 {CLI}: there is no such item: model.windows has 2 so far; give",
+    ),
+    ("model.windows[0].x=1", f"model.windows[0].x = 1 {CLI}: unknown key; model.windows[0] is a single value"),
+    ("model.windows[0]=x", f'model.windows = ["x", null] {CLI}: must be list of (int or null); the default is'),
+    (
+        "train.steps[0]=1",
+        f"train.steps[0] = 1 {CLI}: there is no such item: train.steps has 0 so far",
+    ),
+    ("modle.windows[0]=1", f"modle.windows[0] = 1 {CLI}: unknown key; "),
     ("--steps", f"--steps {CLI}: is not of the form key=value; write, for example, train.steps=10"),
     # Types.
     ("train.steps=ten", f'train.steps = "ten" {CLI}: must be int; the default is 1000'),
