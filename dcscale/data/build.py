@@ -119,7 +119,7 @@ def build_shards(
         manifests = {}
         with _processes(workers) as run:
             with tqdm(desc="tokenize", total=total_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
-                for count in run(partial(spool_chunk, task), split(files)):
+                for count in run(partial(spool_chunk, task), split(files, text_field=text_field)):
                     bar.update(count.bytes)
                     empty += count.empty
                     undecodable += count.undecodable
