@@ -9,6 +9,7 @@ import torch
 from dcscale.config.schema import ModelConfig
 from dcscale.models.dcformer import DCFormer
 from dcscale.models.dcmha import ComposeProjection
+from dcscale.ops.visibility import visible_pairs
 
 
 class _Breakdown:
@@ -75,7 +76,7 @@ def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
         matrices[_part(name)] += parameter.numel() if parameter.dim() > 1 else 0
     scores = mixing = 0.0
     for block in model.blocks:
-        keys = _mean_visible_keys(sequence_length, block.attention.window)
+        keys = visible_pairs(sequence_length, block.attention.window) / sequence_length
         scores += keys * 4 * config.heads * block.attention.head_dim
         if block.attention.compose is not None:
             mixing += keys * _mixing_flops_per_pair(block.attention.compose)
@@ -100,11 +101,6 @@ def _part(name: str) -> str:
         if mark in name:
             return part
     return name.partition(".")[0]
-
-
-def _mean_visible_keys(length: int, window: int | None) -> float:
-    window = length if window is None else min(window, length)
-    return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
 def _mixing_flops_per_pair(compose: ComposeProjection) -> int:

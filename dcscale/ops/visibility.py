@@ -17,6 +17,12 @@ def key_range(first: int, last: int, window: int | None) -> tuple[int, int]:
     return (0 if window is None else max(0, first - window + 1)), last + 1
 
 
+def visible_pairs(length: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, among ``length`` positions of one document."""
+    window = length if window is None else min(window, length)
+    return window * (window + 1) // 2 + (length - window) * window
+
+
 def visible_keys(
     queries: range, keys: range, window: int | None, document_ids_BS: Tensor | None, device: torch.device
 ) -> Tensor | None:

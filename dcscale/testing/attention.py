@@ -121,6 +121,7 @@ def random_inputs(
     absent: Collection[str] = (),
     documents: int | None = None,
     seed: int = 0,
+    device: str = "cpu",
     **options: Any,
 ) -> AttentionInputs:
     """Normal random inputs in float64 whose compose changes the result a lot, rounded to what bfloat16 can hold.
@@ -128,10 +129,10 @@ def random_inputs(
     absent: names of :data:`WEIGHTS` to leave out. documents: their mean length, with at least two in the first row.
     """
     keys, kv_heads = keys or queries, kv_heads or heads
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return (std * torch.randn(shape, generator=generator, dtype=torch.float64)).bfloat16().double()
+        return (std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)).bfloat16().double()
 
     tensors = {
         "q": normal(batch, queries, heads, head_dim),
@@ -146,7 +147,7 @@ def random_inputs(
         if name not in absent:
             tensors[name] = weight
     if documents is not None:
-        starts = torch.rand(batch, keys, generator=generator) < 1 / documents
+        starts = torch.rand(batch, keys, generator=generator, device=device) < 1 / documents
         starts[0, keys - queries // 2 - 1] = True
         options["document_ids"] = starts.cumsum(1).int()
     return AttentionInputs(tensors, normal(batch, queries, heads, head_dim), options)

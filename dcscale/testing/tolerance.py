@@ -12,12 +12,12 @@ FORWARD_FACTOR = 2
 GRADIENT_FACTOR = 3
 
 
-def check_error(name: str, result: Tensor, plain: Tensor, truth: Tensor, factor: float) -> None:
+def check_error(name: str, result: Tensor, plain: Tensor, truth: Tensor, factor: float) -> float:
     """Fail if ``result`` is further from ``truth`` than ``factor`` times what ``plain`` is.
 
     result: of the implementation. plain: of the same formula in plain PyTorch, in the same type. truth: in a wider
     type. Rounding the truth to the type of the result is an error that nothing can avoid, so ``plain`` counts as at
-    least that far.
+    least that far. Returns the error as a part of what is allowed.
 
     The distance is the 2-norm. The largest element would not do: in float32 the largest errors of two right
     implementations differ by more than these factors by chance. For the same reason a tensor should have a few
@@ -30,17 +30,18 @@ def check_error(name: str, result: Tensor, plain: Tensor, truth: Tensor, factor:
     error, plain_error, rounding = (
         torch.linalg.vector_norm(x.double() - truth.double()).item() for x in (result, plain, truth.to(result.dtype))
     )
-    if not error <= factor * max(plain_error, rounding):  # also when it is NaN
+    allowed = factor * max(plain_error, rounding)
+    if not error <= allowed:  # also when it is NaN
         raise AssertionError(
             f"{name}: the error's norm is {error:.3e}, more than {factor} x {max(plain_error, rounding):.3e} "
             f"(plain PyTorch: {plain_error:.3e}, rounding alone: {rounding:.3e})"
         )
+    return error / allowed if allowed else 0.0
 
 
-def check_results(results: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+def check_results(results: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     """:func:`check_error` for an output "out" and for gradients, which is what all other names are."""
     if not results.keys() == plain.keys() == truth.keys():
         raise AssertionError(f"different results: {list(results)}, {list(plain)}, {list(truth)}")
-    for name in truth:
-        factor = FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR
-        check_error(name, results[name], plain[name], truth[name], factor)
+    factors = {name: FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR for name in truth}
+    return {name: check_error(name, results[name], plain[name], truth[name], factors[name]) for name in truth}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dcscale.ops.visibility import key_range, visible_keys
+from dcscale.ops.visibility import key_range, visible_keys, visible_pairs
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 5, 9]])
 RANGES = [(range(10), range(10)), (range(4, 7), range(10)), (range(9, 10), range(10)), (range(6, 8), range(3, 8))]
@@ -37,3 +37,9 @@ def test_key_range_is_the_smallest_that_holds_all():
     assert key_range(5, 8, 1) == (5, 9)
     assert key_range(5, 8, 3) == (3, 9)
     assert key_range(5, 8, 100) == (0, 9)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 10, 99])
+def test_pairs_are_those_of_the_mask(window):
+    seen = visible_keys(range(10), range(10), window, None, torch.device("cpu"))
+    assert visible_pairs(10, window) == seen.sum()

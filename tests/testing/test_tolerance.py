@@ -58,3 +58,10 @@ def test_gradients_may_be_further_off_than_the_output():
     check_results({"q": result}, {"q": plain}, {"q": TRUTH})
     with pytest.raises(AssertionError, match=r"^out"):
         check_results({"out": result}, {"out": plain}, {"out": TRUTH})
+
+
+def test_the_part_of_what_is_allowed_is_told():
+    parts = check_results(*({"out": x, "q": x} for x in (off_by(1e-3), off_by(2e-3), TRUTH)))
+    assert parts["out"] == pytest.approx(1 / 4, rel=1e-3)
+    assert parts["q"] == pytest.approx(1 / 6, rel=1e-3)
+    assert check_error("x", torch.zeros(9), torch.zeros(9), torch.zeros(9).double(), factor=1) == 0
