@@ -42,6 +42,7 @@ ONE_HOME = {
     "webdataset": "dcscale/data/shards.py",
     "tensorboard": "dcscale/observe/board.py",
     "tokenizers": "dcscale/data/tokenizers.py",
+    "requests": "dcscale/data/sources/http.py",
     "flash_attn": "dcscale/ops/flash.py",
 }
 """Libraries that one file of the package may import."""

@@ -1,0 +1,102 @@
+"""How long to keep trying what may pass by itself: a busy server, a connection that breaks, a body cut short."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dcscale.data.sources.base import ContentError, UnreadableError
+
+T = TypeVar("T")
+
+LONGEST_WAIT = 60.0
+"""Seconds between two tries, at most, whatever a server asks for."""
+
+WRONG_CONTENT_TRIES = 3
+"""Tries after which content that is wrong is taken for what the other side holds, and not for damage on the way."""
+
+_TELL_AT = 3
+_log = logging.getLogger("dcscale.data")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What a slow or failing place is granted."""
+
+    timeout: float = 30.0
+    """Seconds in which a connection must be made, and in which some byte must arrive."""
+
+    wait: float = 1.0
+    """Seconds before the second try, at most; doubled with each further try."""
+
+    give_up: float = 600.0
+    """Seconds for an object with all tries."""
+
+
+class TransientError(Exception):
+    """A try failed in a way that may pass.
+
+    Args:
+        reason: what happened.
+        wait: seconds the other side asked to wait.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class Retries:
+    """Tries again, with waits that grow and are drawn at random, so that many processes do not return all at once.
+
+    A place that answers nothing any more is given up for all its objects together: once nothing has come from it for
+    ``patience.give_up`` seconds, each further object gets a single try. So a process that reads on past failures, and
+    others that wait for it, are not held up by that time for every object.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+        self._chance = random.Random()  # not the module's, whose state belongs to the run
+        self._failing_since: float | None = None
+
+    def __call__(self, where: str, attempt: Callable[[float], T]) -> T:
+        """``attempt(deadline)``, until it succeeds or the time is over.
+
+        Args:
+            where: path or address of the object, for messages.
+            attempt: one try, which must not go on past ``deadline`` on the clock of :func:`time.monotonic`.
+
+        Raises:
+            UnreadableError: the time is over, or the attempt says that trying again is of no use.
+            ContentError: the content was wrong ``WRONG_CONTENT_TRIES`` times.
+        """
+        start, tries, wrong = time.monotonic(), 0, 0
+        deadline = min(start, self._failing_since or start) + self.patience.give_up
+        while True:
+            tries += 1
+            try:
+                result = attempt(max(deadline, time.monotonic() + self.patience.timeout))
+            except TransientError as error:
+                self._failing_since = self._failing_since or time.monotonic()
+                reason, asked = str(error), min(error.wait, LONGEST_WAIT)
+            except (ContentError, UnreadableError) as error:  # an answer, if not a good one
+                self._failing_since = None
+                wrong += 1
+                if wrong == WRONG_CONTENT_TRIES or isinstance(error, UnreadableError):
+                    raise
+                reason, asked = str(error), 0.0
+            else:
+                self._failing_since = None
+                return result
+            most = min(LONGEST_WAIT, self.patience.wait * 2 ** min(tries - 1, 30))
+            wait = max(asked, self._chance.uniform(0, most))
+            now = time.monotonic()
+            if now + wait > deadline:
+                raise UnreadableError(where, f"{reason}; given up after {tries} tries in {now - start:.0f} s")
+            if tries == _TELL_AT:
+                _log.warning("%s: %s; trying again for up to %.0f s", where, reason, deadline - now)
+            time.sleep(wait)
