@@ -4,13 +4,14 @@ Building: :mod:`corpus <dcscale.data.corpus>` -> :mod:`tokenizers <dcscale.data.
 :mod:`scatter <dcscale.data.scatter>` -> :mod:`shards <dcscale.data.shards>` and
 :mod:`manifest <dcscale.data.manifest>`, all called by :mod:`build <dcscale.data.build>`.
 Reading: manifest -> :mod:`order <dcscale.data.order>` -> shards -> :mod:`packing <dcscale.data.packing>` ->
-:mod:`stream <dcscale.data.stream>` -> :mod:`loader <dcscale.data.loader>`.
+:mod:`stream <dcscale.data.stream>` (-> :mod:`mixture <dcscale.data.mixture>`) -> :mod:`loader <dcscale.data.loader>`.
 """
 
 from dcscale.data.build import BuildReport, build_shards
 from dcscale.data.errors import DataError
 from dcscale.data.loader import Batch, BatchLoader
 from dcscale.data.manifest import Manifest, read_manifest
+from dcscale.data.mixture import MixedStream, open_mixture
 from dcscale.data.stream import SequenceStream, open_stream
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 
@@ -22,10 +23,12 @@ __all__ = [
     "DataError",
     "HuggingFaceTokenizer",
     "Manifest",
+    "MixedStream",
     "SequenceStream",
     "Tokenizer",
     "build_shards",
     "load_tokenizer",
+    "open_mixture",
     "open_stream",
     "read_manifest",
     "tokenizer_files",
