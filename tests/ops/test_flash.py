@@ -89,14 +89,17 @@ def recorder(function, made):
     return called
 
 
+STAND_IN = ModuleType("flash_attn")
+STAND_IN.flash_attn_func, STAND_IN.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The stand-in is installed and takes every call; their names and arguments."""
     made = []
-    module = ModuleType("flash_attn")
     for function in (flash_attn_func, flash_attn_varlen_func):
-        setattr(module, function.__name__, recorder(function, made))
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setattr(STAND_IN, function.__name__, recorder(function, made))
+    monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
     monkeypatch.setattr(flash, "obstacle", lambda q: None)
     return made
 
@@ -163,11 +166,12 @@ def test_more_documents_than_a_grid_is_long_take_another_way(calls, monkeypatch)
     assert documents_call([[0, 1, 2, 3]], calls) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.compile keeps the first flash_attn that it meets")
 @pytest.mark.parametrize("documents", [None, 4])
 def test_under_compile_and_recomputation(calls, monkeypatch, documents):
     """Without documents there is no break in the graph; with them one, where their number is read."""
     for function in (flash_attn_func, flash_attn_varlen_func):  # without the record, which would be a break itself
-        monkeypatch.setattr(sys.modules["flash_attn"], function.__name__, function)
+        monkeypatch.setattr(STAND_IN, function.__name__, function)
     inputs = random_inputs(queries=12, kv_heads=2, window=7, documents=documents, absent=WEIGHTS)
 
     def recomputed(*arguments, **options):
