@@ -43,6 +43,7 @@ ONE_HOME = {
     "tensorboard": "dcscale/observe/board.py",
     "tokenizers": "dcscale/data/tokenizers.py",
     "requests": "dcscale/data/sources/http.py",
+    "fsspec": "dcscale/data/sources/objects.py",
     "flash_attn": "dcscale/ops/flash.py",
 }
 """Libraries that one file of the package may import."""

@@ -14,6 +14,7 @@ from dcscale.testing import shard_server as faults
 from dcscale.testing.shard_server import ShardServer
 
 CONTENT = bytes(range(256)) * 1000
+SIZE = len(CONTENT)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 QUICK = Access(Patience(timeout=0.3, wait=0.001, give_up=3))
 FILE = "train/s.tar"
@@ -27,7 +28,7 @@ def server(tmp_path):
         yield server
 
 
-def read(server, *, size=len(CONTENT), sha256=SHA256, access=QUICK, query=""):
+def read(server, *, size=SIZE, sha256=SHA256, access=QUICK, query=""):
     return open_source(f"{server.address}/train{query}", access).read("s.tar", size, sha256)
 
 
@@ -247,14 +248,14 @@ def test_a_redirect_from_https_to_http_is_refused(server, monkeypatch):
 def test_secrets_are_sent_and_never_shown(server):
     address = server.address.replace("://", "://user:secret@")
     source = open_source(f"{address}/train?token=hidden", QUICK)
-    assert source.read("s.tar", len(CONTENT), SHA256) == CONTENT
+    assert source.read("s.tar", SIZE, SHA256) == CONTENT
     assert server.requests[0].headers["Authorization"].startswith("Basic ")
     server.always[FILE] = faults.status(403)
     shown = [str(source), source.where("s.tar")]
     for fault in (faults.status(403), faults.page, faults.redirect("file:///x?token=hidden"), faults.redirect("/x")):
         server.always[FILE] = fault
         with pytest.raises(DataError) as error:
-            source.read("s.tar", len(CONTENT), SHA256)
+            source.read("s.tar", SIZE, SHA256)
         shown.append(str(error.value))
     silent = open_source("http://user:secret@127.0.0.1:1/?token=hidden", Access(Patience(0.1, 0.001, 0.01)))
     with pytest.raises(UnreadableError) as error:
@@ -300,7 +301,7 @@ def test_another_process_makes_its_own_connections(server):
 
 @pytest.mark.parametrize("root", ["pipe:cat x", "file:///data", "ftp://host/x", "hf://x/y", "gopher:x"])
 def test_other_kinds_of_places_are_refused(root):
-    with pytest.raises(DataError, match=r"is no kind of place that shards are read from; give a folder or"):
+    with pytest.raises(DataError, match=r"is no kind of place that shards are read from; give a folder, or"):
         open_source(root)
 
 

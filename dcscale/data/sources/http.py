@@ -9,12 +9,10 @@ breaks.
 from __future__ import annotations
 
 import io
-import os
 import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NoReturn
 from urllib.parse import urlsplit, urlunsplit
@@ -22,18 +20,16 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 import urllib3
 
-from dcscale.data.sources.base import ContentError, Source, UnreadableError, check_content, check_size
-from dcscale.data.sources.retry import Patience, Retries, TransientError
+from dcscale.data.sources.base import ContentError, UnreadableError, check_content, check_size
+from dcscale.data.sources.remote import AT_ONCE, RemoteSource
+from dcscale.data.sources.retry import Patience, TransientError
 
 _CHUNK = 1 << 18
-_LOOKED_AT = 64
-"""Objects that a check asks for, evenly spread; more would only keep the server busy."""
-_AT_ONCE = 8
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {404, 410}
 
 
-class HttpSource(Source):
+class HttpSource(RemoteSource):
     """A folder of a web server.
 
     Args:
@@ -42,11 +38,8 @@ class HttpSource(Source):
     """
 
     def __init__(self, root: str, patience: Patience) -> None:
+        super().__init__(patience)
         self._root = urlsplit(root)
-        self._patience = patience
-        self._retries = Retries(patience)
-        self._session: requests.Session | None = None
-        self._owner = 0
 
     def __str__(self) -> str:
         return self._shown("")
@@ -69,14 +62,7 @@ class HttpSource(Source):
 
         return self._retries(where, attempt)
 
-    def check(self, sizes: Mapping[str, int]) -> None:
-        names = list(sizes)
-        chosen = names[:: max(1, -(-len(names) // _LOOKED_AT))]
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
-            for _ in threads.map(lambda name: self._look(name, sizes[name]), chosen):
-                pass
-
-    def _look(self, name: str, size: int) -> None:
+    def _look(self, name: str) -> int | None:
         where = self.where(name)
 
         def attempt(_: float) -> int | None:
@@ -86,9 +72,7 @@ class HttpSource(Source):
                 _raise_for_status(where, answer)
                 return _length(answer)
 
-        found = self._retries(where, attempt)
-        if found is not None:
-            check_size(where, found, size)
+        return self._retries(where, attempt)
 
     def _download(self, address: str, where: str, partial: _Partial, size: int | None, deadline: float) -> None:
         """Fills ``partial``, from where an earlier try left it if the server can tell that the object is the same."""
@@ -119,7 +103,7 @@ class HttpSource(Source):
     @contextmanager
     def _answer(self, method: str, address: str, where: str, headers: Mapping[str, str]) -> Iterator[requests.Response]:
         """A server's answer; what goes wrong with it, then or while its body is read, is transient or final."""
-        timeout = (self._patience.timeout, self._patience.timeout)
+        timeout = (self.patience.timeout, self.patience.timeout)
         headers = {"Accept-Encoding": "identity", **headers}
         try:
             with self._connections().request(
@@ -137,18 +121,13 @@ class HttpSource(Source):
             if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in chain):
                 reason = "its certificate is not trusted; name the authority's file in REQUESTS_CA_BUNDLE"
                 raise UnreadableError(where, reason) from error
-            raise TransientError(_in_words(chain, self._patience.timeout)) from error
+            raise TransientError(_in_words(chain, self.patience.timeout)) from error
 
-    def _connections(self) -> requests.Session:
-        """The session of this process: connections must not be shared with a forked one."""
-        if self._session is None or self._owner != os.getpid():
-            self._session, self._owner = requests.Session(), os.getpid()
-            for scheme in ("http://", "https://"):
-                self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=2 * _AT_ONCE))
-        return self._session
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_session": None}
+    def _connect(self) -> requests.Session:
+        session = requests.Session()
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=2 * AT_ONCE))
+        return session
 
     def _address(self, name: str) -> str:
         return urlunsplit(self._root._replace(path=f"{self._root.path.rstrip('/')}/{name}", fragment=""))

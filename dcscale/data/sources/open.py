@@ -11,6 +11,7 @@ from dcscale.data.errors import DataError
 from dcscale.data.sources.base import Source
 from dcscale.data.sources.folder import FolderSource
 from dcscale.data.sources.http import HttpSource
+from dcscale.data.sources.objects import SCHEMES, ObjectSource
 from dcscale.data.sources.retry import Patience
 
 
@@ -26,7 +27,8 @@ def open_source(root: str | Path | Source, access: Access | None = None) -> Sour
     """Open a root.
 
     Args:
-        root: a folder, or an address that begins with ``http://`` or ``https://``; a source is returned as it is.
+        root: a folder, or an address that begins with ``http://``, ``https://``, ``s3://`` or ``gs://``; a source is
+            returned as it is.
         access: how a place outside this machine is read; None takes the defaults.
 
     Raises:
@@ -42,4 +44,9 @@ def open_source(root: str | Path | Source, access: Access | None = None) -> Sour
         if not urlsplit(root).hostname:
             raise DataError(f"{root}: names no host; write it as {scheme[1]}://HOST/FOLDER")
         return HttpSource(root, access.patience)
-    raise DataError(f"{root}: {scheme[1]}: is no kind of place that shards are read from; give a folder or http(s)://")
+    if scheme[1] in SCHEMES:
+        return ObjectSource(str(root), access.patience)
+    raise DataError(
+        f"{root}: {scheme[1]}: is no kind of place that shards are read from; give a folder, or an address that begins "
+        f"with http://, https://, s3:// or gs://"
+    )
