@@ -44,6 +44,7 @@ ONE_HOME = {
     "tokenizers": "dcscale/data/tokenizers.py",
     "requests": "dcscale/data/sources/http.py",
     "fsspec": "dcscale/data/sources/objects.py",
+    "braceexpand": "dcscale/data/sources/patterns.py",
     "flash_attn": "dcscale/ops/flash.py",
 }
 """Libraries that one file of the package may import."""

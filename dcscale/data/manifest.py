@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dcscale.data.errors import DataError
-from dcscale.data.sources import FolderSource, Source, UnreadableError, open_source
+from dcscale.data.sources import FolderSource, JoinedSource, Source, UnreadableError, open_source
 from dcscale.files import write_json
 
 MANIFEST_NAME = "manifest.json"
@@ -141,12 +142,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(root: str | Path | Source) -> Manifest:
-    """Read the ``manifest.json`` of a root of shards.
+    """Read the ``manifest.json`` of a root of shards; of several roots that are read as one, all of them.
 
     Raises:
-        DataError: the root or the manifest is missing, unreadable, of another version, or breaks a rule.
+        DataError: the root or the manifest is missing, unreadable, of another version, or breaks a rule; or the roots
+            hold tokens of different kinds.
     """
     source = open_source(root)
+    if isinstance(source, JoinedSource):
+        return _join(source, [read_manifest(part) for part in source.parts])
     path = source.where(MANIFEST_NAME)
     try:
         text = source.read(MANIFEST_NAME)
@@ -159,6 +163,24 @@ def read_manifest(root: str | Path | Source) -> Manifest:
             hint = f"did you mean {source.folder / inside[0]}?" if inside else hint
         raise DataError(f"{path}: no such file, so {source} is not a folder of shards; {hint}") from error
     return _Reader(path).manifest(text)
+
+
+def _join(source: JoinedSource, manifests: Sequence[Manifest]) -> Manifest:
+    first = manifests[0]
+    for part, manifest in zip(source.parts, manifests):
+        for name in ("dtype", "tokenizer", "row_tokens"):
+            found, wanted = getattr(manifest, name), getattr(first, name)
+            if found != wanted:
+                raise DataError(
+                    f"{part.where(MANIFEST_NAME)}: {name} is {found}, but in {source.parts[0].where(MANIFEST_NAME)} it "
+                    f"is {wanted}; read as one must be the same kind of tokens: make the shards of one again"
+                )
+    shards = [
+        replace(shard, name=f"{number}/{shard.name}")
+        for number, manifest in enumerate(manifests)
+        for shard in manifest.shards
+    ]
+    return replace(first, max_token_id=max(manifest.max_token_id for manifest in manifests), shards=tuple(shards))
 
 
 class _Reader:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dcscale.data import DataError, open_stream
+from dcscale.data import DataError, open_stream, read_manifest
 from dcscale.data.sources import Access, ContentError, Patience, UnreadableError, open_source
 from dcscale.data.sources.retry import Retries
 from dcscale.testing.token_shards import numbered_shards, write_token_shards
@@ -217,3 +217,17 @@ def test_what_is_not_installed_is_named_with_the_command(monkeypatch, scheme):
     monkeypatch.setattr("fsspec.get_filesystem_class", get_filesystem_class)
     with pytest.raises(DataError, match=rf"{scheme}://: .*not installed \(Install.*'pip install dcscale\[{scheme}\]'"):
         open_source(f"{scheme}://bucket/x")
+
+
+def test_patterns_of_a_bucket(bucket, connected, tmp_path):
+    shards = numbered_shards([60, 31, 47])
+    for number in range(3):
+        write_token_shards(tmp_path / f"part-{number}/train", shards[number : number + 1], vocab_size=5000)
+    bucket.put(str(tmp_path), "bucket/parts", recursive=True)
+    bucket.pipe_file("bucket/parts/notes.txt", b"x")
+    for pattern in ("part-*/train", "part-{0..2}/train", "part-[0-2]/train"):
+        near, far = read_manifest(f"{tmp_path}/{pattern}"), read_manifest(f"s3://bucket/parts/{pattern}")
+        assert near == far
+    assert str(open_source("s3://bucket/parts/*/train").parts[2]) == "s3://bucket/parts/part-2/train"
+    with pytest.raises(DataError, match=r"s3://bucket/none-\*: no folder has such a name"):
+        open_source("s3://bucket/none-*")

@@ -7,6 +7,7 @@ root; nothing here starts a process or a shell.
 
 from dcscale.data.sources.base import ContentError, Source, UnreadableError
 from dcscale.data.sources.folder import FolderSource
+from dcscale.data.sources.joined import JoinedSource
 from dcscale.data.sources.open import Access, open_source
 from dcscale.data.sources.retry import Patience
 
@@ -14,6 +15,7 @@ __all__ = [
     "Access",
     "ContentError",
     "FolderSource",
+    "JoinedSource",
     "Patience",
     "Source",
     "UnreadableError",

@@ -98,6 +98,16 @@ class ObjectSource(RemoteSource):
 
         return self._retries(where, attempt)
 
+    def glob(self) -> list[str]:
+        """Addresses of the folders that match this one's address, a pattern with ``*``, ``?`` or ``[...]``."""
+
+        def attempt(deadline: float) -> list[str]:
+            with self._errors(str(self)):
+                found = self._connections().glob(self._path, detail=True, timeout=_left(deadline))
+            return [f"{self._scheme}://{path}" for path, about in found.items() if about["type"] == "directory"]
+
+        return self._retries(str(self), attempt)
+
     def _connect(self) -> Any:
         from fsspec.config import conf  # here, since local runs need nothing of it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,7 +10,9 @@ from dcscale.data.errors import DataError
 from dcscale.data.sources.base import Source
 from dcscale.data.sources.folder import FolderSource
 from dcscale.data.sources.http import HttpSource
+from dcscale.data.sources.joined import JoinedSource
 from dcscale.data.sources.objects import SCHEMES, ObjectSource
+from dcscale.data.sources.patterns import expand, scheme_of
 from dcscale.data.sources.retry import Patience
 
 
@@ -27,8 +28,9 @@ def open_source(root: str | Path | Source, access: Access | None = None) -> Sour
     """Open a root.
 
     Args:
-        root: a folder, or an address that begins with ``http://``, ``https://``, ``s3://`` or ``gs://``; a source is
-            returned as it is.
+        root: a folder, or an address that begins with ``http://``, ``https://``, ``s3://`` or ``gs://``. A text may be
+            a pattern, see :mod:`dcscale.data.sources.patterns`; several roots are then read as one, in that order.
+            A source is returned as it is.
         access: how a place outside this machine is read; None takes the defaults.
 
     Raises:
@@ -37,16 +39,26 @@ def open_source(root: str | Path | Source, access: Access | None = None) -> Sour
     access = access or Access()
     if isinstance(root, Source):
         return root
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", str(root))
-    if scheme is None or isinstance(root, Path):
+    if isinstance(root, Path):
+        return FolderSource(root)
+    roots = expand(root, lambda pattern: _open_one(pattern, access).glob())
+    parts = [_open_one(one, access) for one in roots]
+    if len(parts) == 1:
+        return parts[0]
+    return JoinedSource(parts, f"{parts[0]} and {len(parts) - 1} more")
+
+
+def _open_one(root: str, access: Access) -> Source:
+    scheme = scheme_of(root)
+    if scheme is None:
         return FolderSource(Path(root))
-    if scheme[1] in ("http", "https"):
+    if scheme in ("http", "https"):
         if not urlsplit(root).hostname:
-            raise DataError(f"{root}: names no host; write it as {scheme[1]}://HOST/FOLDER")
+            raise DataError(f"{root}: names no host; write it as {scheme}://HOST/FOLDER")
         return HttpSource(root, access.patience)
-    if scheme[1] in SCHEMES:
-        return ObjectSource(str(root), access.patience)
+    if scheme in SCHEMES:
+        return ObjectSource(root, access.patience)
     raise DataError(
-        f"{root}: {scheme[1]}: is no kind of place that shards are read from; give a folder, or an address that begins "
+        f"{root}: {scheme}: is no kind of place that shards are read from; give a folder, or an address that begins "
         f"with http://, https://, s3:// or gs://"
     )
