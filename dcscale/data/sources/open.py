@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from dcscale.data.errors import DataError
 from dcscale.data.sources.base import Source
+from dcscale.data.sources.cache import CachedSource
 from dcscale.data.sources.folder import FolderSource
 from dcscale.data.sources.http import HttpSource
 from dcscale.data.sources.joined import JoinedSource
@@ -22,6 +23,12 @@ class Access:
 
     patience: Patience = field(default_factory=Patience)
     """What a slow or failing place is granted."""
+
+    cache: Path | None = None
+    """Folder on a local disk that keeps shards; see :class:`dcscale.data.sources.cache.CachedSource`."""
+
+    cache_bytes: int = 1 << 36
+    """Bytes of that folder, at most."""
 
 
 def open_source(root: str | Path | Source, access: Access | None = None) -> Source:
@@ -41,7 +48,7 @@ def open_source(root: str | Path | Source, access: Access | None = None) -> Sour
         return root
     if isinstance(root, Path):
         return FolderSource(root)
-    roots = expand(root, lambda pattern: _open_one(pattern, access).glob())
+    roots = expand(root, lambda pattern: ObjectSource(pattern, access.patience).glob())
     parts = [_open_one(one, access) for one in roots]
     if len(parts) == 1:
         return parts[0]
@@ -55,10 +62,14 @@ def _open_one(root: str, access: Access) -> Source:
     if scheme in ("http", "https"):
         if not urlsplit(root).hostname:
             raise DataError(f"{root}: names no host; write it as {scheme}://HOST/FOLDER")
-        return HttpSource(root, access.patience)
+        return _cached(HttpSource(root, access.patience), access)
     if scheme in SCHEMES:
-        return ObjectSource(root, access.patience)
+        return _cached(ObjectSource(root, access.patience), access)
     raise DataError(
         f"{root}: {scheme}: is no kind of place that shards are read from; give a folder, or an address that begins "
         f"with http://, https://, s3:// or gs://"
     )
+
+
+def _cached(source: Source, access: Access) -> Source:
+    return source if access.cache is None else CachedSource(source, access.cache, access.cache_bytes)
