@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import secrets
-import shutil
 import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,22 +22,52 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dcscale.data.corpus import DEFAULT_SUFFIXES, find_files, split
+from dcscale.data.building import Building, state_folder
+from dcscale.data.corpus import DEFAULT_SUFFIXES, SourceFile, find_files, split
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, write_manifest
-from dcscale.data.scatter import TRAIN, VALIDATION, SpoolTask, plan_shards, spool_chunk, write_planned_shard
-from dcscale.data.tokenizers import load_tokenizer
-from dcscale.files import sync_folder
+from dcscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from dcscale.data.scatter import (
+    PACKINGS,
+    TRAIN,
+    VALIDATION,
+    Layout,
+    SpoolTask,
+    plan_shards,
+    spool_chunk,
+    write_planned_shard,
+)
+from dcscale.data.tokenizers import Tokenizer, load_tokenizer
 
 _BUCKET_BYTES = 1 << 28
 _MOST_BUCKETS = 512
+_STATE_VERSION = 1
+"""To be raised whenever a build can no longer go on from what this code has left on disk."""
+
+_Map = Callable[..., Iterator[Any]]
+"""``map(function, tasks)``, see :func:`_processes`."""
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What became of the text of a part, train or validation."""
+
+    manifest: Manifest
+
+    documents: int
+    """Documents of the part; those of the manifest are parts of documents, and filling, where they were packed."""
+
+    cut: int
+    """Documents that packing had to cut."""
+
+    filling: int
+    """Tokens that only fill rows."""
 
 
 @dataclass(frozen=True)
 class BuildReport:
     """What became of the text."""
 
-    manifests: dict[Path, Manifest]
+    parts: dict[Path, PartReport]
     """Folder of shards -> what it holds."""
 
     empty: int
@@ -56,6 +89,8 @@ def build_shards(
     hold_out: float = 0.0,
     shard_tokens: int = 1 << 22,
     bundle_tokens: int = 1 << 16,
+    pack: str | None = None,
+    sequence_length: int | None = None,
     seed: int = 0,
     workers: int = 1,
     skip_undecodable: bool = False,
@@ -65,95 +100,175 @@ def build_shards(
 ) -> BuildReport:
     """Tokenise ``inputs`` into ``output/train`` and, for held-out documents, ``output/validation``.
 
-    The result is the same byte for byte for any ``workers`` and ``bucket_bytes``.
+    The result is the same byte for byte for any ``workers`` and ``bucket_bytes``, and however often it was interrupted:
+    the same call goes on where one that was killed or that failed has stopped, see :mod:`dcscale.data.building`.
 
     Args:
-        inputs: text files (a document each), JSONL files (a document a line), folders of both.
+        inputs: text files (a document each), JSONL and Parquet files (a document a line or row), folders of them.
         output: folder to be made; it appears when everything in it is complete.
         tokenizer: ``byte``, or the path of a Hugging Face ``tokenizer.json``.
         eos_token: its token that ends a document, see :func:`dcscale.data.tokenizers.load_tokenizer`.
         suffixes: files of folders to take, see :func:`dcscale.data.corpus.find_files`.
         exclude: patterns of names to leave out, see there.
-        text_field: field of a JSONL object that holds the text.
+        text_field: field of a JSONL object, or column of a Parquet file, that holds the text.
         hold_out: part of the documents that is held out, in [0, 1), chosen by their names alone.
         shard_tokens: tokens of a shard, at least, but for the last.
         bundle_tokens: tokens of a sample, at least, but for a shard's last.
-        seed: seed of the documents' order over the shards.
+        pack: ``best-fit`` or ``one-per-sequence`` packs the documents of each shard into rows, which are then in random
+            order, see :mod:`dcscale.data.packing`; None leaves them as they are, to be packed when they are read.
+        sequence_length: the ``data.sequence_length`` of the runs that will read the rows, which have a token more; only
+            with ``pack``.
+        seed: seed of the documents' order over the shards, and of the rows' order in them.
         workers: processes.
         skip_undecodable: leave out documents that are not UTF-8 instead of stopping.
         overwrite: replace ``output`` if it holds shards from an earlier call.
-        progress: show progress bars.
+        progress: show progress bars, and say when an interrupted build is found.
         bucket_bytes: bytes of input for each bucket of the shuffle, see :mod:`dcscale.data.scatter`.
 
     Raises:
         DataError: bad arguments, unreadable input, text without documents for train or validation, or an ``output``
-            that is in the way. Nothing half-made is left behind.
+            that is in the way. Half-made shards never become ``output``.
     """
     for name, value in {"shard_tokens": shard_tokens, "bundle_tokens": bundle_tokens, "workers": workers}.items():
         if value < 1:
             raise DataError(f"{name} is {value}, but must be at least 1")
     if not 0 <= hold_out < 1:
         raise DataError(f"hold_out is {hold_out}, but must be at least 0 and below 1")
-    output = Path(os.path.abspath(output))
-    _check_output(output, overwrite)
-    loaded = load_tokenizer(tokenizer, eos_token)
-    files = find_files(inputs, suffixes=suffixes, exclude=exclude)
-    total_bytes = sum(file.bytes for file in files)
-
-    building = output.with_name(f".{output.name}.building-{secrets.token_hex(4)}")
-    try:
-        (building / "spool").mkdir(parents=True)
-        task = SpoolTask(
-            spool=building / "spool",
-            tokenizer=loaded.spec,
-            fingerprint=loaded.fingerprint,
-            eos_token=eos_token,
-            dtype="uint16" if loaded.vocab_size <= 1 << 16 else "uint32",
-            text_field=text_field,
-            skip_undecodable=skip_undecodable,
-            hold_out=hold_out,
-            seed=seed,
-            buckets=min(max(1, total_bytes // bucket_bytes), _MOST_BUCKETS),
-        )
-        empty, undecodable = 0, []
-        manifests = {}
-        with _processes(workers) as run:
-            with tqdm(desc="tokenize", total=total_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
-                for count in run(partial(spool_chunk, task), split(files, text_field=text_field)):
-                    bar.update(count.bytes)
-                    empty += count.empty
-                    undecodable += count.undecodable
-            for part in (TRAIN, VALIDATION) if hold_out else (TRAIN,):
-                folder = building / part
-                folder.mkdir()
-                write = partial(write_planned_shard, folder, task.dtype, bundle_tokens)
-                written = run(write, plan_shards(task.spool, part, shard_tokens))
-                shards, largest = _collect(written, part, hold_out, progress)
-                manifests[output / part] = Manifest(task.dtype, loaded.save(folder), largest, shards)
-                write_manifest(folder, manifests[output / part])
-        shutil.rmtree(task.spool)
-        _publish(building, output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return BuildReport(manifests, empty, tuple(sorted(undecodable)))
-
-
-def _collect(
-    written: Iterator[tuple[ShardInfo, int]], part: str, hold_out: float, progress: bool
-) -> tuple[tuple[ShardInfo, ...], int]:
-    """(shards, their largest token id) of a part, as they are written."""
-    shards, largest = [], 0
-    with tqdm(desc=f"write {part}", unit=" tokens", unit_scale=True, disable=not progress) as bar:
-        for shard, shard_largest in written:
-            shards.append(shard)
-            largest = max(largest, shard_largest)
-            bar.update(shard.tokens)
-    if not shards:
+    if pack is not None and pack not in PACKINGS:
+        raise DataError(f"pack is {pack!r}, but must be {' or '.join(PACKINGS)}, or left out")
+    if (pack is None) != (sequence_length is None) or (sequence_length is not None and sequence_length < 1):
         raise DataError(
-            f"the inputs give no document for {part}: of the documents that are not empty, a part of "
-            f"{hold_out} is held out; give more text, or another --hold-out"
+            f"sequence_length is {sequence_length} and pack is {pack}, but with pack it must be at least 1, the "
+            f"data.sequence_length of the runs that will read the rows, and without pack it must be left out"
         )
-    return tuple(shards), largest
+    output = Path(os.path.abspath(output))
+    loaded = load_tokenizer(tokenizer, eos_token)
+    files = find_files(inputs, suffixes=suffixes, exclude=[*exclude, state_folder(output).name])
+    total_bytes = sum(file.bytes for file in files)
+    buckets = min(max(1, total_bytes // bucket_bytes), _MOST_BUCKETS)
+    # Not skip_undecodable: a build that such a document has stopped goes on when they are allowed.
+    identity = {
+        "state": _STATE_VERSION,
+        "tokenizer": loaded.fingerprint,
+        "eos_token": loaded.eos_id,
+        "text_field": text_field,
+        "hold_out": hold_out,
+        "shard_tokens": shard_tokens,
+        "bundle_tokens": bundle_tokens,
+        "pack": pack,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "buckets": buckets,
+        "input_files": len(files),
+        "input_bytes": total_bytes,
+        "input_paths_sizes_and_times": _fingerprint(files),
+    }
+    building = Building(output, identity)
+    task = SpoolTask(
+        spool=building.spool,
+        run=secrets.token_hex(4),
+        tokenizer=loaded.spec,
+        fingerprint=loaded.fingerprint,
+        eos_token=eos_token,
+        dtype="uint16" if loaded.vocab_size <= 1 << 16 else "uint32",
+        text_field=text_field,
+        skip_undecodable=skip_undecodable,
+        hold_out=hold_out,
+        seed=seed,
+        buckets=buckets,
+    )
+    layout = Layout(task.dtype, bundle_tokens, loaded.eos_id, seed, pack, sequence_length and sequence_length + 1)
+    parts = (TRAIN, VALIDATION) if hold_out else (TRAIN,)
+    with building, _processes(workers) as run:
+        _check_output(output, overwrite)
+        _check_state(building, skip_undecodable, progress)
+        if not building.complete:
+            _spool(building, task, files, run, progress)
+            for part in parts:
+                _write_part(building, part, layout, shard_tokens, loaded, run, progress)
+            building.end()
+        report = _report(building, output, parts)
+        building.publish()
+    return report
+
+
+def _fingerprint(files: Sequence[SourceFile]) -> str:
+    hashed = hashlib.sha256()
+    for file in files:
+        hashed.update(json.dumps([os.path.abspath(file.path), file.name, file.bytes, file.modified]).encode())
+    return hashed.hexdigest()
+
+
+def _check_state(building: Building, skip_undecodable: bool, progress: bool) -> None:
+    """Say what interrupted builds there are, and refuse to go on with one that has left out more than is allowed."""
+    undecodable = [name for chunk in building.chunks.values() for name in chunk.undecodable]
+    if undecodable and not skip_undecodable:
+        raise DataError(
+            f"{building.folder}: is this build, interrupted, and {undecodable[0]} was left out of it with "
+            f"--skip-undecodable; use that again, or remove the folder to start anew"
+        )
+    if progress and building.started:
+        done = (
+            f"{len(building.chunks):,} pieces of text and {sum(map(len, building.shards.values())):,} shards are done"
+        )
+        tqdm.write(f"Going on with the build that was interrupted: {done}.", file=sys.stderr)
+    for other in building.differences_of_others() if progress else ():
+        message = "Starting anew: an interrupted build is another one. It is kept until this one is complete."
+        tqdm.write(f"{message}\n  {other}", file=sys.stderr)
+
+
+def _spool(building: Building, task: SpoolTask, files: Sequence[SourceFile], run: _Map, progress: bool) -> None:
+    """First pass, or what is left of it."""
+    if building.all_spooled:
+        return
+    done = building.chunks
+    total, initial = sum(file.bytes for file in files), sum(chunk.bytes for chunk in done.values())
+    numbered = enumerate(split(files, text_field=task.text_field))
+    missing = ((number, chunk) for number, chunk in numbered if number not in done)
+    with tqdm(desc="tokenize", total=total, initial=initial, unit="B", unit_scale=True, disable=not progress) as bar:
+        for chunk in run(partial(spool_chunk, task), missing):
+            building.add_chunk(chunk)
+            bar.update(chunk.bytes)
+    building.end_spooling()
+
+
+def _write_part(
+    building: Building, part: str, layout: Layout, shard_tokens: int, tokenizer: Tokenizer, run: _Map, progress: bool
+) -> None:
+    """Second pass over a part, or what is left of it."""
+    folder, done = building.result / part, building.shards[part]
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".*"):
+        unfinished.unlink()
+    plans = plan_shards(building.spool, part, shard_tokens, building.chunks.values())
+    missing = (plan for plan in plans if plan.name not in done)
+    total = sum(chunk.documents[part] for chunk in building.chunks.values())
+    initial = sum(shard.documents for shard in done.values())
+    with tqdm(desc=f"write {part}", total=total, initial=initial, unit=" documents", disable=not progress) as bar:
+        for shard in run(partial(write_planned_shard, folder, layout), missing):
+            building.add_shard(part, shard)
+            bar.update(shard.documents)
+    if not done:
+        raise DataError(
+            f"the inputs give no document for {part}, which documents belong to by their names alone; "
+            f"give more text, or another --hold-out"
+        )
+    largest = max(shard.max_token_id for shard in done.values())
+    shards = tuple(shard.info for shard in done.values())
+    write_manifest(
+        folder, Manifest(layout.dtype, tokenizer.save(folder), largest, shards, row_tokens=layout.row_tokens)
+    )
+
+
+def _report(building: Building, output: Path, parts: Sequence[str]) -> BuildReport:
+    reports = {}
+    for part in parts:
+        shards = building.shards[part].values()
+        sums = (sum(getattr(shard, name) for shard in shards) for name in ("documents", "cut", "filling"))
+        reports[output / part] = PartReport(read_manifest(building.result / part), *sums)
+    chunks = building.chunks.values()
+    undecodable = sorted(name for chunk in chunks for name in chunk.undecodable)
+    return BuildReport(reports, sum(chunk.empty for chunk in chunks), tuple(undecodable))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -168,23 +283,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise DataError(f"{output}: holds other things than shards, so it is not overwritten; give another output")
 
 
-def _publish(building: Path, output: Path) -> None:
-    """Put the finished folder in its place; an earlier one is put aside first, and removed last or put back."""
-    old = building.with_name(building.name + "-replaced")
-    if output.exists():
-        output.rename(old)
-    try:
-        building.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise
-    sync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @contextmanager
-def _processes(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+def _processes(workers: int) -> Iterator[_Map]:
     """A ``map(function, tasks)`` over worker processes, or in this process for ``workers == 1``.
 
     It gives the results in the order of the tasks, which it takes only a little ahead of the workers.
@@ -212,4 +312,11 @@ def _processes(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which shuts the pool down
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _die_with_parent() -> None:
+    """Do not write to files any more that the next call may be using; a killed parent cannot shut the pool down."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

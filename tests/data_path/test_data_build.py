@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 import webdataset
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dcscale.data import DataError, build_shards, open_stream, read_manifest
-from dcscale.data.corpus import find_files
+from dcscale.data.corpus import find_files, zstd
 from dcscale.data.scatter import document_key, part_of
 from dcscale.data.shards import read_shard
 from dcscale.data.sources import open_source
@@ -24,24 +26,27 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """60 text files and 60 JSONL lines, half of them packed; each text is different, two are empty."""
+    """60 text files, 40 JSONL lines in three kinds of files, 20 rows; each text is different, two are empty."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(60):
         path = folder / f"sub{i % 3}" / f"{i}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"file {i} " + "ä" * (i * 7 % 50) if i != 5 else "")
     lines = [json.dumps({"text": f"line {i} " + "€" * (i * 11 % 40) if i != 7 else ""}) for i in range(60)]
-    (folder / "x.jsonl").write_text("\n".join(lines[:30]))
-    with gzip.open(folder / "y.jsonl.gz", "wt") as file:
-        file.write("\n".join(lines[30:]))
+    (folder / "x.jsonl").write_text("\n".join(lines[:20]))
+    (folder / "y.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[20:30]).encode()))
+    (folder / "z.jsonl.zst").write_bytes(zstd.compress("\n".join(lines[30:40]).encode()))
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines[40:]], "id": range(20)})
+    parquet.write_table(table, folder / "a.parquet", row_group_size=6)
     return folder
 
 
 def texts_of_corpus(corpus):
     texts = [path.read_text() for path in corpus.rglob("*.txt")]
-    texts += [json.loads(line)["text"] for line in (corpus / "x.jsonl").read_text().splitlines()]
-    with gzip.open(corpus / "y.jsonl.gz", "rt") as file:
-        texts += [json.loads(line)["text"] for line in file]
+    texts += parquet.read_table(corpus / "a.parquet").column("text").to_pylist()
+    lines = [(corpus / "x.jsonl").read_bytes(), gzip.decompress((corpus / "y.jsonl.gz").read_bytes())]
+    lines.append(zstd.decompress((corpus / "z.jsonl.zst").read_bytes()))
+    texts += [json.loads(line)["text"] for content in lines for line in content.splitlines()]
     return sorted(filter(None, texts))
 
 
@@ -74,10 +79,12 @@ def test_every_text_is_in_exactly_one_shard(corpus, tmp_path):
     assert sorted(train + validation) == texts_of_corpus(corpus)
     assert report.empty == 2
     assert report.undecodable == ()
-    assert list(report.manifests) == [tmp_path / "out/train", tmp_path / "out/validation"]
-    for folder, manifest in report.manifests.items():
+    assert list(report.parts) == [tmp_path / "out/train", tmp_path / "out/validation"]
+    for folder, part in report.parts.items():
+        manifest = part.manifest
         assert manifest == read_manifest(folder)
         texts = texts_of_shards(folder)
+        assert (part.documents, part.cut, part.filling) == (len(texts), 0, 0)
         assert manifest.totals["documents"] == len(texts)
         assert manifest.totals["text_bytes"] == sum(len(text.encode()) for text in texts)
         assert manifest.totals["tokens"] == manifest.totals["text_bytes"] + len(texts)
@@ -128,7 +135,7 @@ def test_seed_changes_the_order_but_not_what_is_held_out(corpus, tmp_path):
 
 def test_what_is_held_out_follows_from_the_name_alone(corpus, tmp_path):
     small(corpus, tmp_path / "all")
-    small(corpus / "sub1" / "..", tmp_path / "again", exclude=["sub0", "*.jsonl"])
+    small(corpus / "sub1" / "..", tmp_path / "again", exclude=["sub0", "*.jsonl*"])
     held_out = set(texts_of_shards(tmp_path / "all/validation"))
     assert set(texts_of_shards(tmp_path / "again/validation")) < held_out
     assert not set(texts_of_shards(tmp_path / "again/train")) & held_out
@@ -160,10 +167,11 @@ def test_undecodable_documents_stop_the_build_or_are_counted(corpus, tmp_path):
     for workers in (1, 2):
         with pytest.raises(DataError, match=r"bad\.txt: byte 0 is 0xff"):
             build_shards([corpus, tmp_path / "bad.txt"], tmp_path / "out", workers=workers)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"], "nothing is left behind"
+    assert not (tmp_path / "out").exists()
     report = build_shards([corpus, tmp_path / "bad.txt"], tmp_path / "out", skip_undecodable=True)
     assert report.undecodable == ("bad.txt",)
     assert sorted(texts_of_shards(tmp_path / "out/train")) == texts_of_corpus(corpus)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "out"], "nothing else is left behind"
 
 
 def make_word_tokenizer(path, vocabulary):
@@ -253,7 +261,7 @@ def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(cor
     before, rename = tree(out), Path.rename
 
     def fail(path, target):
-        if path.name.startswith(".out.building-") and not path.name.endswith("-replaced"):
+        if path.name == "result":
             raise OSError("no")
         return rename(path, target)
 
@@ -261,6 +269,9 @@ def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(cor
     with pytest.raises(OSError, match="no"):
         small(corpus, out, overwrite=True, seed=1)
     assert tree(out) == before
+    monkeypatch.undo()
+    small(corpus, out, overwrite=True, seed=1)
+    assert tree(out) != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -274,15 +285,19 @@ def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(cor
         ({"hold_out": -0.1}, r"hold_out is -0\.1, but must be"),
         (
             {"hold_out": 1e-9},
-            r"give no document for validation: .*1e-09 is held out; give more text, or another --hold-out",
+            r"give no document for validation, .*; give more text, or another --hold-out",
         ),
         ({"tokenizer": "nowhere.json"}, r"nowhere\.json: cannot be read"),
+        ({"pack": "tight", "sequence_length": 8}, r"pack is 'tight', but must be best-fit or one-per-sequence"),
+        ({"pack": "best-fit"}, r"sequence_length is None and pack is best-fit, but with pack it must be at least 1"),
+        ({"pack": "best-fit", "sequence_length": 0}, r"sequence_length is 0 and pack is best-fit"),
+        ({"sequence_length": 8}, r"sequence_length is 8 and pack is None, .* without pack it must be left out"),
     ],
 )
 def test_arguments_that_cannot_be_met(corpus, tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         small(corpus, tmp_path / "out", **changes)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_that_is_all_empty(tmp_path):
