@@ -172,6 +172,11 @@ class DataConfig:
     verify: bool = True
     """Check every shard's SHA-256 against the manifest when it is read."""
 
+    @property
+    def roots(self) -> list[str]:
+        """Where the training shards lie."""
+        return [source.path for source in self.sources] or [self.train]
+
 
 @dataclass
 class OptimizerRule:

@@ -11,7 +11,7 @@ from dcscale.data.build import BuildReport, build_shards
 from dcscale.data.errors import DataError
 from dcscale.data.loader import Batch, BatchLoader
 from dcscale.data.manifest import Manifest, read_manifest
-from dcscale.data.mixture import MixedStream, open_mixture
+from dcscale.data.mixture import MixedStream, Stream, open_mixture
 from dcscale.data.stream import SequenceStream, open_stream
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, tokenizer_files
 
@@ -25,6 +25,7 @@ __all__ = [
     "Manifest",
     "MixedStream",
     "SequenceStream",
+    "Stream",
     "Tokenizer",
     "build_shards",
     "load_tokenizer",

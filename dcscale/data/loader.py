@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import Manifest
+from dcscale.data.manifest import TokenizerInfo
+from dcscale.data.mixture import Stream
 from dcscale.data.packing import IGNORED, Sequences
 from dcscale.data.stream import SequenceStream
+from dcscale.data.workers import CLOSED, WorkerSequences
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,37 @@ class Batch:
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in tensors), self.target_count)
 
 
-class BatchLoader:
-    """A rank's batches of a stream. It has no state: what a step holds follows from the step's number.
+@dataclass(frozen=True)
+class _RankNumbers:
+    """The numbers of the sequences that a rank takes in each step; None is a row of padding."""
 
-    Step t consists of the sequences [t * global_batch_size, (t + 1) * global_batch_size); of these, rank r takes
-    number r and every ``world_size``-th after it, in micro-batches in that order.
+    consumed: int
+    global_batch_size: int
+    rank: int
+    world_size: int
+    limit: int | None
+    sequences_per_epoch: int | None
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        begin = self.consumed
+        while self.limit is None or begin < self.limit:
+            end = begin + self.global_batch_size
+            yield [self._spread(g) for g in range(begin + self.rank, end, self.world_size)]
+            begin = end
+
+    def _spread(self, g: int) -> int | None:
+        """The stream's number of sequence g; None beyond the limit."""
+        if self.limit is None:
+            return g
+        return g * self.sequences_per_epoch // self.limit if g < self.limit else None
+
+
+class BatchLoader:
+    """A rank's batches of a stream. It has no state: what a step holds follows from the sequences used before it.
+
+    A step after c sequences consists of numbers [c, c + global_batch_size); of these, rank r takes the r-th and every
+    ``world_size``-th after it, in micro-batches in that order. So a run goes on with the same sequences on any number
+    of ranks, with any workers, and with another batch size from the next step on.
 
     Args:
         stream: where the sequences come from.
@@ -54,6 +82,8 @@ class BatchLoader:
         rank: this process, from 0 to ``world_size - 1``.
         world_size: number of processes.
         prefetch_steps: steps prepared ahead by a thread; 0 prepares each step when it is asked for.
+        workers: processes that prepare steps ahead instead of the thread, ``prefetch_steps`` at least; see
+            :class:`dcscale.data.workers.WorkerSequences`.
         limit: use only ``limit`` sequences, spread evenly over epoch 0 (all of it where it has no more), so that a part
             of the held-out data stands for the whole. Missing rows of the last step are masked.
 
@@ -63,13 +93,14 @@ class BatchLoader:
 
     def __init__(
         self,
-        stream: SequenceStream,
+        stream: Stream,
         *,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
         prefetch_steps: int = 0,
+        workers: int = 0,
         limit: int | None = None,
     ) -> None:
         for name, value, minimum in (
@@ -77,6 +108,7 @@ class BatchLoader:
             ("global_batch_size", global_batch_size, 1),
             ("world_size", world_size, 1),
             ("prefetch_steps", prefetch_steps, 0),
+            ("workers", workers, 0),
             ("limit", 1 if limit is None else limit, 1),
         ):
             if value < minimum:
@@ -95,36 +127,50 @@ class BatchLoader:
         self._rank = rank
         self._world_size = world_size
         self._prefetch_steps = prefetch_steps
-        self._limit = None if limit is None else min(limit, stream.sequences_per_epoch)
-        self._prefetch: _Prefetch | None = None
+        self._workers = workers
+        self._per_epoch = stream.sequences_per_epoch if isinstance(stream, SequenceStream) else None
+        if limit is not None and self._per_epoch is None:
+            raise DataError(f"limit is {limit}, but a mixture has no epoch of which this could be a part")
+        self._limit = None if limit is None else min(limit, self._per_epoch)
+        self._ahead: _Prefetch | WorkerSequences | None = None
 
     @property
-    def manifest(self) -> Manifest:
-        """Manifest of the stream's shards."""
-        return self._stream.manifest
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer that made the stream's tokens."""
+        return self._stream.tokenizer
 
-    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The rank's micro-batches of each step from ``start_step`` on; endless without ``limit``.
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How many epochs of each source ``consumed`` sequences are; the name of the only source is empty."""
+        return self._stream.epochs(consumed)
+
+    def steps(self, consumed: int = 0) -> Iterator[list[Batch]]:
+        """The rank's micro-batches of each step after ``consumed`` sequences; endless without ``limit``.
 
         Closes the iterator of an earlier call.
 
         Raises:
-            DataError: ``start_step`` is negative; or, while iterating, a shard cannot be used.
+            DataError: ``consumed`` is negative; or, while iterating, a shard cannot be used or a worker is gone.
         """
-        if start_step < 0:
-            raise DataError(f"start_step is {start_step}, but must not be negative")
+        if consumed < 0:
+            raise DataError(f"consumed is {consumed}, but must not be negative")
         self.close()
-        steps = self._steps(start_step)
+        numbers = _RankNumbers(
+            consumed, self._global_batch_size, self._rank, self._world_size, self._limit, self._per_epoch
+        )
+        if self._workers:
+            self._ahead = WorkerSequences(self._stream, numbers, self._workers, self._prefetch_steps)
+            return map(self._batches, self._ahead)
+        steps = (self._batches(self._stream.sequences(step)) for step in numbers)
         if not self._prefetch_steps:
             return steps
-        self._prefetch = _Prefetch(steps, self._prefetch_steps)
-        return self._prefetch
+        self._ahead = _Prefetch(steps, self._prefetch_steps)
+        return self._ahead
 
     def close(self) -> None:
-        """Stop reading ahead; afterwards no thread is left. :meth:`steps` may be called again."""
-        if self._prefetch is not None:
-            self._prefetch.close()
-            self._prefetch = None
+        """Stop reading ahead; afterwards no thread or worker is left. :meth:`steps` may be called again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -132,25 +178,12 @@ class BatchLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _steps(self, step: int) -> Iterator[list[Batch]]:
-        while self._limit is None or step * self._global_batch_size < self._limit:
-            begin = step * self._global_batch_size
-            mine = range(begin + self._rank, begin + self._global_batch_size, self._world_size)
-            yield self._batches(self._stream.sequences([self._spread(g) for g in mine]))
-            step += 1
-
-    def _spread(self, g: int) -> int | None:
-        """The stream's number of sequence g; None beyond the limit."""
-        if self._limit is None:
-            return g
-        return g * self._stream.sequences_per_epoch // self._limit if g < self._limit else None
-
     def _batches(self, sequences: Sequences) -> list[Batch]:
         def batch(rows: slice) -> Batch:
             ids = sequences.document_ids_NL
             return Batch(
-                torch.from_numpy(np.ascontiguousarray(sequences.tokens_NL1[rows, :-1])),
-                torch.from_numpy(sequences.targets_NL[rows]),
+                torch.from_numpy(sequences.tokens_NL1[rows, :-1].astype(np.int64)),
+                torch.from_numpy(sequences.targets_NL[rows].astype(np.int64)),
                 None if ids is None else torch.from_numpy(ids[rows]),
                 int(np.count_nonzero(sequences.targets_NL[rows] != IGNORED)),
             )
@@ -185,9 +218,7 @@ class _Prefetch:
 
     def __next__(self) -> list[Batch]:
         if self._closed:
-            raise RuntimeError(
-                "this iterator was closed, by BatchLoader.close() or a later steps(); call steps() again"
-            )
+            raise RuntimeError(CLOSED)
         if self._end is None:
             item, self._end = self._ready.get()
             self._free.release()

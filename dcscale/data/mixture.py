@@ -191,6 +191,11 @@ class MixedStream:
         """Shards read so far, repetitions included."""
         return sum(stream.shards_read for stream in self.streams)
 
+    @property
+    def shares(self) -> list[float]:
+        """The share of each source, as its weight was taken."""
+        return [part / sum(self.order.parts) for part in self.order.parts]
+
     def epochs(self, count: int) -> dict[str, float]:
         """How many epochs of each source the first ``count`` sequences are, by its name."""
         return {
@@ -222,6 +227,10 @@ class MixedStream:
             source, epoch, index = self.order.locate(g)
             self.streams[source].append(buffer, row, g % self.order.slots, epoch, index)
         return buffer.finish(self.identity["document_mask"])
+
+
+Stream = SequenceStream | MixedStream
+"""What a loader reads."""
 
 
 def _one_or_all(values: list[Any]) -> Any:

@@ -61,12 +61,12 @@ class Sequences:
     """Packed sequences, one a row."""
 
     tokens_NL1: np.ndarray
-    """int64 [N, L + 1]; inputs are all but the last, targets all but the first. Padding is end-of-document tokens."""
+    """int32 [N, L + 1]; inputs are all but the last, targets all but the first. Padding is end-of-document tokens."""
 
     targets_NL: np.ndarray
-    """int64 [N, L]; ``IGNORED`` in padding and, under the document mask, where a new document begins."""
+    """int32 [N, L]; ``IGNORED`` in padding and, under the document mask, where a new document begins."""
 
-    document_ids_NL: np.ndarray | None
+    document_ids_NL: np.ndarray | None = None
     """int32 [N, L]: number of the input's document in its row, from 0; padding counts as one. None without mask."""
 
 
@@ -74,7 +74,7 @@ class SequenceBuffer:
     """Builds ``count`` sequences of ``length`` targets each; rows that get no tokens are padding as a whole."""
 
     def __init__(self, count: int, length: int, pad_id: int) -> None:
-        self._tokens_NL1 = np.full((count, length + 1), pad_id, dtype=np.int64)
+        self._tokens_NL1 = np.full((count, length + 1), pad_id, dtype=np.int32)
         self._begins_NL1 = np.zeros((count, length + 1), dtype=bool)
         self._filled_N = np.zeros(count, dtype=np.int64)
 
@@ -96,7 +96,7 @@ class SequenceBuffer:
         ignored_NL = columns[1:] >= self._filled_N[:, None]
         if document_mask:
             ignored_NL |= self._begins_NL1[:, 1:]
-        targets_NL = np.where(ignored_NL, IGNORED, self._tokens_NL1[:, 1:])
+        targets_NL = np.where(ignored_NL, np.int32(IGNORED), self._tokens_NL1[:, 1:])
         document_ids_NL = None
         if document_mask:
             self._begins_NL1[:, 0] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,16 +11,16 @@ from torch import nn
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import ENGINE
 from dcscale.config import Config, to_yaml
-from dcscale.data import BatchLoader, SequenceStream, load_tokenizer, open_stream
+from dcscale.data import BatchLoader, MixedStream, Stream, load_tokenizer, open_mixture, open_stream
 from dcscale.files import write_atomically
 from dcscale.models import DCFormer, count_flops, count_parameters, initialize
 from dcscale.observe import Console
 from dcscale.parallel import Engine, Environment, decided_by_main, on_every_rank
 from dcscale.parallel.deepspeed_config import accumulation_steps
-from dcscale.train.hooks import ComposeDistance, Hook, Samples, Saving, Throughput, Validation, peak_tflops
+from dcscale.train.hooks import ComposeDistance, DataEpochs, Hook, Samples, Saving, Throughput, Validation, peak_tflops
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter
-from dcscale.train.resume import check_fits, checkpoint_to_resume, read_state
+from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -41,8 +42,18 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     state = TrainState(data_identity=stream.identity)
     if checkpoint is not None:
         state = decided_by_main(
-            lambda: check_fits(checkpoint, read_state(checkpoint), config, environment.world_size, stream.identity)
+            lambda: check_fits(
+                checkpoint,
+                read_state(checkpoint),
+                config,
+                environment.world_size,
+                stream.identity,
+                stream.tokenizer,
+            )
         )
+        for change in data_changes(state.data_identity, stream.identity):
+            console.line(f"warning    {change}, as checkpoint.allow_data_change lets them be")
+        state.data_identity = stream.identity
     engine = Engine(
         config,
         environment,
@@ -65,7 +76,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         Throughput(
             count_flops(config.model, config.data.sequence_length).total,
             peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),
-        )
+        ),
+        DataEpochs(),
     ]
     if validation is not None:
         hooks.append(validation)
@@ -95,12 +107,16 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
 
 def _open_data(
     config: Config, environment: Environment
-) -> tuple[SequenceStream, BatchLoader, Validation | None, Samples | None]:
-    stream = _open_stream(config, config.data.train, shuffle=True)
-    loader = _loader(config, environment, stream, config.data.prefetch_steps)
+) -> tuple[Stream, BatchLoader, Validation | None, Samples | None]:
+    stream: Stream
+    if config.data.sources:
+        stream = open_mixture(config.data.sources, **_stream_settings(config))
+    else:
+        stream = open_stream(config.data.train, **_stream_settings(config))
+    loader = _loader(config, environment, stream, config.data.prefetch_steps, config.data.workers)
     validation = None
     if config.data.validation is not None and config.validation.interval > 0:
-        held_out = _open_stream(config, config.data.validation, shuffle=False)
+        held_out = open_stream(config.data.validation, shuffle=False, **_stream_settings(config))
         validation = Validation(
             _loader(config, environment, held_out, prefetch_steps=0, limit=config.validation.sequences),
             config.validation.interval,
@@ -108,26 +124,29 @@ def _open_data(
         )
     samples = None
     if config.samples.interval > 0:
-        samples = Samples(config.samples, load_tokenizer(config.data.train), config.train.seed)
+        samples = Samples(config.samples, load_tokenizer(config.data.roots[0]), config.train.seed)
     return stream, loader, validation, samples
 
 
-def _open_stream(config: Config, folder: str, shuffle: bool) -> SequenceStream:
-    return open_stream(
-        folder,
-        vocab_size=config.model.vocab_size,
-        sequence_length=config.data.sequence_length,
-        seed=config.train.seed,
-        shuffle_shards=config.data.shuffle_shards,
-        slots=config.data.slots,
-        document_mask=config.data.document_mask,
-        verify=config.data.verify,
-        shuffle=shuffle,
-    )
+def _stream_settings(config: Config) -> dict[str, Any]:
+    return {
+        "vocab_size": config.model.vocab_size,
+        "sequence_length": config.data.sequence_length,
+        "seed": config.train.seed,
+        "shuffle_shards": config.data.shuffle_shards,
+        "slots": config.data.slots,
+        "document_mask": config.data.document_mask,
+        "verify": config.data.verify,
+    }
 
 
 def _loader(
-    config: Config, environment: Environment, stream: SequenceStream, prefetch_steps: int, limit: int | None = None
+    config: Config,
+    environment: Environment,
+    stream: Stream,
+    prefetch_steps: int,
+    workers: int = 0,
+    limit: int | None = None,
 ) -> BatchLoader:
     return BatchLoader(
         stream,
@@ -136,6 +155,7 @@ def _loader(
         rank=environment.rank,
         world_size=environment.world_size,
         prefetch_steps=prefetch_steps,
+        workers=workers,
         limit=limit,
     )
 
@@ -153,15 +173,12 @@ def _build_model(config: Config) -> nn.Module:
     return model
 
 
-def _announce(
-    console: Console, config: Config, environment: Environment, stream: SequenceStream, trainer: Trainer
-) -> None:
+def _announce(console: Console, config: Config, environment: Environment, stream: Stream, trainer: Trainer) -> None:
     """Says what is about to run, with everything that was derived."""
     parameters = count_parameters(config.model)
     on_gpu = environment.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     model = "DCFormer" if config.model.attention == "dcmha" else "Transformer"
-    epoch = stream.sequences_per_epoch
     console.line(f"model      {model}, {parameters.total:,} parameters ({parameters.compose:,} of compose)")
     console.line(
         f"ranks      {environment.world_size} x {device}, ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
@@ -171,10 +188,17 @@ def _announce(
         f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, "
         f"{accumulation_steps(config, environment.world_size)} times"
     )
-    console.line(
-        f"run        {config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens, "
-        f"{config.train.steps * config.train.global_batch_size / epoch:.2f} epochs of {config.data.train}"
-    )
+    epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
+    tokens = f"{config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens"
+    if isinstance(stream, MixedStream):
+        console.line(f"run        {tokens}")
+        for source, share in zip(config.data.sources, stream.shares):
+            console.line(f"mixture    {share:.2%} {source.name}, {epochs[source.name]:.2f} epochs of {source.path}")
+    else:
+        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {config.data.train}")
     console.line(f"folder     {trainer.run}")
     if trainer.latest_checkpoint is not None:
-        console.line(f"resuming   from {trainer.latest_checkpoint}")
+        console.line(
+            f"resuming   from {trainer.latest_checkpoint}, with sequence {trainer.state.sequences:,} of data "
+            f"{stream.fingerprint}"
+        )

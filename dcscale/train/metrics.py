@@ -13,9 +13,12 @@ class Metric(NamedTuple):
     """Tag in TensorBoard; None keeps it out."""
 
 
+DATA_EPOCH = "data_epoch"
+
 METRICS: dict[str, Metric] = {
     "step": Metric("steps", "optimizer steps done", None),
     "tokens": Metric("tokens", "tokens read in training so far, over all ranks", "progress/tokens"),
+    DATA_EPOCH: Metric("epochs", "how often the training data have been used, over all ranks", "progress/data_epoch"),
     "loss": Metric("nats/token", "training loss, mean over the targets since the last record", "loss/train"),
     "grad_norm": Metric("1", "global L2 norm of the gradient before clipping, of this step", "optimizer/grad_norm"),
     "lr": Metric("1", "peak-scaled learning rate of this step, before lr_scale of rules", "optimizer/learning_rate"),
@@ -32,9 +35,12 @@ METRICS: dict[str, Metric] = {
         "bits/byte", "validation_loss / ln 2 / bytes of text a target stands for", "loss/bits_per_byte"
     ),
 }
-"""Every metric but those of compose: ``compose/pre/layer_00`` and the like, one a layer and side, are
-the root mean square over tokens of ||M - I||_F / sqrt(H) for the composing matrix M of a token with itself:
-0 where heads are not mixed at all. In TensorBoard they follow the others, under ``weights/``."""
+"""Every metric but those of which there are several.
+
+``data_epoch/NAME`` takes the place of ``data_epoch`` where sources are mixed, for each source; in TensorBoard under
+``progress/`` too. ``compose/pre/layer_00`` and the like, one a layer and side, are the root mean square over tokens of
+||M - I||_F / sqrt(H) for the composing matrix M of a token with itself: 0 where heads are not mixed at all. In
+TensorBoard they follow the others, under ``weights/``."""
 
 COMPOSE_PREFIX = "compose/"
 
@@ -49,7 +55,12 @@ def board_values(record: Mapping[str, float | int | None]) -> dict[str, float]:
     """The part of a record that TensorBoard shows, by tag."""
     values = {}
     for name, value in record.items():
-        tag = f"weights/{name}" if name.startswith(COMPOSE_PREFIX) else METRICS[name].board
+        if name.startswith(COMPOSE_PREFIX):
+            tag: str | None = f"weights/{name}"
+        elif name.startswith(f"{DATA_EPOCH}/"):
+            tag = f"progress/{name}"
+        else:
+            tag = METRICS[name].board
         if tag is not None and value is not None:
             values[tag] = value
     return values

@@ -9,6 +9,7 @@ from typing import Any
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import CONFIG, STATE, step_of
 from dcscale.config import Config, ConfigError, differences, load_config
+from dcscale.data.manifest import TokenizerInfo
 from dcscale.train.state import FORMAT, TrainState
 
 MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend",)
@@ -66,10 +67,24 @@ def read_config(checkpoint: Path) -> Config:
         raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error
 
 
+def data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between two identities of data, in words."""
+    return [
+        f"the data's {key} was {there.get(key)!r} there and is {here.get(key)!r} here: those are other sequences"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+
+
 def check_fits(
-    checkpoint: Path, content: dict[str, Any], config: Config, world_size: int, identity: dict[str, Any]
+    checkpoint: Path,
+    content: dict[str, Any],
+    config: Config,
+    world_size: int,
+    identity: dict[str, Any],
+    tokenizer: TokenizerInfo,
 ) -> TrainState:
-    """The state to go on with.
+    """The state to go on with. Its data may differ where ``checkpoint.allow_data_change`` is set, its tokenizer never.
 
     Raises:
         CheckpointError: model, data, or the way the state is spread differ; every difference is named.
@@ -89,12 +104,13 @@ def check_fits(
         if content[key] != here:
             problems.append(f"{name}: {content[key]} there and {here} here; a run goes on with what it was saved with")
     state = TrainState.from_json(content)
-    there = state.data_identity
-    problems += [
-        f"the data's {key} was {there.get(key)!r} there and is {identity.get(key)!r} here: those are other sequences"
-        for key in {**there, **identity}
-        if there.get(key) != identity.get(key)
-    ]
+    changes = data_changes(state.data_identity, identity)
+    way_out = ""
+    if changes and not config.checkpoint.allow_data_change:
+        problems += changes
+        way_out = ", or set checkpoint.allow_data_change=true to go on with other sequences"
+    elif changes and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        problems.append("the data's tokenizer is another one: the same token would mean another text")
     if checkpoint.parents[1].resolve() != Path(config.run.folder).resolve():
         state.branched_from = str(checkpoint.resolve())
     if state.step > config.train.steps:
@@ -102,6 +118,6 @@ def check_fits(
     if problems:
         raise CheckpointError(
             f"{checkpoint} cannot be gone on from: " + "; ".join(problems) + ". Restore these settings, or start a new "
-            "run with another run.name"
+            f"run with another run.name{way_out}"
         )
     return state

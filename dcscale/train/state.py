@@ -24,8 +24,12 @@ class TrainState:
     tokens: int = 0
     """Tokens the model has read in training: sequences times their length, over all ranks."""
 
+    sequences: int = 0
+    """Sequences used in training, over all ranks: the number of the next one. With ``data_identity`` it is all that
+    the data need to go on, on any number of ranks."""
+
     data_identity: dict[str, Any] = field(default_factory=dict)
-    """What decides the data's content, order and cutting. The next sequence is number step * global_batch_size."""
+    """What decides the data's content, order and cutting."""
 
     optimizer_groups: str = ""
     """:attr:`dcscale.parallel.Engine.grouping` of the optimizer whose state is saved."""
@@ -56,5 +60,7 @@ class TrainState:
     def from_json(cls, content: dict[str, Any]) -> TrainState:
         names = {f.name for f in dataclasses.fields(cls)}
         state = cls(**{key: value for key, value in content.items() if key in names})
+        if "sequences" not in content:  # written before batches were counted by what they hold
+            state.sequences = content["step"] * content["global_batch_size"]
         state.pending = [(float(loss), int(count)) for loss, count in state.pending]
         return state

@@ -71,7 +71,7 @@ class Trainer:
             NonFiniteError: a gradient is infinite or not a number; its update was not made.
         """
         train = self.config.train
-        batches = self.loader.steps(self.state.step)
+        batches = self.loader.steps(self.state.sequences)
         ending = Ending.COMPLETED
         with StopSignals() as signals:
             while self.state.step < train.steps:
@@ -133,6 +133,7 @@ class Trainer:
                 "the data of this step"
             ) from error
         self.state.step += 1
+        self.state.sequences += self.config.train.global_batch_size
         self.state.tokens += self.tokens_per_step
         return lr, grad_norm
 
@@ -163,7 +164,7 @@ class Trainer:
         self.report(record)
 
     def close(self) -> None:
-        """Stops the loader's thread and closes the reporter's files."""
+        """Stops reading ahead and closes the reporter's files."""
         self.loader.close()
         self._reporter.close()
 
@@ -192,7 +193,7 @@ class Trainer:
             zero_stage=self.config.parallel.zero_stage,
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
-            tokenizer=dataclasses.asdict(self.loader.manifest.tokenizer),
+            tokenizer=dataclasses.asdict(self.loader.tokenizer),
         )
         self.latest_checkpoint = save_checkpoint(
             self.engine,
@@ -201,5 +202,5 @@ class Trainer:
             state,
             to_yaml(self.config),
             self.config.checkpoint.keep_last,
-            copies=tokenizer_files(self.config.data.train),
+            copies=tokenizer_files(self.config.data.roots[0]),
         )

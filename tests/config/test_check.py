@@ -320,7 +320,7 @@ BOUNDS = {
     **dict.fromkeys(FROM_ZERO_FLOAT.split(), ([-1e-9, math.inf, math.nan], [0.0, 1e-9, 1e30])),
     **dict.fromkeys(POSITIVE.split(), ([0.0, -1e-9, math.inf, math.nan], [1e-9, 1e30])),
     "model.compose.rank": ([0, 5], [1, 4]),
-    "model.vocab_size": ([1], [2]),
+    "model.vocab_size": ([1, 2**31], [2, 2**31 - 1]),
     "model.rope_base": ([1.0, math.inf], [1.001, 500000.0]),
     "model.rope_fraction": ([0.0, 1.001], [1e-9, 1.0]),
     "data.sequence_length": ([1], [2]),

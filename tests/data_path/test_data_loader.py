@@ -55,7 +55,7 @@ def rows_of(batches):
 
 def expected_rows(stream, numbers):
     rows = stream.sequences(numbers)
-    parts = (rows.tokens_NL1[:, :-1], rows.targets_NL, rows.document_ids_NL)
+    parts = (rows.tokens_NL1[:, :-1].astype("int64"), rows.targets_NL.astype("int64"), rows.document_ids_NL)
     return [b"".join(part[i].tobytes() for part in parts) for i in range(len(numbers))]
 
 
@@ -92,7 +92,9 @@ def test_resuming_at_any_step_goes_on_as_if_uninterrupted(folder, prefetch):
         whole = [rows_of(batches) for batches in itertools.islice(loader.steps(), 20)]
     for start in range(20):
         with loader_of(folder, micro=4, prefetch=prefetch) as loader:
-            assert [rows_of(batches) for batches in itertools.islice(loader.steps(start), 20 - start)] == whole[start:]
+            assert [
+                rows_of(batches) for batches in itertools.islice(loader.steps(start * GLOBAL_BATCH), 20 - start)
+            ] == whole[start:]
 
 
 def test_resuming_with_other_ranks_goes_on_with_the_same_sequences(folder):
@@ -100,7 +102,7 @@ def test_resuming_with_other_ranks_goes_on_with_the_same_sequences(folder):
     step = 0
     for world in (2, 3, 1, 4, 6, 2):
         loaders = [loader_of(folder, rank=r, world=world, prefetch=2) for r in range(world)]
-        iterators = [loader.steps(step) for loader in loaders]
+        iterators = [loader.steps(step * GLOBAL_BATCH) for loader in loaders]
         for _ in range(3):
             of_ranks = [rows_of(next(iterator)) for iterator in iterators]
             assert [row for rows in zip(*of_ranks) for row in rows] == expected_step(stream, step)
@@ -162,7 +164,7 @@ def test_iterator_ends_for_good(folder):
         for _ in range(3):
             with pytest.raises(StopIteration):
                 next(iterator)
-        assert list(loader.steps(5)) == [], "a start beyond the limit has no steps"
+        assert list(loader.steps(60)) == [], "a start beyond the limit has no steps"
         loader.close()
 
 
@@ -258,5 +260,5 @@ def test_arguments_that_do_not_fit_are_refused(folder, changes, message):
 
 
 def test_negative_start_is_refused(folder):
-    with pytest.raises(DataError, match="start_step is -1"):
+    with pytest.raises(DataError, match="consumed is -1"):
         loader_of(folder).steps(-1)

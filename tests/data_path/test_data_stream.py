@@ -95,7 +95,7 @@ def test_tokens_targets_and_document_ids_are_those_of_the_slow_implementation(ca
                 assert found.document_ids_NL[0].tolist() == ids
             else:
                 assert found.document_ids_NL is None
-            assert found.tokens_NL1.dtype == found.targets_NL.dtype == np.int64
+            assert found.tokens_NL1.dtype == found.targets_NL.dtype == np.int32
 
 
 def test_every_target_comes_exactly_once_an_epoch(case):

@@ -6,8 +6,12 @@ from dcscale.train.metrics import BOARD_CHARTS, METRICS, board_values
 
 
 def test_tags_of_a_record():
-    record = {"step": 3, "loss": 2.0, "mfu": None, "compose/pre/layer_00": 0.5}
-    assert board_values(record) == {"loss/train": 2.0, "weights/compose/pre/layer_00": 0.5}
+    record = {"step": 3, "loss": 2.0, "mfu": None, "compose/pre/layer_00": 0.5, "data_epoch/web": 1.5}
+    assert board_values(record) == {
+        "loss/train": 2.0,
+        "weights/compose/pre/layer_00": 0.5,
+        "progress/data_epoch/web": 1.5,
+    }
 
 
 def test_every_chart_shows_tags_that_exist():

@@ -1,18 +1,20 @@
 """Where a run goes on from, and which checkpoints it refuses."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import seal, step_name
 from dcscale.config import to_yaml
+from dcscale.data.manifest import TokenizerInfo
 from dcscale.testing.runs import tiny_config
-from dcscale.train.resume import check_fits, checkpoint_to_resume, read_state
+from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state
 from dcscale.train.state import TrainState
 
 IDENTITY = {"data": "abc", "sequence_length": 32}
+TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
 
 
 @pytest.fixture
@@ -26,16 +28,18 @@ def write(config, step, **changes):
 
     folder = Path(config.run.folder) / "checkpoints" / step_name(step)
     folder.mkdir(parents=True)
-    extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8, **changes}
-    state = TrainState(step=step, tokens=step * 256, data_identity=IDENTITY, pending=[(1.5, 3)], first_loss=2.0)
+    extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8}
+    extra |= {"tokenizer": asdict(TOKENIZER), **changes}
+    state = TrainState(step=step, tokens=step * 256, sequences=step * 8, data_identity=IDENTITY, first_loss=2.0)
+    state.pending = [(1.5, 3)]
     (folder / "state.json").write_text(json.dumps(state.to_json(**extra)))
     (folder / "config.yaml").write_text(to_yaml(config))
     seal(folder)
     return folder
 
 
-def fits(folder, config, world_size=2, identity=IDENTITY):
-    return check_fits(folder, read_state(folder), config, world_size, identity)
+def fits(folder, config, world_size=2, identity=IDENTITY, tokenizer=TOKENIZER):
+    return check_fits(folder, read_state(folder), config, world_size, identity, tokenizer)
 
 
 def test_a_new_run_has_nothing_to_go_on_from(config):
@@ -91,8 +95,15 @@ def test_a_missing_checkpoint(config, tmp_path):
 
 def test_state_round_trip(config):
     state = fits(write(config, 3), config)
-    assert (state.step, state.tokens, state.first_loss) == (3, 768, 2.0)
+    assert (state.step, state.tokens, state.sequences, state.first_loss) == (3, 768, 24, 2.0)
     assert state.pending == [(1.5, 3)]
+
+
+def test_a_state_from_before_sequences_were_counted_goes_on_after_its_steps(config):
+    folder = write(config, 3, global_batch_size=8)
+    content = read_state(folder)
+    del content["sequences"]
+    assert TrainState.from_json(content).sequences == 24
 
 
 def test_the_backend_may_change(config):
@@ -124,7 +135,24 @@ def test_other_ranks_or_data_are_refused_and_all_is_named(config):
         fits(folder, config, world_size=4, identity={**IDENTITY, "data": "xyz"})
     assert "ranks: 2 there and 4 here" in str(error.value)
     assert "the data's data was 'abc' there and is 'xyz' here" in str(error.value)
-    assert "start a new run with another run.name" in str(error.value)
+    assert "start a new run with another run.name, or set checkpoint.allow_data_change=true" in str(error.value)
+    with pytest.raises(CheckpointError) as error:
+        fits(folder, config, world_size=4)
+    assert "allow_data_change" not in str(error.value)
+
+
+def test_other_data_may_be_allowed_but_not_another_tokenizer(config):
+    folder = write(config, 3)
+    config.checkpoint.allow_data_change = True
+    identity = {**IDENTITY, "data": "xyz", "weights": [1, 2]}
+    state = fits(folder, config, identity=identity)
+    assert (state.sequences, state.data_identity) == (24, IDENTITY)
+    assert data_changes(state.data_identity, identity) == [
+        "the data's data was 'abc' there and is 'xyz' here: those are other sequences",
+        "the data's weights was None there and is [1, 2] here: those are other sequences",
+    ]
+    with pytest.raises(CheckpointError, match="the data's tokenizer is another one: the same token would mean another"):
+        fits(folder, config, identity=identity, tokenizer=replace(TOKENIZER, fingerprint="1" * 64))
 
 
 def test_damaged_parts_are_named(config):

@@ -2,6 +2,7 @@
 
 from dcscale.train.hooks.base import Hook, Record, due
 from dcscale.train.hooks.compose_distance import ComposeDistance
+from dcscale.train.hooks.data_epochs import DataEpochs
 from dcscale.train.hooks.samples import Samples
 from dcscale.train.hooks.saving import Saving
 from dcscale.train.hooks.throughput import Throughput, peak_memory_gib, peak_tflops
@@ -9,6 +10,7 @@ from dcscale.train.hooks.validation import Validation
 
 __all__ = [
     "ComposeDistance",
+    "DataEpochs",
     "Hook",
     "Record",
     "Samples",

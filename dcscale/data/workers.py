@@ -1,0 +1,193 @@
+"""Sequences prepared by processes, for where one thread beside the training loop cannot keep up.
+
+Of a rank's sequences, worker w of W makes number w and every W-th after it: it reads lanes of its own, so that W
+workers together read no more than one reader would, as long as W times the ranks divides the slots. They write groups
+of whole steps into shared memory, and the groups are put back into their order here.
+
+The processes are forked from a server that has neither threads nor GPUs, which the training process has. They are
+deaf to the signals that ask a run to stop, since a launcher may send these to every process; they end when the
+training process closes them, or is gone.
+
+Axes: W workers, G groups, N sequences, L tokens a sequence; X integers of a sequence: its tokens, targets and, if it
+has any, document ids, one after another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.resource_tracker
+import signal
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dcscale.data.errors import DataError
+from dcscale.data.mixture import Stream
+from dcscale.data.packing import Sequences
+
+CLOSED = "this iterator was closed, by BatchLoader.close() or a later steps(); call steps() again"
+
+_GROUP_TOKENS, _GROUP_SEQUENCES = 1 << 18, 256
+"""A worker hands over at least so many tokens or sequences at once: some milliseconds of its work."""
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class WorkerSequences:
+    """Iterates over the sequences of each step, made by worker processes.
+
+    A group is as many steps as give each worker ``_GROUP_TOKENS`` or ``_GROUP_SEQUENCES``. Ready or being made are
+    ``ahead`` steps, rounded up to whole groups, but at least two groups. Memory of a rank: what its stream states, once
+    for all workers together, and shared memory for one group more than these, of 12 bytes a token.
+
+    Args:
+        stream: where the sequences come from; every worker opens it anew.
+        steps: the numbers of each step's sequences, the same count in each; sent to the workers.
+        workers: processes, at least 1.
+        ahead: steps to prepare ahead.
+
+    Raises:
+        DataError: there is not enough shared memory.
+    """
+
+    def __init__(self, stream: Stream, steps: Iterable[list[int | None]], workers: int, ahead: int) -> None:
+        self._steps, self._workers, self._length = steps, workers, stream.identity["sequence_length"]
+        sequences = min(-(-_GROUP_TOKENS // self._length), _GROUP_SEQUENCES)
+        in_step = len(next(iter(steps), range(sequences)))
+        self._group_steps = -(-sequences * workers // in_step)
+        groups = max(2, -(-ahead // self._group_steps))
+        parts = 3 if stream.identity["document_mask"] else 2
+        # While the worker fills one place, and the loader holds others, the steps of one more are being handed out.
+        shape = (workers, groups + 1, -(-self._group_steps * in_step // workers), self._length * parts + 1)
+        try:
+            self._memory_WGNX = torch.empty(shape, dtype=torch.int32).share_memory_()
+        except RuntimeError as error:
+            raise DataError(
+                f"data.workers is {workers}, but there are no {np.prod(shape) * 4 / 2**20:,.0f} MiB of shared memory "
+                f"for them ({error}); make /dev/shm larger, or set a smaller data.prefetch_steps or data.workers"
+            ) from error
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        loader = DataLoader(
+            _Shares(stream, steps, self._group_steps, self._memory_WGNX),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=groups,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # or it would draw from the one of the training process
+        )
+        others = multiprocessing.active_children()
+        multiprocessing.resource_tracker.ensure_running()  # when it starts, it unblocks signals
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # the processes inherit it
+        try:
+            self._shares = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._processes = [process for process in multiprocessing.active_children() if process not in others]
+        self._ready = self._make_steps()
+        self._end: BaseException | None = None
+
+    def __iter__(self) -> Iterator[Sequences]:
+        return self
+
+    def __next__(self) -> Sequences:
+        if self._end is None:
+            try:
+                return next(self._ready)
+            except BaseException as error:  # StopIteration too: an iterator that has ended does not go on
+                self._end = error
+        raise self._end
+
+    def close(self) -> None:
+        """End the processes."""
+        self._end = RuntimeError(CLOSED)
+        self._shares = None  # this shuts them down, and waits some seconds for it
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _make_steps(self) -> Iterator[Sequences]:
+        done = 0
+        for group in _grouped(self._steps, self._group_steps):
+            shares = [self._next_share(worker) for worker in range(self._workers)]
+            for step in group:
+                step_NX = np.empty((len(step), shares[0].shape[1]), np.int32)
+                for worker, share_NX in enumerate(shares):
+                    mine_NX = step_NX[_places(worker, done, self._workers)]
+                    mine_NX[:] = share_NX[: len(mine_NX)]
+                    shares[worker] = share_NX[len(mine_NX) :]
+                done += len(step)
+                yield _unpacked(step_NX, self._length)
+
+    def _next_share(self, worker: int) -> np.ndarray:
+        """The sequences of a worker in the next group, int32 [N, X], valid until the group after it is asked for."""
+        try:
+            made = next(self._shares)
+        except Exception as error:
+            dead = [process for process in self._processes if not process.is_alive()]
+            if not dead:
+                raise
+            named = ", ".join(f"{process.pid} (exit code {process.exitcode})" for process in dead)
+            raise DataError(
+                f"data worker {named} ended by itself; -9 is mostly a lack of memory, for other codes see its last "
+                f"words above; start again, perhaps with fewer data.workers"
+            ) from error
+        if isinstance(made, str):
+            raise DataError(made)
+        return self._memory_WGNX[worker, made].numpy()
+
+
+class _Shares(IterableDataset):
+    """What a worker makes: its share of each group; it gives the place in its memory, or as text why it cannot."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        steps: Iterable[list[int | None]],
+        group_steps: int,
+        memory_WGNX: torch.Tensor,
+    ) -> None:
+        self._reopen, self._fingerprint = stream.reopen, stream.fingerprint
+        self._steps, self._group_steps, self._memory_WGNX = steps, group_steps, memory_WGNX
+
+    def __iter__(self) -> Iterator[int | str]:
+        worker = get_worker_info()
+        memory_GNX = self._memory_WGNX[worker.id].numpy()
+        try:
+            stream = self._reopen()
+            if stream.fingerprint != self._fingerprint:
+                raise DataError("the data were changed while the run was starting; start it again")
+            done = 0
+            for number, group in enumerate(_grouped(self._steps, self._group_steps)):
+                sequences = [g for step in group for g in step]
+                made = stream.sequences(sequences[_places(worker.id, done, worker.num_workers)])
+                place = number % len(memory_GNX)
+                _pack(made, memory_GNX[place])
+                yield place
+                done += len(sequences)
+        except DataError as error:
+            yield str(error)
+
+
+def _grouped(steps: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    steps = iter(steps)
+    while group := list(islice(steps, size)):
+        yield group
+
+
+def _places(worker: int, done: int, workers: int) -> slice:
+    """Where a worker's sequences are among those that follow ``done`` others."""
+    return slice((worker - done) % workers, None, workers)
+
+
+def _pack(made: Sequences, memory_NX: np.ndarray) -> None:
+    parts = [part for part in vars(made).values() if part is not None]
+    np.concatenate(parts, axis=1, out=memory_NX[: len(made.targets_NL)])
+
+
+def _unpacked(rows_NX: np.ndarray, length: int) -> Sequences:
+    return Sequences(*np.split(rows_NX, range(length + 1, rows_NX.shape[1], length), axis=1))
