@@ -76,7 +76,8 @@ class DCFormer(nn.Module):
 
         input_ids_BT: int32 or int64 token ids below vocab_size (not checked: that would wait for the device).
         targets_BT: int64 ids to be predicted at each position, -100 where there is none.
-        document_ids_BT: integers; a token sees only tokens of its own document. None: one document a row.
+        document_ids_BT: integers; a token sees only tokens of its own document. None: one document a row. Positions
+        need not begin anew with a document: RoPE lets only the differences of positions count.
         logits_at_B: int64, one position a row; only its logits are computed.
 
         Returns the float32 SUM of the losses over targets that are not -100; without targets the logits
