@@ -38,6 +38,28 @@ PLAIN_CALLS = {
 }
 """Arguments of :func:`random_inputs` for every way to call plain attention."""
 
+COMPOSE_CALLS = {
+    "one query": {"queries": 1},
+    "seven": {"queries": 7},
+    "odd": {"queries": 63, "heads": 6},
+    "two chunks": {"queries": 129, "batch": 1},
+    "window": {"queries": 129, "window": 16},
+    "window of one": {"queries": 20, "window": 1},
+    "window beyond the start": {"queries": 9, "window": 50},
+    "last queries": {"queries": 7, "keys": 100},
+    "one query at the end": {"queries": 1, "keys": 70, "window": 33},
+    "queries in the middle": {"queries": 7, "keys": 40, "query_offset": 11},
+    "documents": {"queries": 100, "documents": 9},
+    "documents, window, last queries": {"queries": 70, "keys": 90, "documents": 12, "window": 20},
+    "grouped": {"queries": 30, "heads": 6, "kv_heads": 2},
+    "one key/value head": {"queries": 65, "heads": 4, "kv_heads": 1, "documents": 20},
+    "one head": {"queries": 30, "heads": 1},
+    "rank 1": {"queries": 33, "rank": 1},
+    "rank 4": {"queries": 33, "rank": 4, "heads": 5, "head_dim": 7},
+    "scale": {"queries": 12, "scale": 0.7},
+}
+"""Arguments of :func:`random_inputs` for the calls that an implementation of compose attention must get right."""
+
 
 @dataclass
 class AttentionInputs:

@@ -9,29 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import ComposeWeights, compose_attention
 from dcscale.ops.compose import chunked, mixing
-from dcscale.testing.attention import WEIGHTS, arguments, random_inputs, unfused_attention
+from dcscale.testing.attention import COMPOSE_CALLS, WEIGHTS, arguments, random_inputs, unfused_attention
 from dcscale.testing.tolerance import check_results
-
-VARIANTS = {
-    "one query": {"queries": 1},
-    "seven": {"queries": 7},
-    "odd": {"queries": 63, "heads": 6},
-    "two chunks": {"queries": 129, "batch": 1},
-    "window": {"queries": 129, "window": 16},
-    "window of one": {"queries": 20, "window": 1},
-    "window beyond the start": {"queries": 9, "window": 50},
-    "last queries": {"queries": 7, "keys": 100},
-    "one query at the end": {"queries": 1, "keys": 70, "window": 33},
-    "queries in the middle": {"queries": 7, "keys": 40, "query_offset": 11},
-    "documents": {"queries": 100, "documents": 9},
-    "documents, window, last queries": {"queries": 70, "keys": 90, "documents": 12, "window": 20},
-    "grouped": {"queries": 30, "heads": 6, "kv_heads": 2},
-    "one key/value head": {"queries": 65, "heads": 4, "kv_heads": 1, "documents": 20},
-    "one head": {"queries": 30, "heads": 1},
-    "rank 1": {"queries": 33, "rank": 1},
-    "rank 4": {"queries": 33, "rank": 4, "heads": 5, "head_dim": 7},
-    "scale": {"queries": 12, "scale": 0.7},
-}
 
 
 @pytest.fixture
@@ -48,14 +27,14 @@ def assert_same(results, expected, tolerance=1e-12):
         assert (result - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
 def test_equals_the_reference_in_float64(options):
     inputs = random_inputs(**options)
     assert_same(inputs.run("chunked"), inputs.run("reference"))
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
 def test_equals_the_reference_however_it_is_cut(options):
     inputs = random_inputs(**options)
     assert_same(inputs.run("chunked"), inputs.run("reference"))
@@ -101,7 +80,7 @@ def test_gradients_are_those_of_finite_differences(backend):
     assert torch.autograd.gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
 def test_error_in_float32(options):
     inputs = random_inputs(**{**options, "batch": 8})
     single = inputs.to(torch.float32)
@@ -109,7 +88,7 @@ def test_error_in_float32(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
 def test_error_in_16_bits(options, dtype):
     """Against the formula in 16 bits, and against the same in float32 but for the last rounding."""
     inputs = random_inputs(**{**options, "batch": 8})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcscale.ops import choose_backend, compose_attention
-from dcscale.ops.compose import triton_op
+from dcscale.ops.compose import api, triton_op
 from dcscale.ops.compose.triton_tiles import MAX_RANK, TABLE, tiles_for
 from dcscale.testing.attention import arguments, random_inputs
 
@@ -47,21 +47,39 @@ class OnGPU:
     is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(
-    ("capability", "reason"),
-    [
-        ((9, 0), "not triton: its results on a GPU have not been checked yet; ask for it by name"),
-        ((12, 0), "not triton: its results on a GPU have not been checked yet; ask for it by name"),
-        ((7, 5), "not triton: it needs compute capability 8.0, and the GPU has 7.5"),
-    ],
-)
-def test_automatic_choice_on_a_gpu(call, capability, reason, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose kernels are right; what they are checked for is in the list."""
+    checked = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(api, "wrong_result", lambda *call: checked.append(call))
+    return checked
+
+
+def test_automatic_choice_on_a_gpu(call, gpu):
+    chosen, why = choose_backend("auto", OnGPU, *call[3:])
+    assert chosen == "triton"
+    assert "tried on this GPU" in why
+    assert gpu == [(OnGPU, *call[3:])]
+
+
+def test_gpus_that_are_too_old(call, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     chosen, why = choose_backend("auto", OnGPU, *call[3:])
     assert chosen == "chunked"
-    assert reason in why
+    assert "not triton: it needs compute capability 8.0, and the GPU has 7.5" in why
+    assert not gpu
+
+
+def test_kernels_that_were_compiled_wrong_are_not_used(call, gpu, monkeypatch):
+    monkeypatch.setattr(api, "wrong_result", lambda *call: "the output is off by 1.0")
+    chosen, why = choose_backend("auto", OnGPU, *call[3:])
+    assert chosen == "chunked"
+    assert "not triton: the output is off by 1.0" in why
+    with pytest.raises(ValueError, match="'triton' cannot run here: the output is off by 1.0; use 'auto', or 'chunk"):
+        choose_backend("triton", OnGPU, *call[3:])
 
 
 def test_gpus_of_another_make(call, monkeypatch):
@@ -74,7 +92,7 @@ def test_automatic_choice_on_a_cpu(call):
     """Also where the kernels could be interpreted: that is for tests, and slow."""
     chosen, why = choose_backend("auto", *call[:1], *call[3:])
     assert chosen == "chunked"
-    assert "triton needs an NVIDIA GPU" in why
+    assert "not triton: it needs an NVIDIA GPU" in why
 
 
 def test_tiles_of_an_unknown_gpu_are_those_of_the_one_before():

@@ -8,13 +8,20 @@ from dcscale.ops import flash
 from dcscale.ops.arguments import check_attention, check_tensor
 from dcscale.ops.attention import attention
 from dcscale.ops.compose.chunked import chunked_attention
+from dcscale.ops.compose.compiled import compiled_attention
 from dcscale.ops.compose.reference import reference_attention
+from dcscale.ops.compose.triton_check import wrong_result
 from dcscale.ops.compose.triton_op import obstacle, triton_attention
 from dcscale.ops.compose.weights import ComposeWeights
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKENDS = ("auto", "reference", "chunked", "compiled", "triton")
 
-_IMPLEMENTATIONS = {"reference": reference_attention, "chunked": chunked_attention, "triton": triton_attention}
+_IMPLEMENTATIONS = {
+    "reference": reference_attention,
+    "chunked": chunked_attention,
+    "compiled": compiled_attention,
+    "triton": triton_attention,
+}
 
 
 def compose_attention(
@@ -41,8 +48,9 @@ def compose_attention(
     scale: factor on the scores; 1/sqrt(D) by default.
     document_ids: integers [B, S], the document of each key; a query sees keys of its own document only.
     query_offset: position of the first query among the keys; S - T by default, so that the queries are the last T.
-    backend: "reference" (dense, the definition), "chunked" (keeps nothing of size T x S for backward), "triton" (the
-    same by fused kernels, on NVIDIA GPUs), or "auto".
+    backend: "reference" (dense, the definition), "chunked" (keeps nothing of size T x S for backward), "compiled" (the
+    same through torch.compile: faster on long sequences, after a minute of compiling), "triton" (the same by fused
+    kernels, on NVIDIA GPUs), or "auto".
 
     Returns [B, T, H, D] in q's type, differentiable in every float tensor. 16-bit input is computed in float32.
     Raises ValueError for an argument that does not fit, naming it, its shape and what was expected.
@@ -64,13 +72,13 @@ def choose_backend(
 ) -> tuple[str, str]:
     """(name, reason) of the implementation that :func:`compose_attention` runs for these arguments.
 
-    The name is "reference", "chunked", "triton", or for plain attention "flash-attn" or "sdpa"; the reason says why
+    The name is one of :data:`BACKENDS` but "auto", or for plain attention "flash-attn" or "sdpa"; the reason says why
     it is not the fastest of them. Raises ValueError for an unknown ``requested``, and for "triton" where it cannot run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if requested == "triton":
-        problem = obstacle(q, pre, post)
+        problem = _triton_problem(q, pre, post)
         if problem is not None:
             raise ValueError(f"backend 'triton' cannot run here: {problem}; use 'auto', or 'chunked'")
     if requested != "auto":
@@ -80,11 +88,21 @@ def choose_backend(
         if problem is None:
             return "flash-attn", "without compose weights this is plain attention"
         return "sdpa", f"without compose weights this is plain attention; not flash-attn: {problem}"
-    if q.device.type == "cpu":
-        return "chunked", "the fastest backend for compose on cpu: triton needs an NVIDIA GPU"
-    # Interpreted and compiled, but never executed by a GPU: not what a run should get without asking.
-    problem = obstacle(q, pre, post) or "its results on a GPU have not been checked yet; ask for it by name"
-    return "chunked", f"the fastest backend for compose that can run here; not triton: {problem}"
+    problem = "it needs an NVIDIA GPU" if q.device.type == "cpu" else _triton_problem(q, pre, post)
+    if problem is None:
+        return (
+            "triton",
+            "the fastest backend for compose; its kernels were tried on this GPU and give the right results",
+        )
+    return "chunked", f"not triton: {problem}; 'compiled' is faster on long sequences, after a minute of compiling"
+
+
+def _triton_problem(q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
+    problem = obstacle(q, pre, post)
+    if problem is None and q.is_cuda:
+        # Interpreted, as in tests on a CPU, nothing was compiled that could be wrong.
+        problem = wrong_result(q, pre, post)
+    return problem
 
 
 def _check_weights(stage: str, weights: ComposeWeights, q: Tensor, k: Tensor) -> None:

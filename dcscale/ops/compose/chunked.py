@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dcscale.ops.compose.mixing import Latents, Mixer, Scratch, mix
-from dcscale.ops.compose.weights import ComposeWeights
+from dcscale.ops.compose.operator import DIFFERENTIABLE, TENSORS, define_operator
 from dcscale.ops.visibility import key_range, visible_keys
 
 MAX_CHUNK_QUERIES = 64
@@ -30,62 +30,24 @@ MAX_MAP_ELEMENTS = 2**20
 one of each), so that maps stay in the cache. Scratch is 3 maps forward and 5 backward, plus the latents: 2R/H of a
 map for each mix, 2 forward and 3 backward."""
 
-_WEIGHTS = [f"{stage}_{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, "
-    + ", ".join(f"Tensor? {name}" for name in _WEIGHTS)
-    + ", Tensor? document_ids, int? window, float scale, int query_offset"
-)
-_DIFFERENTIABLE = 3 + len(_WEIGHTS)
-_TENSORS = _DIFFERENTIABLE + 1
 
-
-def chunked_attention(
-    q_BTHD: Tensor,
-    k_BSGD: Tensor,
-    v_BSGD: Tensor,
-    pre: ComposeWeights | None,
-    post: ComposeWeights | None,
-    *,
-    window: int | None,
-    scale: float,
-    document_ids_BS: Tensor | None,
-    query_offset: int,
-) -> Tensor:
-    """Arguments as :func:`dcscale.ops.compose_attention`, already checked -> [B, T, H, D] in q's type."""
-    weights = complete_terms(pre) + complete_terms(post)
-    return _forward_op(q_BTHD, k_BSGD, v_BSGD, *weights, document_ids_BS, window, scale, query_offset)
-
-
-def complete_terms(weights: ComposeWeights | None) -> list[Tensor | None]:
-    """q1, q2, qg, k1, k2, kg, without a low-rank factor whose partner is missing."""
-    if weights is None:
-        return [None] * 6
-    terms = []
-    for into, out_of, gate in ((weights.q1, weights.q2, weights.qg), (weights.k1, weights.k2, weights.kg)):
-        complete = into is not None and out_of is not None
-        terms += [into, out_of, gate] if complete else [None, None, gate]
-    return terms
-
-
-def _forward(*arguments: Any) -> Tensor:
+def _forward(*arguments: Any) -> list[Tensor]:
     out_BTHD = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
     for rows, part in _parts(*arguments):
         out_BTHD[rows] = part.forward()
-    return out_BTHD
+    return [out_BTHD]
 
 
-def _backward(dout_BTHD: Tensor, *arguments: Any) -> list[Tensor]:
-    """The gradients of q, k, v and of the weights that are present."""
+def _backward(dout_BTHD: Tensor, _: list[Tensor], *arguments: Any) -> list[Tensor | None]:
     gradients = [
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in arguments[:_DIFFERENTIABLE]
+        for x in arguments[:DIFFERENTIABLE]
     ]
     for rows, part in _parts(*arguments):
         for whole, gradient in zip(gradients, part.backward(dout_BTHD[rows])):
             if whole is not None:
                 whole[rows] = gradient
-    return [gradient for gradient in gradients if gradient is not None]
+    return gradients
 
 
 def _parts(*arguments: Any) -> Iterator[tuple[slice, _Part]]:
@@ -97,8 +59,8 @@ def _parts(*arguments: Any) -> Iterator[tuple[slice, _Part]]:
     scratch = Scratch(arguments[0])
     for first in range(0, batch, size):
         rows = slice(first, first + size)
-        tensors = [x if x is None else x[rows] for x in arguments[:_TENSORS]]
-        yield rows, _Part(scratch, *tensors, *arguments[_TENSORS:])
+        tensors = [x if x is None else x[rows] for x in arguments[:TENSORS]]
+        yield rows, _Part(scratch, *tensors, *arguments[TENSORS:])
 
 
 class _Part:
@@ -200,34 +162,4 @@ def _positions(x_HBTD: Tensor, part: slice) -> Tensor:
     return x_HBTD[:, :, part].flatten(0, 1)
 
 
-_forward_op = torch.library.custom_op(
-    "dcscale::compose_chunked", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
-)
-_backward_op = torch.library.custom_op(
-    "dcscale::compose_chunked_backward", _backward, mutates_args=(), schema=f"(Tensor dout, {_ARGUMENTS}) -> Tensor[]"
-)
-
-
-@_forward_op.register_fake
-def _forward_fake(q_BTHD: Tensor, *_: Any) -> Tensor:
-    return q_BTHD.new_empty(q_BTHD.shape)
-
-
-@_backward_op.register_fake
-def _backward_fake(dout_BTHD: Tensor, *arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in arguments[:_DIFFERENTIABLE] if x is not None]
-
-
-def _save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
-    ctx.numbers = inputs[_TENSORS:]
-
-
-def _differentiate(ctx: Any, dout_BTHD: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # once: activation checkpointing does not give them twice
-    gradients = iter(_backward_op(dout_BTHD, *tensors, *ctx.numbers))
-    of_tensors = [None if x is None else next(gradients) for x in tensors[:_DIFFERENTIABLE]]
-    return (*of_tensors, *[None] * (1 + len(ctx.numbers)))
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_save_inputs)
+chunked_attention = define_operator("compose_chunked", _forward, _backward)

@@ -15,18 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcscale.ops.compose.chunked import complete_terms
+from dcscale.ops.compose.operator import define_operator
 from dcscale.ops.compose.triton_tiles import MAX_RANK, TABLE
 from dcscale.ops.compose.weights import ComposeWeights
-
-_WEIGHTS = [f"{stage}_{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, "
-    + ", ".join(f"Tensor? {name}" for name in _WEIGHTS)
-    + ", Tensor? document_ids, int? window, float scale, int query_offset"
-)
-_DIFFERENTIABLE = 3 + len(_WEIGHTS)
-_TENSORS = _DIFFERENTIABLE + 1
 
 
 def obstacle(q_BTHD: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
@@ -55,23 +46,6 @@ def _machine_obstacle(device_type: str, index: int | None) -> str | None:
     return None
 
 
-def triton_attention(
-    q_BTHD: Tensor,
-    k_BSGD: Tensor,
-    v_BSGD: Tensor,
-    pre: ComposeWeights | None,
-    post: ComposeWeights | None,
-    *,
-    window: int | None,
-    scale: float,
-    document_ids_BS: Tensor | None,
-    query_offset: int,
-) -> Tensor:
-    """Arguments as :func:`dcscale.ops.compose_attention`, already checked -> [B, T, H, D] in q's type."""
-    weights = complete_terms(pre) + complete_terms(post)
-    return _forward_op(q_BTHD, k_BSGD, v_BSGD, *weights, document_ids_BS, window, scale, query_offset)[0]
-
-
 def _staged(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *others: Any) -> Any:
     from dcscale.ops.compose.triton_staged import StagedAttention
 
@@ -79,51 +53,19 @@ def _staged(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *others: Any) -> Any
     return StagedAttention(q_BTHD, k_BSGD, v_BSGD, weights, document_ids_BS, window, scale, query_offset)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> list[Tensor]:
     with torch.cuda.device_of(arguments[0]):
-        return _staged(*arguments).forward()
+        return list(_staged(*arguments).forward())
 
 
-def _backward(dout_BTHD: Tensor, statistics_BH2T: Tensor, *arguments: Any) -> list[Tensor]:
-    """The gradients of q, k, v and of the weights that are present."""
+def _backward(dout_BTHD: Tensor, kept: list[Tensor], *arguments: Any) -> list[Tensor | None]:
     with torch.cuda.device_of(dout_BTHD):
-        gradients = _staged(*arguments).backward(dout_BTHD, statistics_BH2T)
-    return [gradient for gradient in gradients if gradient is not None]
+        return _staged(*arguments).backward(dout_BTHD, *kept)
 
 
-_forward_op = torch.library.custom_op(
-    "dcscale::compose_triton", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
-)
-_backward_op = torch.library.custom_op(
-    "dcscale::compose_triton_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor statistics, {_ARGUMENTS}) -> Tensor[]",
-)
-
-
-@_forward_op.register_fake
-def _forward_fake(q_BTHD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _statistics(q_BTHD: Tensor) -> list[Tensor]:
     batch, queries, heads, _ = q_BTHD.shape
-    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((batch, heads, 2, queries), dtype=torch.float32)
+    return [q_BTHD.new_empty((batch, heads, 2, queries), dtype=torch.float32)]
 
 
-@_backward_op.register_fake
-def _backward_fake(dout_BTHD: Tensor, statistics_BH2T: Tensor, *arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in arguments[:_DIFFERENTIABLE] if x is not None]
-
-
-def _save_inputs(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *inputs[:_TENSORS])
-    ctx.numbers = inputs[_TENSORS:]
-
-
-def _differentiate(ctx: Any, dout_BTHD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    statistics_BH2T, *tensors = ctx.saved_tensors  # once: activation checkpointing does not give them twice
-    gradients = iter(_backward_op(dout_BTHD, statistics_BH2T, *tensors, *ctx.numbers))
-    of_tensors = [None if x is None else next(gradients) for x in tensors[:_DIFFERENTIABLE]]
-    return (*of_tensors, *[None] * (1 + len(ctx.numbers)))
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_save_inputs)
+triton_attention = define_operator("compose_triton", _forward, _backward, _statistics)

@@ -1,0 +1,110 @@
+"""The compiled backend against the definition. The formulas run uncompiled, but for two calls."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from dcscale.ops import compose_attention
+from dcscale.ops.compose import compiled
+from dcscale.testing.attention import COMPOSE_CALLS, WEIGHTS, arguments, random_inputs, unfused_attention
+from dcscale.testing.tolerance import check_results
+
+
+@pytest.fixture
+def formulas(monkeypatch):
+    """The chunk's functions as they are."""
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at most four queries."""
+    monkeypatch.setattr(compiled, "MAX_CHUNK_QUERIES", 4)
+
+
+def assert_same(results, expected, tolerance=1e-12):
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        assert torch.isfinite(result).all(), name
+        assert (result - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+@pytest.mark.usefixtures("formulas")
+@pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
+def test_equals_the_reference_in_float64(options):
+    inputs = random_inputs(**options)
+    assert_same(inputs.run("compiled"), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("formulas", "small_chunks")
+@pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
+def test_equals_the_reference_however_it_is_cut(options):
+    inputs = random_inputs(**options)
+    assert_same(inputs.run("compiled"), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("formulas")
+@pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=6)))
+def test_any_weights_may_be_missing(present):
+    """Every subset in pre, its complement in post; a low-rank factor without its partner has no effect."""
+    absent = [name for name, there in zip(WEIGHTS[:6], present) if not there]
+    absent += [name for name, there in zip(WEIGHTS[6:], present) if there]
+    inputs = random_inputs(batch=1, queries=5, absent=absent)
+    assert_same(inputs.run("compiled"), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("formulas")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", ["two chunks", "window", "documents", "grouped", "rank 4"])
+def test_error_in_the_type_of_training(call, dtype):
+    inputs = random_inputs(**{**COMPOSE_CALLS[call], "batch": 8})
+    narrow = inputs.to(dtype)
+    check_results(narrow.run("compiled"), narrow.run_function(unfused_attention), inputs.run("reference"))
+
+
+@pytest.mark.usefixtures("formulas", "small_chunks")
+def test_keys_that_no_query_sees_are_not_touched():
+    """Positions 0..4 are before every window, 15..19 after every query."""
+    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5)
+    expected = inputs.run("compiled")
+    unseen = [*range(5), *range(15, 20)]
+    poisoned = {name: x.clone() for name, x in inputs.tensors.items()}
+    for name in (name for name in poisoned if name in "kv" or "k" in name):
+        poisoned[name][:, unseen] = torch.nan
+    assert_same(inputs.with_tensors(**poisoned).run("compiled"), expected, tolerance=0)
+
+
+@pytest.mark.usefixtures("formulas")
+def test_only_the_inputs_are_kept_for_backward():
+    inputs = random_inputs(queries=64, documents=20)
+    leaves = {name: x.requires_grad_() for name, x in inputs.tensors.items()}
+    kept = set()
+    with saved_tensors_hooks(lambda x: kept.add(x.data_ptr()) or x, lambda x: x):
+        compose_attention(*arguments(leaves), **inputs.options, backend="compiled")
+    assert kept == {x.data_ptr() for x in (*leaves.values(), inputs.options["document_ids"])}
+
+
+@pytest.mark.usefixtures("formulas")
+def test_maps_stay_within_what_is_stated(monkeypatch):
+    limit, heads = 2**12, 4
+    monkeypatch.setattr(compiled, "MAX_MAP_ELEMENTS", limit)
+    sizes = []
+    original = compiled._compose
+    monkeypatch.setattr(compiled, "_compose", lambda x, terms: sizes.append(x.numel()) or original(x, terms))
+    for window in (None, 30):
+        random_inputs(batch=2, queries=300, heads=heads, window=window).run("compiled")
+    assert max(sizes) <= limit
+    assert max(sizes) > limit // 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, about itself
+def test_compiled_it_is_the_same():
+    """With documents, and with a last chunk of another size, which must not compile anew."""
+    torch._dynamo.reset()
+    inputs = random_inputs(batch=1, queries=70, heads=2, kv_heads=1, documents=20, window=40)
+    shorter = random_inputs(batch=1, queries=100, heads=2, kv_heads=1, documents=20, window=40)
+    assert_same(inputs.run("compiled"), inputs.run("reference"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(shorter.run("compiled"), shorter.run("reference"))
