@@ -51,8 +51,10 @@ class ModelConfig:
     """``dcmha`` for a DCFormer, ``mha`` for its Transformer twin: the same model without compose."""
 
     backend: str = "auto"
-    """Attention implementation: ``auto``, ``reference`` (dense, slow, the definition), ``chunked`` (exact, no T x S
-    tensor kept) or ``triton`` (the same by fused kernels on NVIDIA GPUs, where they are still to be tried)."""
+    """Attention implementation: ``reference`` (dense, slow, the definition), ``chunked`` (exact, no T x S tensor kept),
+    ``compiled`` (the same through torch.compile: faster on long sequences, after a minute of compiling), ``triton``
+    (the same by fused kernels on NVIDIA GPUs), or ``auto``: ``triton`` on GPUs where a trial of the kernels gives the
+    right results, else ``chunked``. The run says which, and why."""
 
     vocab_size: int = 256
     """Rows of the embedding; at least the tokenizer's vocabulary, which the data's manifest states."""
@@ -384,7 +386,7 @@ class Config:
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.attention": ("dcmha", "mha"),
-    "model.backend": ("auto", "reference", "chunked", "triton"),
+    "model.backend": ("auto", "reference", "chunked", "compiled", "triton"),
     "model.compose.gelu": ("tanh", "erf"),
     "model.ffn": ("swiglu", "gelu"),
     "model.norm": ("rmsnorm", "layernorm"),

@@ -64,6 +64,11 @@ class DCFormer(nn.Module):
         tied = self.embedding.weight if config.tied_embeddings else None
         self.output = OutputHead(config.vocab_size, config.dim, loss_chunk, tied)
 
+    def implementations(self, device: torch.device) -> list[tuple[str, str]]:
+        """The attention implementations that run on ``device``, each once, and why: see :func:`choose_backend`."""
+        dtype = next(self.parameters()).dtype
+        return list(dict.fromkeys(block.attention.implementation(device, dtype) for block in self.blocks))
+
     def forward(
         self,
         input_ids_BT: Tensor,

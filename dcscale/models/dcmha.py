@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcscale.config.schema import ComposeConfig, ModelConfig
-from dcscale.ops import ComposeWeights, apply_rope, compose_attention
+from dcscale.ops import ComposeWeights, apply_rope, choose_backend, compose_attention
 
 W1_EPS = 1e-6
 """Epsilon of w1's normalisation: the same in upstream JAX and PyTorch, and not a setting there either."""
@@ -80,6 +80,18 @@ class ComposeProjection(nn.Module):
         pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
         return pre, post
 
+    def shapes(self, device: torch.device, dtype: torch.dtype) -> tuple[ComposeWeights | None, ComposeWeights | None]:
+        """Zeros like the weights of one position, without touching the parameters, which may be on other ranks."""
+        low_rank = torch.zeros(1, 1, self.rank, self.heads, device=device, dtype=dtype)
+        weights: dict[str, dict[str, Tensor]] = {stage: {} for stage, _ in self.branches}
+        for stage, side in self.branches:
+            if self.dw1 is not None:
+                weights[stage] |= {side[0] + "1": low_rank, side[0] + "2": low_rank}
+            if self.dd is not None:
+                weights[stage][side[0] + "g"] = low_rank[:, :, 0]
+        pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
+        return pre, post
+
 
 class Attention(nn.Module):
     """Causal self-attention with optional window, qk-norm, rotary embedding, grouped queries and compose.
@@ -103,6 +115,7 @@ class Attention(nn.Module):
                 f"it must be an even number of 2 or more"
             )
         self.window = window
+        self.heads = config.heads
         self.backend = config.backend
         self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=config.bias)
         self.k = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
@@ -115,6 +128,12 @@ class Attention(nn.Module):
         self.compose = None
         if config.attention == "dcmha" and active_branches(config.compose):
             self.compose = ComposeProjection(config.dim, config.heads, config.compose)
+
+    def implementation(self, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+        """What runs for activations of this type on this device, and why: see :func:`choose_backend`."""
+        q_11HD = torch.zeros(1, 1, self.heads, self.head_dim, device=device, dtype=dtype)
+        pre, post = (None, None) if self.compose is None else self.compose.shapes(device, dtype)
+        return choose_backend(self.backend, q_11HD, pre, post)
 
     def forward(self, x_BTE: Tensor, rope: tuple[Tensor, Tensor], document_ids_BT: Tensor | None = None) -> Tensor:
         """Attend within x [B, T, E], already normalised -> [B, T, E].

@@ -180,6 +180,8 @@ def _announce(console: Console, config: Config, environment: Environment, stream
     device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     model = "DCFormer" if config.model.attention == "dcmha" else "Transformer"
     console.line(f"model      {model}, {parameters.total:,} parameters ({parameters.compose:,} of compose)")
+    for name, why in trainer.engine.module.implementations(environment.device):
+        console.line(f"attention  {name}: {why}")
     console.line(
         f"ranks      {environment.world_size} x {device}, ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
     )

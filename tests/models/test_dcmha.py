@@ -203,3 +203,29 @@ def test_plain_attention_follows_the_definition(changes, backend):
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Attention(tiny_config(**changes), window=None)
+
+
+@pytest.mark.parametrize(
+    "off", [{}, {"pre": False}, {"key_wise": False}, {"low_rank": False}, {"gates": False, "post": False}]
+)
+def test_shapes_are_those_of_the_weights(off):
+    module = projection(**off)
+    weights, shapes = module(tokens_input()), module.shapes(torch.device("cpu"), torch.bfloat16)
+    for of_stage, like in zip(weights, shapes):
+        assert (of_stage is None) == (like is None)
+        for name, tensor in ({} if of_stage is None else of_stage.tensors()).items():
+            found = like.tensors().pop(name)
+            assert found.shape == (1, 1, *tensor.shape[2:])
+            assert found.dtype == torch.bfloat16
+        assert of_stage is None or of_stage.tensors().keys() == like.tensors().keys()
+
+
+def test_what_runs_and_why():
+    composed, plain = lively_model(tiny_config()), lively_model(tiny_config(attention="mha"))
+    ((name, why),) = composed.implementations(torch.device("cpu"))
+    assert (name, why.split(";")[0]) == ("chunked", "not triton: it needs an NVIDIA GPU")
+    ((name, why),) = plain.implementations(torch.device("cpu"))
+    assert (name, why.split(";")[0]) == ("sdpa", "without compose weights this is plain attention")
+    assert lively_model(tiny_config(backend="reference")).implementations(torch.device("cpu")) == [
+        ("reference", "requested")
+    ]
