@@ -86,6 +86,17 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True)
+class TextInfo:
+    """Where the text lies in tars that hold text instead of tokens."""
+
+    member: str = _like(r"txt|json", "'txt' or 'json'")
+    """``txt`` for the member ``KEY.txt``, ``json`` for a field of the object in ``KEY.json``."""
+
+    field: str = _like(r"(?s).*", "a string, empty for txt")
+    """Field of the object that holds the text; empty for ``txt``."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that is known about a folder of shards."""
 
@@ -105,6 +116,10 @@ class Manifest:
     """Tokens of a row, where the shards are made of rows: each is read as one sequence, of one target less. Its slack
     is filled with documents of one end-of-document token, which have no target. Left out of the file where null."""
 
+    text: TextInfo | None = None
+    """Where the text lies, if the shards hold text, to be tokenised whenever they are read; see
+    :mod:`dcscale.data.text_shards`. Left out of the file where null."""
+
     @cached_property
     def totals(self) -> dict[str, int]:
         """Sums over the shards: ``bytes``, ``samples``, ``documents``, ``tokens``, ``text_bytes``."""
@@ -117,13 +132,14 @@ class Manifest:
             "dtype": self.dtype,
             "tokenizer": [self.tokenizer.fingerprint, self.tokenizer.vocab_size, self.tokenizer.eos_id],
             "shards": [[shard.sha256, shard.documents, shard.tokens] for shard in self.shards],
-            **self._row_tokens,
+            **self._optional,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
-    def _row_tokens(self) -> dict[str, int]:
-        return {} if self.row_tokens is None else {"row_tokens": self.row_tokens}
+    def _optional(self) -> dict[str, Any]:
+        values = {"row_tokens": self.row_tokens, "text": self.text and asdict(self.text)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -134,7 +150,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "dtype": manifest.dtype,
         "tokenizer": asdict(manifest.tokenizer),
         "max_token_id": manifest.max_token_id,
-        **manifest._row_tokens,
+        **manifest._optional,
         "totals": manifest.totals,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
@@ -168,7 +184,7 @@ def read_manifest(root: str | Path | Source) -> Manifest:
 def _join(source: JoinedSource, manifests: Sequence[Manifest]) -> Manifest:
     first = manifests[0]
     for part, manifest in zip(source.parts, manifests):
-        for name in ("dtype", "tokenizer", "row_tokens"):
+        for name in ("dtype", "tokenizer", "row_tokens", "text"):
             found, wanted = getattr(manifest, name), getattr(first, name)
             if found != wanted:
                 raise DataError(
@@ -208,7 +224,7 @@ class _Reader:
             fix = "make the shards again with this version's tools/make_shards.py, or use the version that wrote them"
             self.fail("version", content.get("version"), f"{VERSION}, the version that this code reads", fix)
         known = {"format", "version", "dtype", "tokenizer", "max_token_id", "totals", "shards"}
-        self.keys("the manifest", content, known | ({"row_tokens"} & set(content)))
+        self.keys("the manifest", content, known | ({"row_tokens", "text"} & set(content)))
 
         dtype, tokenizer = content["dtype"], self.record(TokenizerInfo, "tokenizer", content["tokenizer"])
         if dtype not in DTYPES:
@@ -237,7 +253,12 @@ class _Reader:
             if row_tokens and shard.tokens % row_tokens:
                 self.fail(f"shards[{i}].tokens", shard.tokens, f"a multiple of row_tokens, {row_tokens}")
 
-        manifest = Manifest(dtype, tokenizer, content["max_token_id"], shards, row_tokens)
+        text = self.record(TextInfo, "text", content["text"]) if "text" in content else None
+        if text is not None and (row_tokens is not None or (text.member == "json") != bool(text.field)):
+            rule = "with a field for json and an empty one for txt, and cannot be where there is row_tokens"
+            self.fail("text", content["text"], rule)
+
+        manifest = Manifest(dtype, tokenizer, content["max_token_id"], shards, row_tokens, text)
         self.keys("totals", content["totals"], set(_TOTALS))
         for name in _TOTALS:
             if content["totals"][name] != manifest.totals[name]:

@@ -1,12 +1,10 @@
 """Shards on disk: plain WebDataset tars of token bundles. The only file that knows webdataset.
 
-A sample is a bundle of whole documents, two members that any WebDataset reader decodes:
-``KEY.tokens.npy`` (uint16 or uint32, the documents one after another) and ``KEY.lens.npy`` (uint32, tokens of each).
-A ``KEY.json`` beside them is allowed and not read.
+A sample is a bundle of whole documents, two members that any WebDataset reader decodes; :mod:`dcscale.data.manifest`
+describes them. The text tars of others are read through :mod:`dcscale.data.text_shards`.
 
 A shard is read as a whole, checked against the manifest, and only then parsed, so that no part of a damaged shard is
-ever used. Parsing is by the standard library's tarfile, on headers only: with bundles of 64k tokens it costs less than
-the checksum, and it reads the long names (PAX, GNU) of other people's tars.
+ever used; see :mod:`dcscale.data.tars`. With bundles of 64k tokens parsing costs less than the checksum.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import webdataset
@@ -24,10 +21,12 @@ import webdataset
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import ShardInfo
 from dcscale.data.sources import ContentError, Source, UnreadableError
+from dcscale.data.tars import ANEW, content, fail, read_samples
+from dcscale.data.text_shards import TextReader
 from dcscale.files import write_atomically
 
-_MEMBERS = ("tokens.npy", "lens.npy")
-_ANEW = "copy the shard again or make it anew with tools/make_shards.py"
+TOKEN_KINDS = ("tokens.npy", "npy")
+"""Members that hold tokens; a sample has one of them."""
 
 
 def write_shard(
@@ -67,7 +66,9 @@ def check_shards(source: Source, shards: Iterable[ShardInfo]) -> None:
         raise _unusable(error) from error
 
 
-def read_shard(source: Source, info: ShardInfo, *, dtype: str, vocab_size: int, verify: bool) -> list[np.ndarray]:
+def read_shard(
+    source: Source, info: ShardInfo, *, dtype: str, vocab_size: int, verify: bool, text: TextReader | None = None
+) -> list[np.ndarray]:
     """Read a shard's documents.
 
     Args:
@@ -76,6 +77,7 @@ def read_shard(source: Source, info: ShardInfo, *, dtype: str, vocab_size: int, 
         dtype: type of the tokens, from the manifest.
         vocab_size: every token must be below it.
         verify: check the SHA-256 too; sizes and counts are always checked.
+        text: makes the documents, where the manifest says that the shards hold text.
 
     Returns:
         The documents in their order on disk: read-only views [tokens of the document] into the shard's bytes.
@@ -91,93 +93,84 @@ def read_shard(source: Source, info: ShardInfo, *, dtype: str, vocab_size: int, 
     path = source.where(info.name)
     documents: list[np.ndarray] = []
     samples = total = 0
-    for key, tokens, lengths in _samples(path, data, dtype):
-        if len(lengths) == 0 or int(lengths.min()) == 0 or int(lengths.sum(dtype=np.int64)) != len(tokens):
-            _fail(path, f"sample {key}: lens.npy must be positive and sum to its {len(tokens)} tokens")
+    for key, tokens, lengths in text.samples(path, data) if text else samples_of(path, data, dtype):
         largest = int(tokens.max())
         if largest >= vocab_size:
             fix = "set model.vocab_size above it, if the shards are right"
-            _fail(path, f"sample {key}: token id {largest} is not below model.vocab_size, {vocab_size}", fix)
+            fail(path, f"sample {key}: token id {largest} is not below model.vocab_size, {vocab_size}", fix)
         ends = np.cumsum(lengths, dtype=np.int64).tolist()
         documents += [tokens[start:end] for start, end in zip([0, *ends], ends)]
         samples, total = samples + 1, total + len(tokens)
     for name, found in (("samples", samples), ("documents", len(documents)), ("tokens", total)):
         if found != getattr(info, name):
-            _fail(path, f"it holds {found} {name}, but the manifest says {getattr(info, name)}")
+            fail(path, f"it holds {found} {name}, but the manifest says {getattr(info, name)}")
     return documents
 
 
-def _samples(path: str, data: bytes, dtype: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(key, tokens [n], lengths [documents]) of each sample; a sample's members must lie side by side."""
-    keys: set[str] = set()
-    current, parts = "", dict.fromkeys(_MEMBERS)
+def samples_of(path: str, data: bytes, dtype: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(key, tokens [n], lengths [documents]) of each sample of a token shard; all lengths are positive, their sum is n.
 
-    def complete() -> tuple[str, np.ndarray, np.ndarray]:
-        missing = [name for name, value in parts.items() if value is None]
-        if missing:
-            _fail(path, f"sample {current} has no {missing[0]}, or its members do not lie side by side")
-        return current, parts["tokens.npy"], parts["lens.npy"]
-
-    for member in _members(path, data):
-        key, _, kind = member.name.partition(".")
-        if key != current:
-            if current:
-                yield complete()
-            if key in keys:
-                _fail(path, f"sample {key} appears twice, or its members do not lie side by side")
-            keys.add(key)
-            current, parts = key, dict.fromkeys(_MEMBERS)
-        if kind in _MEMBERS:
-            if parts[kind] is not None:
-                _fail(path, f"member {member.name} appears twice")
-            expected = np.dtype(dtype if kind == "tokens.npy" else "uint32").newbyteorder("<")
-            parts[kind] = _array(path, data, member, expected)
-        elif kind != "json":
-            _fail(path, f"member {member.name} is none of KEY.tokens.npy, KEY.lens.npy, KEY.json")
-    if current:
-        yield complete()
+    Raises:
+        DataError: it is no whole tar, or does not follow the format.
+    """
+    for key, members in read_samples(path, data):
+        kinds = [kind for kind in TOKEN_KINDS if kind in members]
+        if len(kinds) != 1:
+            fail(
+                path,
+                f"sample {key} has {' and '.join(kinds) or 'no tokens.npy'}, or its members do not lie side by side",
+            )
+        tokens = _array(path, data, members[kinds[0]], np.dtype(dtype))
+        lengths = np.array([len(tokens)], dtype="uint32")
+        if "lens.npy" in members:
+            lengths = _array(path, data, members["lens.npy"], lengths.dtype)
+        if len(lengths) == 0 or int(lengths.min()) == 0 or int(lengths.sum(dtype=np.int64)) != len(tokens):
+            fail(path, f"sample {key}: lens.npy must be positive and sum to its {len(tokens)} tokens")
+        yield key, tokens, lengths
 
 
-def _members(path: str, data: bytes) -> list[tarfile.TarInfo]:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = [member for member in tar if not member.isdir()]
-    except tarfile.TarError as error:
-        _fail(path, f"it is not a readable tar: {error}")
-    for member in members:
-        if not member.isreg():
-            _fail(path, f"member {member.name} is not a regular file")
-    return members
+def type_of_tokens(path: str, data: bytes) -> str:
+    """Type of the tokens in the first sample that has any.
+
+    Raises:
+        DataError: it is no token shard.
+    """
+    for _, members in read_samples(path, data):
+        for kind in TOKEN_KINDS:
+            if kind in members:
+                return str(_header(path, members[kind].name, content(path, data, members[kind]))[1])
+    return fail(path, f"none of its samples has a member {' or '.join(TOKEN_KINDS)}")
 
 
 def _array(path: str, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) -> np.ndarray:
     """The one-dimensional array of a ``.npy`` member, as a view into ``data``; nothing is ever unpickled."""
-    start, end = member.offset_data, member.offset_data + member.size
-    header = io.BytesIO(data[start : min(end, start + 4096)])
+    held, dtype = content(path, data, member), dtype.newbyteorder("<")
+    shape, found, offset = _header(path, member.name, held)
+    if found.hasobject:
+        fail(path, f"member {member.name} holds pickled objects, which are never loaded")
+    if found != dtype or len(shape) != 1:
+        fail(path, f"member {member.name} is {found} with shape {shape}, but must be {dtype} with one axis")
+    if offset + shape[0] * dtype.itemsize != len(held):
+        fail(path, f"member {member.name} has {len(held) - offset} bytes of data, but shape {shape} of {dtype}")
+    return np.frombuffer(held, dtype, count=shape[0], offset=offset)
+
+
+def _header(path: str, name: str, held: memoryview) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, type, where the data begin) of a ``.npy`` member."""
+    header = io.BytesIO(held[:4096])
     try:
         version = np.lib.format.read_magic(header)
         if version != (1, 0):
             raise ValueError(f"its version is {version}")
-        shape, _, found = np.lib.format.read_array_header_1_0(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     except Exception as error:  # ValueError, or whatever a damaged header makes NumPy's parser of literals raise
-        _fail(path, f"member {member.name} is not an npy array of version 1.0: {error}")
-    if found.hasobject:
-        _fail(path, f"member {member.name} holds pickled objects, which are never loaded")
-    if found != dtype or len(shape) != 1:
-        _fail(path, f"member {member.name} is {found} with shape {shape}, but must be {dtype} with one axis")
-    offset = start + header.tell()
-    if offset + shape[0] * dtype.itemsize != end:
-        _fail(path, f"member {member.name} has {end - offset} bytes of data, but shape {shape} of {dtype}")
-    return np.frombuffer(data, dtype, count=shape[0], offset=offset)
+        fail(path, f"member {name} is not an npy array of version 1.0: {error}")
+    return shape, dtype, header.tell()
 
 
 def _unusable(error: UnreadableError | ContentError) -> DataError:
     if isinstance(error, ContentError):
-        return DataError(f"{error}; {_ANEW}")
+        return DataError(f"{error}; {ANEW}")
     return DataError(
         f"{error.where}: the manifest names this shard, but it cannot be read: {error.reason}; copy it again"
     )
-
-
-def _fail(path: str, what: str, fix: str = _ANEW) -> NoReturn:
-    raise DataError(f"{path}: {what}; {fix}")

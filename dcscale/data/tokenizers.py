@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
+from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
+from dcscale.data.sources import FolderSource, Source, UnreadableError
 from dcscale.files import write_atomically
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -75,14 +76,15 @@ class HuggingFaceTokenizer(Tokenizer):
     Text never becomes a special token: a document in which ``<|endoftext|>`` is written keeps it as text.
 
     Args:
-        path: the ``tokenizer.json``.
+        path: the ``tokenizer.json``, or with ``definition`` whatever names it.
         eos: name or id of the token that ends a document; None takes the one of ``EOS_TOKENS`` that it has.
+        definition: what is in the file, where it was read already.
 
     Raises:
         DataError: the library or the file is missing, the file is not a tokenizer, or ``eos`` is not a token of it.
     """
 
-    def __init__(self, path: Path, eos: str | int | None = None) -> None:
+    def __init__(self, path: Path | str, eos: str | int | None = None, definition: bytes | None = None) -> None:
         try:
             from tokenizers import Tokenizer as Library  # optional: byte tokens need no library
         except ImportError as error:
@@ -91,7 +93,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"install it with 'pip install tokenizers', or use the tokenizer 'byte'"
             ) from error
         try:
-            self._definition = path.read_bytes()
+            self._definition = Path(path).read_bytes() if definition is None else definition
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; give 'byte' or a {TOKENIZER_NAME}") from error
         try:
@@ -151,22 +153,35 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir() and (path / MANIFEST_NAME).exists():
-        return _tokenizer_of_shards(path)
+        return tokenizer_of_shards(FolderSource(path), read_manifest(path))
     return HuggingFaceTokenizer(path / TOKENIZER_NAME if path.is_dir() else path, eos)
 
 
-def _tokenizer_of_shards(folder: Path) -> Tokenizer:
-    expected = read_manifest(folder).tokenizer
+def tokenizer_of_shards(source: Source, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of shards.
+
+    Args:
+        source: root of the shards.
+        manifest: what is known about them.
+
+    Raises:
+        DataError: it is not there, cannot be loaded, or is not the one that the manifest names.
+    """
+    expected = manifest.tokenizer
     if expected.spec == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        tokenizer = HuggingFaceTokenizer(folder / TOKENIZER_NAME, expected.eos_id)
+        try:
+            definition = source.read(TOKENIZER_NAME)
+        except UnreadableError as error:
+            raise DataError(f"{error}; put the tokenizer that made the shards there") from error
+        tokenizer = HuggingFaceTokenizer(source.where(TOKENIZER_NAME), expected.eos_id, definition)
     for name in ("fingerprint", "vocab_size", "eos_id"):
         found, wanted = getattr(tokenizer, name), getattr(expected, name)
         if found != wanted:
             raise DataError(
-                f"{folder / MANIFEST_NAME}: tokenizer.{name} is {wanted!r}, but the tokenizer there now has {found!r}; "
-                f"put the tokenizer that made the shards back, or make the shards again"
+                f"{source.where(MANIFEST_NAME)}: tokenizer.{name} is {wanted!r}, but the tokenizer there now has "
+                f"{found!r}; put the tokenizer that made the shards back, or make the shards again"
             )
     return tokenizer
 

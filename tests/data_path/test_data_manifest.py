@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dcscale.data import DataError, read_manifest
-from dcscale.data.manifest import Manifest, ShardInfo, TokenizerInfo, write_manifest
+from dcscale.data.manifest import Manifest, ShardInfo, TextInfo, TokenizerInfo, write_manifest
 
 TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
 SHARDS = (
@@ -33,6 +33,18 @@ def test_rows_are_written_only_where_there_are_any(tmp_path):
     assert plain.fingerprint != rows.fingerprint
     write_manifest(tmp_path, rows)
     assert read_manifest(tmp_path) == rows
+
+
+def test_text_is_part_of_the_identity(tmp_path):
+    text = [dataclasses.replace(MANIFEST, text=TextInfo(*info)) for info in (("txt", ""), ("json", "a"), ("json", "b"))]
+    assert len({manifest.fingerprint for manifest in [MANIFEST, *text]}) == 4
+    for manifest in text:
+        write_manifest(tmp_path, manifest)
+        assert read_manifest(tmp_path) == manifest
+    shards = tuple(dataclasses.replace(shard, tokens=8) for shard in SHARDS)
+    write_manifest(tmp_path, dataclasses.replace(text[0], shards=shards, row_tokens=8))
+    with pytest.raises(DataError, match=r"text is .* cannot be where there is row_tokens"):
+        read_manifest(tmp_path)
 
 
 def test_writing_is_reproducible_and_replaces(tmp_path):
@@ -106,6 +118,13 @@ FAULTS = {
     "rows of one token": (set_at(["row_tokens"], 1), r"row_tokens is 1, but must be a whole number, at least 2"),
     "rows without length": (set_at(["row_tokens"], None), r"row_tokens is None, but must be a whole number"),
     "part of a row": (set_at(["row_tokens"], 4), r"shards\[1\]\.tokens is 9, .* a multiple of row_tokens, 4"),
+    "text of a third kind": (
+        set_at(["text"], {"member": "md", "field": ""}),
+        r"text\.member is 'md', but must be 'txt'",
+    ),
+    "text without a field": (set_at(["text"], {"member": "json", "field": ""}), r"text is .*with a field for json and"),
+    "txt with a field": (set_at(["text"], {"member": "txt", "field": "x"}), r"text is .*an empty one for txt"),
+    "text is no object": (set_at(["text"], "txt"), r"text is 'txt', but must be an object with field, member"),
     "totals incomplete": (drop("totals", "tokens"), r"fields of totals .*'missing': \['tokens'\]"),
 }
 

@@ -53,10 +53,13 @@ def npy(array, **options):
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
     with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
+        for name, data in filter(None, members):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
+    if None in members:
+        with open(path, "ab") as file:
+            file.write(b"x")
 
 
 def sample(key, documents, dtype="uint16"):
@@ -93,20 +96,36 @@ def test_writing_is_reproducible_and_leaves_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["s.tar"]
 
 
-def test_metadata_is_allowed_and_long_names_are_read(tmp_path):
-    """As other writers make them: JSON beside the tokens, and names too long for a plain tar header."""
+def test_shards_of_other_writers_are_read(tmp_path):
+    """Other members beside the tokens, keys in folders, kinds in capitals, and names too long for a plain header."""
     info = write(tmp_path)
     long = "x" * 200
     for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        first, second = sample("./v1.0/k0", DOCUMENTS[:2])
         members = [
-            ("k0.json", b"{}"),
-            *sample("k0", DOCUMENTS[:2]),
+            ("./v1.0/k0.json", b"{}"),
+            first,
+            ("./v1.0/k0.seg.JPG", b"\xff\xd8"),
+            (second[0].upper().replace("V1.0/K0", "v1.0/k0"), second[1]),
+            ("README", b"of no sample"),
+            ("./v1.0/.DS_Store", b""),
             *sample(long, DOCUMENTS[2:]),
             (f"{long}.json", b"{}"),
         ]
         write_tar(tmp_path / "s.tar", members, format)
         found = read(tmp_path, info_of(tmp_path, info))
         assert [document.tolist() for document in found] == DOCUMENTS
+        keys = [s["__key__"] for s in webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False)]
+        assert keys == ["./v1.0/k0", long], "the keys are WebDataset's"
+
+
+@pytest.mark.parametrize("kind", ["tokens.npy", "npy"])
+def test_a_sample_without_lens_is_a_document(tmp_path, kind):
+    info = write(tmp_path)
+    members = [(f"k{i}.{kind}", npy(np.array(document, "uint16"))) for i, document in enumerate(DOCUMENTS)]
+    write_tar(tmp_path / "s.tar", members)
+    found = read(tmp_path, dataclasses.replace(info_of(tmp_path, info), samples=5))
+    assert [document.tolist() for document in found] == DOCUMENTS
 
 
 def flip(data, at):
@@ -218,11 +237,17 @@ MALFORMED = {
         r"sample k: lens\.npy must be positive",
     ),
     "no tokens": ([LENS], r"sample k has no tokens\.npy"),
-    "no lens in the middle": ([TOKENS, *sample("m", DOCUMENTS)], r"sample k has no lens\.npy"),
+    "lens lost": ([TOKENS, *sample("m", DOCUMENTS)], r"it holds 6 documents, but the manifest says 5"),
+    "two kinds of tokens": ([*GOOD, ("k.npy", TOKENS[1])], r"sample k has tokens\.npy and npy"),
+    "no tokens without lens": (
+        [("k.npy", npy(np.array([], "uint16")))],
+        r"sample k: lens\.npy must be positive and sum",
+    ),
     "interleaved": ([LENS, *sample("m", DOCUMENTS), TOKENS], r"sample k has no tokens\.npy, or its members do not lie"),
     "a key twice": ([*GOOD, *sample("m", DOCUMENTS), *GOOD], r"sample k appears twice"),
     "a member twice": ([LENS, LENS, TOKENS], r"member k\.lens\.npy appears twice"),
-    "an unknown member": ([*GOOD, ("k.txt", b"x")], r"member k\.txt is none of KEY\.tokens\.npy"),
+    "other members only": ([("k.txt", b"x")], r"sample k has no tokens\.npy"),
+    "something after the end": ([*GOOD, ("m.json", b""), None], r"not a whole tar: at byte \d+ there is neither"),
     "no samples": ([], r"it holds 0 samples, but the manifest says 2"),
 }
 
@@ -253,6 +278,15 @@ def test_random_damage_gives_the_data_or_a_data_error(tmp_path, format):
         except DataError:
             refused += 1
     assert refused > 150
+
+
+def test_a_tar_that_ends_without_a_mark_is_refused(tmp_path):
+    """As where it was cut off between two members; without the manifest's size nothing else would tell."""
+    info = write(tmp_path)
+    data = (tmp_path / "s.tar").read_bytes().rstrip(b"\0")
+    (tmp_path / "s.tar").write_bytes(data + bytes(-len(data) % 512))
+    with pytest.raises(DataError, match=r"not a whole tar: at byte \d+ there is neither a member nor the end"):
+        read(tmp_path, info_of(tmp_path, info))
 
 
 def test_links_in_a_shard_are_refused(tmp_path):
