@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "plan": {"config", "models"},
     "train": {"config", "ops", "models", "data", "parallel", "checkpoint", "observe", "files"},
     "testing": LOWER | {"files"},
+    "bench": {"ops", "files", "testing"},
 }
 """Folder, or module, of the package: what of the package it may import besides itself and ``dcscale.__version__``."""
 
@@ -46,6 +47,7 @@ ONE_HOME = {
     "fsspec": "dcscale/data/sources/objects.py",
     "braceexpand": "dcscale/data/sources/patterns.py",
     "flash_attn": "dcscale/ops/flash.py",
+    "matplotlib": "dcscale/bench/attention/plot.py",
 }
 """Libraries that one file of the package may import."""
 

@@ -1,0 +1,84 @@
+"""What a measured figure has to carry: the machine, the versions, the commit, the command and the date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dcscale
+
+ROOT = Path(__file__).parents[2]
+
+
+def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """JSON of all of them. ``packages``: those whose versions matter beside torch's; None for one that is missing."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": _machine(device),
+        "versions": {
+            "python": platform.python_version(),
+            "dcscale": dcscale.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+            **{name: _version(name) for name in packages},
+        },
+    }
+
+
+def slug(device: str) -> str:
+    """The device's name for a file's: the GPU's, or the processor's model."""
+    name = re.sub(r"\((R|TM)\)", "", _machine(device)["name"], flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _machine(device: str) -> dict[str, Any]:
+    processor = _processor()
+    machine = {
+        "device": device,
+        "name": processor,
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties()
+        machine["name"] = gpu.name
+        machine["compute_capability"] = f"{gpu.major}.{gpu.minor}"
+        machine["gpu_memory_gib"] = round(gpu.total_memory / 2**30, 1)
+    return machine
+
+
+def _processor() -> str:
+    models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    return models[0].strip() if models else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's, with "-dirty" behind it where files differ from it; None outside of one."""
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return None

@@ -1,0 +1,215 @@
+"""Errors first, what may be missing, and what a measured row says."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dcscale.bench.attention import implementations as made
+from dcscale.bench.attention import measure as measuring
+from dcscale.bench.attention.cases import Case
+from dcscale.bench.attention.errors import check_errors
+from dcscale.bench.attention.implementations import Implementation, implementations
+from dcscale.bench.attention.measure import Prediction, candidates, measure
+from dcscale.ops import compose_attention, flash
+from dcscale.testing.attention import unfused_attention
+
+DEVICE = "cpu"
+CASE = Case(dtype="fp32", batch=1, length=70, heads=2, head_dim=8, window=20, rank=2)
+NEVER = float("inf")
+
+
+def run(case, kinds, *, broken=None, seconds=0.0, deadline=NEVER):
+    rows = measure(case, kinds, broken or {}, DEVICE, seconds, deadline, Prediction(DEVICE))
+    return {row["implementation"]: row for row in rows}
+
+
+def wrong(tensor):
+    """chunked with an output, or a gradient, that is off by a thousandth."""
+
+    def function(*arguments, **options):
+        weight = arguments[3].q2
+        error = torch.ones_like(weight) if tensor == "out" else weight - weight.detach()
+        return compose_attention(*arguments, **options, backend="chunked") + 1e-3 * error.sum()
+
+    return Implementation("mine", "chunked", function)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_right_implementations_pass(dtype):
+    case = replace(CASE.for_checks(), dtype=dtype)
+    found, _ = candidates(case, dict.fromkeys(["dense", "chunked", "sdpa", "windowed"]), DEVICE)
+    checked = check_errors(case, found, DEVICE)
+    assert checked.failures == []
+    passed = {row["implementation"]: row for row in checked.passed}
+    assert {"dense", "chunked", "windowed"} < passed.keys()
+    assert passed["chunked"]["tensors"] == 16
+    assert passed["windowed"]["tensors"] == 4
+    assert all(0 < row["part_of_bound"] <= 1 and row["dtype"] == dtype for row in passed.values())
+
+
+@pytest.mark.parametrize("tensor", ["out", "pre.q2"])
+def test_a_wrong_one_is_told_with_tensor_error_and_bound(tensor):
+    checked = check_errors(CASE, [wrong(tensor)], DEVICE)
+    assert checked.passed == []
+    assert len(checked.failures) == 1
+    assert checked.failures[0].startswith(f"mine ({CASE}): {tensor}: the error's norm is ")
+    assert " x " in checked.failures[0]
+
+
+def fails(*_, **__):
+    raise RuntimeError("no kernel\nand much more")
+
+
+def test_one_that_cannot_run_is_missing_if_others_made_it_and_a_failure_if_it_is_ours():
+    checked = check_errors(
+        CASE, [Implementation("theirs", "sdpa", fails), Implementation("ours", "triton", fails)], DEVICE
+    )
+    assert checked.missing == {"theirs": "RuntimeError: no kernel"}
+    assert checked.failures == [f"ours ({CASE}): RuntimeError: no kernel"]
+
+
+def test_a_row_has_times_ratios_flops_and_memory():
+    rows = run(CASE, dict.fromkeys(["dense", "chunked", "sdpa", "windowed"]))
+    sdpa = min((row for row in rows.values() if row["kind"] == "sdpa"), key=lambda row: row["forward_backward"]["ms"])
+    for row in rows.values():
+        assert row["not_measured"] is None
+        assert (row["length"], row["window"]) == (70, 20)
+        assert row["peak_bytes"] > 0
+        flops = CASE.forward_flops(windowed=row["kind"] != "sdpa")
+        for name, factor in (("forward", 1), ("forward_backward", 3.5)):
+            times = row[name]
+            assert times["rounds"] == 3
+            assert 0 < times["quartiles_ms"][0] <= times["ms"] <= times["quartiles_ms"][1]
+            assert times["tflops"] == pytest.approx(factor * flops / (times["ms"] * 1e-3) / 1e12)
+            assert row["times_sdpa"][name] == pytest.approx(times["ms"] / sdpa[name]["ms"])
+            assert row["times_windowed"][name] == pytest.approx(times["ms"] / rows["windowed"][name]["ms"])
+        assert row["times_sdpa"]["of"] == sdpa["implementation"]
+    assert rows["dense"]["peak_bytes"] > rows["windowed"]["peak_bytes"]
+
+
+def test_the_compiled_formula_tells_how_long_it_took_to_compile(monkeypatch):
+    compile_ = torch.compile
+
+    def slowly(function, **options):
+        assert options == {"dynamic": False, "fullgraph": True}
+        compiled, calls = compile_(function, backend="aot_eager", **options), []
+
+        def call(*arguments, **keywords):
+            time.sleep(0 if calls else 0.5)
+            calls.append(1)
+            return compiled(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", slowly)
+    row = run(CASE, {"dense-compiled": None})["dense-compiled"]
+    assert 0.4 < row["compile_seconds"] < 60
+    assert row["forward_backward"]["ms"] < 400
+
+
+def test_without_sdpa_there_is_no_ratio():
+    row = run(CASE, {"chunked": None})["chunked"]
+    assert "times_sdpa" not in row
+    assert "times_windowed" not in row
+
+
+def test_what_is_left_out_is_there_with_its_reason():
+    rows = run(CASE, {"chunked": None, "dense": "not today", "sdpa": None}, broken={"sdpa flash": "it is broken"})
+    assert rows["dense"]["not_measured"] == "not today"
+    assert rows["sdpa flash"]["not_measured"] == "it is broken"
+    assert rows["chunked"]["not_measured"] is None
+
+
+def test_after_the_time_limit_nothing_begins():
+    rows = run(CASE, dict.fromkeys(["chunked", "sdpa"]), deadline=time.monotonic() - 1)
+    assert {row["not_measured"] for row in rows.values()} == {"the time limit was reached (--minutes)"}
+
+
+def test_the_dense_formula_is_not_tried_where_memory_will_not_do(monkeypatch):
+    case = replace(CASE, length=4096)
+    monkeypatch.setattr(measuring, "available_bytes", lambda device: 2**28)
+    monkeypatch.setattr(made, "unfused_attention", lambda *_, **__: pytest.fail("it was tried"))
+    row = run(case, {"dense": None})["dense"]
+    assert row["not_measured"].startswith("it would need ")
+    assert row["not_measured"].endswith(" GiB, and 0.2 GiB are free")
+
+
+def test_what_is_predicted_is_what_is_used(monkeypatch):
+    short, case = replace(CASE, length=128), replace(CASE, length=512)
+    prediction = Prediction(DEVICE)
+    (row,) = measure(short, {"dense": None}, {}, DEVICE, 0, NEVER, prediction)
+    prediction.note("dense-compiled", short, row["peak_bytes"] // 2)
+    (needed,) = (row["peak_bytes"] for row in measure(case, {"dense": None}, {}, DEVICE, 0, NEVER, Prediction(DEVICE)))
+    for kind, right in (("dense", needed), ("dense-compiled", needed / 2)):
+        for free, fits in ((0.8 * right, False), (1.3 * right, True)):
+            monkeypatch.setattr(measuring, "available_bytes", lambda device, free=free: free)
+            assert (prediction.obstacle(kind, case) is None) == fits
+
+
+def too_large(*_, **__):
+    return torch.empty(2**55, dtype=torch.int8, device=DEVICE)
+
+
+def test_out_of_memory_is_told_and_does_not_stop_the_rest(monkeypatch):
+    monkeypatch.setattr(made, "unfused_attention", too_large)
+    rows = run(CASE, dict.fromkeys(["dense", "chunked"]))
+    assert rows["dense"]["not_measured"].startswith("out of memory: ")
+    assert rows["chunked"]["not_measured"] is None
+    draw = Case.draw
+    monkeypatch.setattr(Case, "draw", lambda self, device: too_large() if self == CASE else draw(self, device))
+    assert run(CASE, {"chunked": None})["chunked"]["not_measured"].startswith("out of memory: ")
+
+
+def test_what_fails_later_is_told_of_others_and_raised_of_ours(monkeypatch):
+    monkeypatch.setattr(made, "_sdpa", fails)
+    rows = run(CASE, dict.fromkeys(["chunked", "sdpa"]))
+    assert rows["sdpa flash"]["not_measured"] == "it fails: RuntimeError: no kernel"
+    assert rows["chunked"]["not_measured"] is None
+    monkeypatch.setattr(made, "compose_attention", fails)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        run(CASE, {"chunked": None})
+
+
+def test_what_needs_a_gpu_says_so(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found, missing = implementations(["triton", "flash-attn"], CASE.draw("cpu").to(torch.float32), "cpu")
+    assert found == []
+    assert "it needs an NVIDIA GPU" in missing["triton"]
+    assert missing["flash-attn"] == "it needs an NVIDIA GPU, and q is on cpu"
+
+
+def test_kernels_that_are_interpreted_are_not_timed(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found, missing = implementations(["triton"], CASE.draw(DEVICE).to(torch.float32), DEVICE)
+    assert found == []
+    assert missing["triton"].startswith("TRITON_INTERPRET=1 is set")
+
+
+def test_flash_attn_is_timed_where_it_runs(monkeypatch):
+    """With PyTorch's attention in its place."""
+    monkeypatch.setattr(flash, "obstacle", lambda q: None)
+    monkeypatch.setattr(
+        flash,
+        "flash_attention",
+        lambda q, k, v, *, window, scale, document_ids_BS, query_offset: unfused_attention(
+            q, k, v, window=window, scale=scale, query_offset=query_offset
+        ),
+    )
+    found, missing = candidates(CASE, dict.fromkeys(["flash-attn", "windowed"]), DEVICE)
+    assert missing == {}
+    assert [each.name for each in found] == ["flash-attn", "windowed"]
+    assert found[1].note == "through flash-attn"
+    checked = check_errors(CASE, found, DEVICE)
+    assert checked.failures == []
+    assert len(checked.passed) == 2
+    assert run(replace(CASE, window=None), {"flash-attn": None, "windowed": None}).keys() == {"flash-attn"}
+
+
+def test_sdpa_names_its_backend_and_which_torch_chooses():
+    found, _ = candidates(CASE, {"sdpa": None}, DEVICE)
+    assert "sdpa flash" in [each.name for each in found]
+    assert [each.note for each in found].count("torch's own choice") == 1

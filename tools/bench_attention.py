@@ -1,0 +1,149 @@
+"""Checks the errors of compose attention, then times it against the dense formula and plain attention.
+
+    python tools/bench_attention.py                      # a GPU: under ten minutes
+    python tools/bench_attention.py --quick              # a CPU: under three minutes
+    python tools/bench_attention.py --length 1024 8192 --window none 256 512 --kinds triton sdpa
+    python tools/bench_attention.py --markdown tools/results/attention-nvidia-h100-80gb-hbm3.json
+
+Every implementation is compared with float64 first; if one is wrong, nothing is timed and the status is 1. The
+result is printed, written as JSON and drawn beside it. TFLOP/s count the two matrix products over visible pairs of
+query and key only, 4 D a pair and head forward, and 2.5 times that backward. The implementations, for --kinds:
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcscale.bench.attention.cases import DTYPES, Case, make_cases, too_slow
+from dcscale.bench.attention.implementations import KINDS
+from dcscale.bench.attention.plot import plot
+from dcscale.bench.attention.report import markdown, target_lines
+from dcscale.bench.attention.run import WrongResultsError, run_all
+from dcscale.bench.attention.targets import judge
+from dcscale.bench.record import facts, slug
+from dcscale.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+MINUTES = {"cuda": 9.0, "cpu": 20.0, "quick": 2.5}
+SECONDS_OF_TIMES = {"cuda": 3.0, "cpu": 10.0, "quick": 3.0}
+"""A case's, by what is run."""
+
+
+def number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def window(text: str) -> int | None:
+    return None if text == "none" else number(text)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    description = __doc__ + "\n".join(f"    {kind:14} {meaning}" for kind, meaning in KINDS.items())
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on a GPU, fp32 and bf16 on a CPU")
+    parser.add_argument("--batch", type=number, default=1, metavar="B", help="sequences a call (default 1)")
+    parser.add_argument("--length", type=number, nargs="+", metavar="T", help="default: 1024 to 32768; CPU: to 4096")
+    parser.add_argument("--heads", type=number, nargs="+", metavar="H", help="default: 32 and 16; CPU: 16")
+    parser.add_argument("--head-dim", type=number, nargs="+", metavar="D", help="default: 128, 64 and 80; CPU: 64")
+    parser.add_argument("--window", type=window, nargs="+", metavar="W", help="keys, or none (default: none 256)")
+    parser.add_argument("--rank", type=number, default=2, metavar="R", help="of the compose weights (default 2)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="default: all, as far as time allows")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--minutes", type=float, help="begin nothing after these (default: GPU 9, CPU 20, --quick 2.5)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: tools/results/attention-DEVICE.json")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="print a result for the README, and end")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes}: must be above 0")
+    if options.output is not None and options.output.suffix != ".json":
+        parser.error(f"--output {options.output}: must end in .json; the plot lies beside it as .png")
+    if options.output is not None and not os.access(options.output.parent, os.W_OK):
+        parser.error(f"--output {options.output}: {options.output.parent} is no folder that can be written to")
+    return parser, options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser, options = parse(arguments)
+    if options.markdown is not None:
+        try:
+            print(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:  # ResultError and JSON's error are ValueErrors
+            parser.error(f"--markdown {options.markdown}: {error}")
+        return 0
+
+    mode = "quick" if options.quick else options.device
+    command = ["python", "tools/bench_attention.py", *(sys.argv[1:] if arguments is None else arguments)]
+    result = facts(command, options.device, ("triton", "flash-attn"))
+    machine = result["machine"]
+    print(f"{machine['name']}, {machine['threads']} threads, load {machine['load_average']}")
+    started = time.monotonic()
+    try:
+        errors, rows = run_all(
+            *plan(options),
+            options.device,
+            SECONDS_OF_TIMES[mode],
+            options.minutes or MINUTES[mode],
+            lambda line: print(line, flush=True),
+        )
+    except WrongResultsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    targets = judge(rows, machine)
+    print("targets", *target_lines(targets), sep="\n")
+    result |= {"seconds": round(time.monotonic() - started), "errors": errors, "targets": targets, "rows": rows}
+    save(result, options)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> tuple[list[Case], Callable[[Case], dict[str, str | None]]]:
+    """(the cases, the implementations of a case with the reason why one is left out)."""
+    cases = make_cases(
+        options.device,
+        dtypes=options.dtype,
+        batch=options.batch,
+        lengths=options.length,
+        heads=options.heads,
+        head_dims=options.head_dim,
+        windows=options.window,
+        rank=options.rank,
+        quick=options.quick,
+    )
+    if options.kinds:
+        return cases, lambda case: dict.fromkeys(options.kinds)
+    return cases, lambda case: {kind: too_slow(kind, case, cases[0], options.device, options.quick) for kind in KINDS}
+
+
+def save(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Writes the JSON and draws the plot beside it."""
+    name = f"attention-{slug(options.device)}{'-quick' if options.quick else ''}.json"
+    path = options.output or RESULTS / name
+    write_json(path, result)
+    print(f"written: {path}")
+    if not any("times_sdpa" in row for row in result["rows"]):
+        print("no plot: nothing was timed beside SDPA")
+        return
+    try:
+        plot(result, path.with_suffix(".png"))
+        print(f"drawn: {path.with_suffix('.png')}")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error.name} is not installed (pip install -c launch/constraints.txt matplotlib)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
