@@ -41,6 +41,7 @@ _COUNT, _NOT_NEGATIVE, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
 RANGES: dict[str, Range] = {
     "model.compose.rank": Range(1, 4),
     "model.compose.gate_init": _NOT_NEGATIVE,
+    "model.scratch_mib": _COUNT,
     "model.vocab_size": Range(2, 2**31 - 1),  # tokens are int32
     "model.layers": _COUNT,
     "model.dim": _COUNT,

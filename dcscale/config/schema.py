@@ -56,6 +56,10 @@ class ModelConfig:
     (the same by fused kernels on NVIDIA GPUs), or ``auto``: ``triton`` on GPUs where a trial of the kernels gives the
     right results, else ``chunked``. The run says which, and why."""
 
+    scratch_mib: int = 256
+    """Scratch memory of one attention call in MiB, for the scores of a chunk of queries. More makes larger and fewer
+    chunks; with less, a chunk has fewer queries, down to one tile of them. Backend ``reference`` has no chunks."""
+
     vocab_size: int = 256
     """Rows of the embedding; at least the tokenizer's vocabulary, which the data's manifest states."""
 

@@ -117,6 +117,7 @@ class Attention(nn.Module):
         self.window = window
         self.heads = config.heads
         self.backend = config.backend
+        self.scratch_bytes = config.scratch_mib * 2**20
         self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=config.bias)
         self.k = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
         self.v = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
@@ -149,7 +150,15 @@ class Attention(nn.Module):
         q_BTHD, k_BTGD = apply_rope(q_BTHD, *rope), apply_rope(k_BTGD, *rope)
         pre, post = (None, None) if self.compose is None else self.compose(x_BTE)
         out_BTHD = compose_attention(
-            q_BTHD, k_BTGD, v_BTGD, pre, post, window=self.window, document_ids=document_ids_BT, backend=self.backend
+            q_BTHD,
+            k_BTGD,
+            v_BTGD,
+            pre,
+            post,
+            window=self.window,
+            document_ids=document_ids_BT,
+            backend=self.backend,
+            scratch_bytes=self.scratch_bytes,
         )
         return self.out(out_BTHD.flatten(2))
 

@@ -12,7 +12,7 @@ from dcscale.config import Config, ConfigError, differences, load_config
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.train.state import FORMAT, TrainState
 
-MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend",)
+MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
 """Fields of the model section that may change between starts of a run."""
 
 

@@ -301,7 +301,8 @@ def test_a_world_without_ranks_is_refused(world_size: int) -> None:
 
 # Of every number, the values next to its bounds: what is refused, and what is not.
 COUNTS = (
-    "model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim model.multi_gate model.windows "
+    "model.scratch_mib model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim "
+    "model.multi_gate model.windows "
     "data.shuffle_shards data.slots train.steps train.stop_after train.global_batch_size train.micro_batch_size "
     "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens checkpoint.keep_last "
     "log.interval"

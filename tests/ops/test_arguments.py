@@ -92,6 +92,7 @@ COMPOSE = {
         {},
         "post.qg (2, 3, 4) is on meta, expected q's device, cpu",
     ),
+    "no scratch": ({}, {"scratch_bytes": 0}, "scratch_bytes is 0, expected at least 1; the default is 268435456"),
     "backend": ({}, {"backend": "fast"}, "backend is 'fast', expected one of 'auto', 'reference', 'chunked'"),
 }
 

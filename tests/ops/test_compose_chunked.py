@@ -191,10 +191,13 @@ def test_only_the_inputs_are_kept_for_backward():
     assert kept == {x.data_ptr() for x in (*leaves.values(), inputs.options["document_ids"])}
 
 
+@pytest.mark.parametrize("budget", [None, 2**17])
 @pytest.mark.parametrize("queries", [64, 256])
-def test_scratch_stays_within_what_is_stated(queries, monkeypatch):
+def test_scratch_stays_within_what_is_stated(queries, budget, monkeypatch):
+    """By the size of a map, or by the budget in bytes."""
     limit, heads, rank = 2**13, 4, 2
-    monkeypatch.setattr(chunked, "MAX_MAP_ELEMENTS", limit)
+    if budget is None:
+        monkeypatch.setattr(chunked, "MAX_MAP_ELEMENTS", limit)
     pools = []
 
     class Recorded(mixing.Scratch):
@@ -203,8 +206,12 @@ def test_scratch_stays_within_what_is_stated(queries, monkeypatch):
             pools.append(self)
 
     monkeypatch.setattr(chunked, "Scratch", Recorded)
-    random_inputs(batch=3, queries=queries, heads=heads, rank=rank).run("chunked")
+    options = {} if budget is None else {"scratch_bytes": budget}
+    random_inputs(batch=3, queries=queries, heads=heads, rank=rank, **options).run("chunked")
     forward, backward = (sum(buffer.numel() for buffer in pool._buffers.values()) for pool in pools)
+    if budget is not None:
+        assert budget / 4 < 8 * backward <= budget  # float64
+        return
     assert forward <= (3 + 2 * 2 * rank / heads) * limit
     assert backward <= (5 + 3 * 2 * rank / heads) * limit
 
@@ -239,4 +246,4 @@ def test_the_op_is_registered_as_torch_wants_it(absent):
     inputs = random_inputs(batch=1, queries=5, absent=absent)
     weights = [inputs.tensors.get(name) for name in WEIGHTS]
     tensors = [None if x is None else x.requires_grad_() for x in (*(inputs.tensors[n] for n in "qkv"), *weights)]
-    torch.library.opcheck(torch.ops.dcscale.compose_chunked.default, (*tensors, None, 3, 0.5, 0))
+    torch.library.opcheck(torch.ops.dcscale.compose_chunked.default, (*tensors, None, 3, 0.5, 0, 2**28))

@@ -87,6 +87,15 @@ def test_only_the_inputs_are_kept_for_backward():
 
 
 @pytest.mark.usefixtures("formulas")
+def test_a_budget_of_scratch_makes_maps_smaller(monkeypatch):
+    budget, sizes = 2**18, []
+    original = compiled._compose
+    monkeypatch.setattr(compiled, "_compose", lambda x, terms: sizes.append(x.nbytes) or original(x, terms))
+    random_inputs(batch=2, queries=300, heads=4, scratch_bytes=budget).run("compiled")
+    assert budget / 2 < max(sizes) * compiled.MOST_MAPS <= budget
+
+
+@pytest.mark.usefixtures("formulas")
 def test_maps_stay_within_what_is_stated(monkeypatch):
     limit, heads = 2**12, 4
     monkeypatch.setattr(compiled, "MAX_MAP_ELEMENTS", limit)

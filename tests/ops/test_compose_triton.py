@@ -91,10 +91,10 @@ def test_equals_the_reference_over_tiles(options):
 @pytest.mark.parametrize(
     "options", [{"batch": 2, "queries": 20, "heads": 2}, {"batch": 1, "queries": 40, "heads": 2, "window": 9}]
 )
-def test_equals_the_reference_over_chunks(options, monkeypatch):
+def test_equals_the_reference_over_chunks(options):
     """A budget below the smallest chunk: one tile's queries of one batch row at a time."""
-    monkeypatch.setattr(triton_staged, "MAX_SCRATCH_BYTES", 1)
     inputs = random_inputs(**options)
+    inputs.options["scratch_bytes"] = 1
     assert_close(run(inputs), inputs.run("reference"))
 
 
@@ -191,12 +191,11 @@ def test_memory_stays_within_what_is_stated(queries, window, monkeypatch):
     """What the kernels compute has no part in it, so they are left out. The maps alone would be far larger."""
     budget, batch, heads, head_dim, rows = 2**20, 2, 2, 16, 5
     assert 4 * batch * heads * queries**2 > 2 * budget
-    monkeypatch.setattr(triton_staged, "MAX_SCRATCH_BYTES", budget)
     monkeypatch.setattr(StagedAttention, "launch", lambda *arguments, **constants: None)
     q, k, v, pre, post = arguments(
         random_inputs(batch=batch, queries=queries, heads=heads, head_dim=head_dim).to(torch.float32).tensors
     )
-    call = (q, k, v, *pre, *post, None, window, 0.25, 0)
+    call = (q, k, v, *pre, *post, None, window, 0.25, 0, budget)
     packed = 4 * 4 * batch * heads * queries * rows
     qkv = 3 * q.nbytes
     statistics = torch.zeros(batch, heads, 2, queries)
@@ -207,11 +206,10 @@ def test_memory_stays_within_what_is_stated(queries, window, monkeypatch):
     assert backward <= budget + 2 * (2 * qkv + 2 * packed)
 
 
-def test_chunks_cover_all_and_fit(monkeypatch):
-    monkeypatch.setattr(triton_staged, "MAX_SCRATCH_BYTES", 2**22)
+def test_chunks_cover_all_and_fit():
     q, k, v, pre, post = arguments(random_inputs(batch=5, queries=1000, keys=1100).to(torch.float32).tensors)
     for window in (None, 7, 300):
-        staged = StagedAttention(q, k, v, [*pre, *post], None, window, 1.0, 100)
+        staged = StagedAttention(q, k, v, [*pre, *post], None, window, 1.0, 100, 2**22)
         for tile, gradient_rows in ((staged.tiles.forward, None), (staged.tiles.backward, (5, 5))):
             seen = torch.zeros(5, 1000)
             for chunk in staged.chunks(tile, gradient_rows):
@@ -265,4 +263,4 @@ def test_the_op_is_registered_as_torch_wants_it(absent):
     inputs = moved(random_inputs(batch=1, queries=5, heads=2, absent=absent), DEVICE)
     weights = [inputs.tensors.get(name) for name in WEIGHTS]
     tensors = [None if x is None else x.requires_grad_() for x in (*(inputs.tensors[n] for n in "qkv"), *weights)]
-    torch.library.opcheck(torch.ops.dcscale.compose_triton.default, (*tensors, None, 3, 0.5, 0))
+    torch.library.opcheck(torch.ops.dcscale.compose_triton.default, (*tensors, None, 3, 0.5, 0, 2**28))

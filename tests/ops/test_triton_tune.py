@@ -19,7 +19,7 @@ def test_the_fastest_of_each_direction_is_found(capsys):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = random_inputs(batch=1, queries=5, heads=1).to(torch.float32)
     q, k, v, pre, post = arguments({name: x.to(device) for name, x in inputs.tensors.items()})
-    attention = StagedAttention(q, k, v, [*pre, *post], None, None, 1.0, 0)
+    attention = StagedAttention(q, k, v, [*pre, *post], None, None, 1.0, 0, 2**28)
     first, second, too_large = Tile(16, 32, 4), Tile(32, 32, 4), Tile(16, 64, 4)
     times = iter([3.0, 1.0, 2.0, 5.0])
 

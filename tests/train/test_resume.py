@@ -108,7 +108,8 @@ def test_a_state_from_before_sequences_were_counted_goes_on_after_its_steps(conf
 
 def test_the_backend_may_change(config):
     folder = write(config, 3)
-    assert fits(folder, replace(config, model=replace(config.model, backend="reference"))).step == 3
+    other = replace(config.model, backend="reference", scratch_mib=7)
+    assert fits(folder, replace(config, model=other)).step == 3
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dcscale.ops.arguments import check_attention, check_tensor
 from dcscale.ops.attention import attention
 from dcscale.ops.compose.chunked import chunked_attention
 from dcscale.ops.compose.compiled import compiled_attention
+from dcscale.ops.compose.operator import SCRATCH_BYTES
 from dcscale.ops.compose.reference import reference_attention
 from dcscale.ops.compose.triton_check import wrong_result
 from dcscale.ops.compose.triton_op import obstacle, triton_attention
@@ -36,6 +37,7 @@ def compose_attention(
     document_ids: Tensor | None = None,
     query_offset: int | None = None,
     backend: str = "auto",
+    scratch_bytes: int = SCRATCH_BYTES,
 ) -> Tensor:
     """Causal attention whose heads are mixed before and after the softmax (DCMHA, arXiv 2405.08553)::
 
@@ -51,6 +53,8 @@ def compose_attention(
     backend: "reference" (dense, the definition), "chunked" (keeps nothing of size T x S for backward), "compiled" (the
     same through torch.compile: faster on long sequences, after a minute of compiling), "triton" (the same by fused
     kernels, on NVIDIA GPUs), or "auto".
+    scratch_bytes: memory for the maps of a chunk of queries, which is made smaller until it fits, down to a few queries
+    of one batch row. The formulas stand in chunked.py, compiled.py and triton_staged.py; "reference" ignores it.
 
     Returns [B, T, H, D] in q's type, differentiable in every float tensor. 16-bit input is computed in float32.
     Raises ValueError for an argument that does not fit, naming it, its shape and what was expected.
@@ -62,9 +66,12 @@ def compose_attention(
     name, _ = choose_backend(backend, q, pre, post)
     if name in ("flash-attn", "sdpa"):
         return attention(q, k, v, window=window, scale=scale, document_ids=document_ids, query_offset=query_offset)
-    return _IMPLEMENTATIONS[name](
-        q, k, v, pre, post, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
-    )
+    if scratch_bytes < 1:
+        raise ValueError(f"scratch_bytes is {scratch_bytes}, expected at least 1; the default is {SCRATCH_BYTES}")
+    options = {"window": window, "scale": scale, "document_ids_BS": document_ids, "query_offset": query_offset}
+    if name != "reference":
+        options["scratch_bytes"] = scratch_bytes
+    return _IMPLEMENTATIONS[name](q, k, v, pre, post, **options)
 
 
 def choose_backend(

@@ -26,9 +26,9 @@ from dcscale.ops.visibility import key_range, visible_keys
 MAX_CHUNK_QUERIES = 64
 """Queries a chunk. More make better matrix products, fewer waste less on keys that only some of the queries see."""
 MAX_MAP_ELEMENTS = 2**20
-"""Elements H * B * C * V of a map. Batch rows, then the queries of a chunk, are made fewer until a map fits (at least
-one of each), so that maps stay in the cache. Scratch is 3 maps forward and 5 backward, plus the latents: 2R/H of a
-map for each mix, 2 forward and 3 backward."""
+"""Elements H * B * C * V of a map, so that maps stay in the cache, or what the budget of scratch allows, if that is
+less. Batch rows, then the queries of a chunk, are made fewer until a map fits (at least one of each). Scratch is 3 maps
+forward and 5 backward, plus the latents: 2R/H of a map for each mix, 2 forward and 3 backward."""
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
@@ -52,23 +52,29 @@ def _backward(dout_BTHD: Tensor, _: list[Tensor], *arguments: Any) -> list[Tenso
 
 def _parts(*arguments: Any) -> Iterator[tuple[slice, _Part]]:
     """As many batch rows at once as fit into a map."""
-    (batch, queries, heads, _), window, query_offset = arguments[0].shape, arguments[-3], arguments[-1]
+    batch, queries, heads, _ = arguments[0].shape
+    window, _, query_offset, scratch_bytes = arguments[TENSORS:]
     chunk = min(queries, MAX_CHUNK_QUERIES)
     start, end = key_range(query_offset + queries - chunk, query_offset + queries - 1, window)
-    size = max(1, MAX_MAP_ELEMENTS // (heads * chunk * (end - start)))
     scratch = Scratch(arguments[0])
+    rank = max((x.shape[2] for x in arguments[3:DIFFERENTIABLE] if x is not None and x.dim() == 4), default=0)
+    budget = int(scratch_bytes / scratch.dtype.itemsize / (5 + 3 * 2 * rank / heads))
+    map_elements = min(MAX_MAP_ELEMENTS, budget)
+    size = max(1, map_elements // (heads * chunk * (end - start)))
     for first in range(0, batch, size):
         rows = slice(first, first + size)
         tensors = [x if x is None else x[rows] for x in arguments[:TENSORS]]
-        yield rows, _Part(scratch, *tensors, *arguments[TENSORS:])
+        yield rows, _Part(scratch, map_elements, *tensors, *arguments[TENSORS:-1])
 
 
 class _Part:
     """Some batch rows of a call, laid out for the chunks."""
 
-    def __init__(self, scratch: Scratch, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *others: Any):
+    def __init__(
+        self, scratch: Scratch, map_elements: int, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *others: Any
+    ):
         *weights, self.document_ids_BS, self.window, self.scale, self.query_offset = others
-        self.scratch = scratch
+        self.scratch, self.map_elements = scratch, map_elements
         self.group = q_BTHD.shape[2] // k_BSGD.shape[2]
         self.q_HBTD = self.heads_first(q_BTHD)
         self.k_HBSD, self.v_HBSD = (self.heads_first(x).repeat_interleave(self.group, 0) for x in (k_BSGD, v_BSGD))
@@ -129,7 +135,7 @@ class _Part:
             while True:
                 end = min(start + size, queries)
                 keys = slice(*key_range(self.query_offset + start, self.query_offset + end - 1, self.window))
-                if size == 1 or heads * batch * (end - start) * (keys.stop - keys.start) <= MAX_MAP_ELEMENTS:
+                if size == 1 or heads * batch * (end - start) * (keys.stop - keys.start) <= self.map_elements:
                     break
                 size //= 2
             yield slice(start, end), keys

@@ -27,8 +27,10 @@ from dcscale.ops.visibility import key_range
 MAX_CHUNK_QUERIES = 64
 """Queries a chunk. More make better matrix products, fewer waste less on keys that only some of the queries see."""
 MAX_MAP_ELEMENTS = 2**23
-"""Elements H * C * V of a map. The queries of a chunk are made fewer until a map fits (at least one). Scratch is at
-most 5 maps forward and 10 backward, as the compiler allots them."""
+"""Elements H * C * V of a map, or what the budget of scratch allows, if that is less. The queries of a chunk are made
+fewer until a map fits (at least one)."""
+MOST_MAPS = 12
+"""Maps' worth of memory that a chunk takes, as the compiler allots it: about 5 forward, 10 backward, and latents."""
 
 _Terms = tuple[Tensor | None, ...]
 
@@ -156,7 +158,7 @@ def _by_query(argument: int) -> bool:
 
 
 def _chunks(
-    tensors: list[Tensor | None], document_ids_S: Tensor | None, window: int | None, offset: int
+    tensors: list[Tensor | None], document_ids_S: Tensor | None, window: int | None, offset: int, scratch_bytes: int
 ) -> Iterator[tuple[list[tuple[int, slice] | None], tuple[Any, ...]]]:
     """Of each chunk: the axis and the part of it that it takes of every tensor, and what its functions are called with.
 
@@ -164,7 +166,8 @@ def _chunks(
     """
     heads, queries = tensors[0].shape[:2]
     longest = queries if window is None else min(queries, window + MAX_CHUNK_QUERIES)
-    size = min(MAX_CHUNK_QUERIES, max(1, MAX_MAP_ELEMENTS // (heads * (offset + longest))))
+    map_elements = min(MAX_MAP_ELEMENTS, scratch_bytes // (MOST_MAPS * tensors[0].element_size()))
+    size = min(MAX_CHUNK_QUERIES, max(1, map_elements // (heads * (offset + longest))))
     positions_S = torch.arange(offset + queries, device=tensors[0].device)
     for start in reversed(range(0, queries, size)):
         end = min(start + size, queries)
@@ -190,11 +193,11 @@ def _narrow(x: Tensor, axis: int, part: slice) -> Tensor:
 
 def _forward(*arguments: Any) -> list[Tensor]:
     out_BTHD = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
-    document_ids_BS, window, scale, offset = arguments[DIFFERENTIABLE:]
+    document_ids_BS, window, scale, offset, scratch_bytes = arguments[DIFFERENTIABLE:]
     for row, out_THD in enumerate(out_BTHD):
         tensors = _lay_out(*(None if x is None else x[row] for x in arguments[:DIFFERENTIABLE]))
         documents_S = None if document_ids_BS is None else document_ids_BS[row]
-        for parts, chunk in _chunks(tensors, documents_S, window, offset):
+        for parts, chunk in _chunks(tensors, documents_S, window, offset, scratch_bytes):
             out_HCD = _compiled(_chunk_forward)(*chunk, window, scale)
             out_THD[parts[0][1]] = out_HCD.transpose(0, 1)
     return [out_BTHD]
@@ -205,13 +208,13 @@ def _backward(dout_BTHD: Tensor, _: list[Tensor], *arguments: Any) -> list[Tenso
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in arguments[:DIFFERENTIABLE]
     ]
-    document_ids_BS, window, scale, offset = arguments[DIFFERENTIABLE:]
+    document_ids_BS, window, scale, offset, scratch_bytes = arguments[DIFFERENTIABLE:]
     for row, dout_THD in enumerate(dout_BTHD):
         tensors = _lay_out(*(None if x is None else x[row] for x in arguments[:DIFFERENTIABLE]))
         totals = [None if x is None else torch.zeros_like(x) for x in tensors]
         dout_HTD = dout_THD.transpose(0, 1).to(tensors[0].dtype).contiguous()
         documents_S = None if document_ids_BS is None else document_ids_BS[row]
-        for parts, chunk in _chunks(tensors, documents_S, window, offset):
+        for parts, chunk in _chunks(tensors, documents_S, window, offset, scratch_bytes):
             dout_HCD = _narrow(dout_HTD, *parts[0])
             torch._dynamo.maybe_mark_dynamic(dout_HCD, 1)
             for total, part, gradient in zip(

@@ -17,12 +17,14 @@ from dcscale.ops.compose.weights import ComposeWeights
 
 _WEIGHTS = [f"{stage}_{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
 DIFFERENTIABLE = 3 + len(_WEIGHTS)
-"""Of the arguments: q, k, v and the twelve weights. Document ids, window, scale and query offset follow."""
+"""Of the arguments: q, k, v and the twelve weights; document ids, window, scale, query offset, scratch bytes follow."""
 TENSORS = DIFFERENTIABLE + 1
+SCRATCH_BYTES = 2**28
+"""Scratch of a call unless told otherwise."""
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, "
     + ", ".join(f"Tensor? {name}" for name in _WEIGHTS)
-    + ", Tensor? document_ids, int? window, float scale, int query_offset"
+    + ", Tensor? document_ids, int? window, float scale, int query_offset, int scratch_bytes"
 )
 
 
@@ -48,7 +50,7 @@ def define_operator(
     Args:
         name: of the operator, in torch.ops.dcscale; that of backward ends in ``_backward``.
         forward: (q, k, v, the weights as :func:`complete_terms` gives them for pre and post, document ids, window,
-            scale, query offset) -> [the output [B, T, H, D], and what backward needs beside these arguments].
+            scale, query offset, scratch bytes) -> [the output [B, T, H, D], and what backward needs beside these].
         backward: (gradient of the output, what forward kept, the arguments of forward) -> the gradients of q, k, v and
             the weights; None for a weight that is not there.
         kept: empty tensors like those which forward keeps, from q.
@@ -100,9 +102,11 @@ def define_operator(
         scale: float,
         document_ids_BS: Tensor | None,
         query_offset: int,
+        scratch_bytes: int,
     ) -> Tensor:
         """Arguments as :func:`dcscale.ops.compose_attention`, already checked -> [B, T, H, D] in q's type."""
         weights = complete_terms(pre) + complete_terms(post)
-        return forward_op(q_BTHD, k_BSGD, v_BSGD, *weights, document_ids_BS, window, scale, query_offset)[0]
+        numbers = (window, scale, query_offset, scratch_bytes)
+        return forward_op(q_BTHD, k_BSGD, v_BSGD, *weights, document_ids_BS, *numbers)[0]
 
     return attention

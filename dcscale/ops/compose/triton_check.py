@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dcscale.ops.compose.operator import SCRATCH_BYTES
 from dcscale.ops.compose.reference import reference_attention
 from dcscale.ops.compose.triton_op import triton_attention
 from dcscale.ops.compose.weights import ComposeWeights
@@ -67,12 +68,16 @@ def _compare(kernels: Kernels) -> str | None:
     documents_BT = (torch.arange(LENGTH, device=kernels.device) >= DOCUMENT)[None].int()
     options = {"window": WINDOW, "scale": kernels.head_dim**-0.5, "document_ids_BS": documents_BT, "query_offset": 0}
     found = {}
-    for function, work_type in ((triton_attention, dtype), (reference_attention, torch.float64)):
+    runs = (
+        (triton_attention, dtype, {"scratch_bytes": SCRATCH_BYTES}),
+        (reference_attention, torch.float64, {}),
+    )
+    for function, work_type, budget in runs:
         leaves = [None if x is None else x.to(work_type).requires_grad_() for x in tensors]
         q, k, v, *weights = leaves
         pre, post = ComposeWeights(*weights[:6]), ComposeWeights(*weights[6:])
         with torch.enable_grad():
-            out_BTHD = function(q, k, v, pre, post, **options)
+            out_BTHD = function(q, k, v, pre, post, **options, **budget)
             there = [x for x in leaves if x is not None]
             gradients = torch.autograd.grad(out_BTHD, there, cotangent_BTHD.to(work_type), materialize_grads=True)
         found[function] = [x.double() for x in (out_BTHD.detach(), *gradients)]

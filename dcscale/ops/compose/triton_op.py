@@ -49,8 +49,8 @@ def _machine_obstacle(device_type: str, index: int | None) -> str | None:
 def _staged(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *others: Any) -> Any:
     from dcscale.ops.compose.triton_staged import StagedAttention
 
-    *weights, document_ids_BS, window, scale, query_offset = others
-    return StagedAttention(q_BTHD, k_BSGD, v_BSGD, weights, document_ids_BS, window, scale, query_offset)
+    *weights, document_ids_BS, window, scale, query_offset, scratch_bytes = others
+    return StagedAttention(q_BTHD, k_BSGD, v_BSGD, weights, document_ids_BS, window, scale, query_offset, scratch_bytes)
 
 
 def _forward(*arguments: Any) -> list[Tensor]:

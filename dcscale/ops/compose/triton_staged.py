@@ -24,7 +24,7 @@ size of an input element, BT x BS the tile, and Rt, Rs the 2R + 1 gradients of a
     backward    L V' (12 + e) + 4 L (V'/BS + 1) (1 + Rt) + 4 n H (C/BT + 1) V' Rs + 5 e L D
 
 that is the maps, the parts of sums over tiles with their sums, and the chunk's slices of q, out and their gradients.
-Chunks are made as large as :data:`MAX_SCRATCH_BYTES` allows, but not smaller than one tile's queries of one batch row.
+Chunks are made as large as ``scratch_bytes`` allow, but not smaller than one tile's queries of one batch row.
 Beside it there are copies of k, v and the weights with heads first and, in backward, float32 gradients of those: sizes
 that grow with T, not with T x S.
 
@@ -51,8 +51,6 @@ from dcscale.ops.compose.triton_kernels import (
 from dcscale.ops.compose.triton_tiles import Tile, tiles_for
 from dcscale.ops.visibility import key_range
 
-MAX_SCRATCH_BYTES = 2**28
-"""Budget of a chunk."""
 MAX_CHUNK_QUERIES = 512
 """Queries of a chunk that still read few keys in vain: at the diagonal, half a chunk's."""
 _NO_WINDOW = 2**30
@@ -150,7 +148,9 @@ class StagedAttention:
         window: int | None,
         scale: float,
         query_offset: int,
+        scratch_bytes: int,
     ):
+        self.budget = scratch_bytes
         self.batch, self.queries, self.heads, self.head_dim = q_BTHD.shape
         self.keys, self.kv_heads = k_BSGD.shape[1:3]
         self.q_BTHD, self.k_BGSD, self.v_BGSD = q_BTHD, _heads_first(k_BSGD), _heads_first(v_BSGD)
@@ -237,7 +237,7 @@ class StagedAttention:
             first, last = key_range(self.query_offset + start, self.query_offset + end - 1, self.window)
             item = self.q_BTHD.element_size()
             sizes = (rows, self.heads, end - start, last - first, self.head_dim, item)
-            return scratch_bytes(*sizes, tile, gradient_rows) <= MAX_SCRATCH_BYTES
+            return scratch_bytes(*sizes, tile, gradient_rows) <= self.budget
 
         rows = self.batch
         while rows > 1 and not fits(rows, max(0, self.queries - MAX_CHUNK_QUERIES), self.queries):

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 import triton
 
+from dcscale.ops.compose.operator import SCRATCH_BYTES
 from dcscale.ops.compose.triton_staged import StagedAttention
 from dcscale.ops.compose.triton_tiles import TABLE, Tile, Tiles
 
@@ -64,7 +65,9 @@ def main() -> None:
     q, k, v, dout = (normal(options.heads, options.head_dim) for _ in range(4))
     low_rank, gate = (options.rank, options.heads), (options.heads,)
     weights = [0.1 * normal(*shape) for shape in (low_rank, low_rank, gate) * 4]
-    attention = StagedAttention(q, k, v, weights, None, options.window or None, options.head_dim**-0.5, 0)
+    attention = StagedAttention(
+        q, k, v, weights, None, options.window or None, options.head_dim**-0.5, 0, SCRATCH_BYTES
+    )
     best = tune(attention, dout)
     architecture = max(key for key in TABLE if key <= 10 * major + minor)
     ranks = min(key for key in TABLE[architecture] if key >= options.rank)
