@@ -19,7 +19,7 @@ import sys
 import time
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("inputs", nargs="+", help="files and folders of text, JSONL, Parquet")
@@ -44,17 +44,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--skip-undecodable", action="store_true", help="leave out documents that are not UTF-8")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are in OUTPUT already")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    options = vars(parse_arguments(arguments))
     # After the arguments, since these take seconds and --help should not.
     from dcscale.data.build import build_shards
     from dcscale.data.corpus import DEFAULT_SUFFIXES
     from dcscale.data.errors import DataError
 
-    options = vars(arguments)
     inputs, output = options.pop("inputs"), options.pop("output")
     suffixes = options.pop("suffix") or DEFAULT_SUFFIXES
     started = time.perf_counter()
@@ -67,7 +66,7 @@ def main() -> int:
         print("make_shards: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
 
-    print(f"Made in {time.perf_counter() - started:.1f} s with {arguments.workers} processes:")
+    print(f"Made in {time.perf_counter() - started:.1f} s with {options['workers']} processes:")
     for folder, part in report.parts.items():
         totals = part.manifest.totals
         print(

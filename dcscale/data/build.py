@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import secrets
-import signal
 import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -26,6 +18,7 @@ from dcscale.data.building import Building, state_folder
 from dcscale.data.corpus import DEFAULT_SUFFIXES, SourceFile, find_files, split
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from dcscale.data.processes import Map, processes
 from dcscale.data.scatter import (
     PACKINGS,
     TRAIN,
@@ -42,9 +35,6 @@ _BUCKET_BYTES = 1 << 28
 _MOST_BUCKETS = 512
 _STATE_VERSION = 1
 """To be raised whenever a build can no longer go on from what this code has left on disk."""
-
-_Map = Callable[..., Iterator[Any]]
-"""``map(function, tasks)``, see :func:`_processes`."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +169,7 @@ def build_shards(
     )
     layout = Layout(task.dtype, bundle_tokens, loaded.eos_id, seed, pack, sequence_length and sequence_length + 1)
     parts = (TRAIN, VALIDATION) if hold_out else (TRAIN,)
-    with building, _processes(workers) as run:
+    with building, processes(workers) as run:
         _check_output(output, overwrite)
         _check_state(building, skip_undecodable, progress)
         if not building.complete:
@@ -217,7 +207,7 @@ def _check_state(building: Building, skip_undecodable: bool, progress: bool) -> 
         tqdm.write(f"{message}\n  {other}", file=sys.stderr)
 
 
-def _spool(building: Building, task: SpoolTask, files: Sequence[SourceFile], run: _Map, progress: bool) -> None:
+def _spool(building: Building, task: SpoolTask, files: Sequence[SourceFile], run: Map, progress: bool) -> None:
     """First pass, or what is left of it."""
     if building.all_spooled:
         return
@@ -233,7 +223,7 @@ def _spool(building: Building, task: SpoolTask, files: Sequence[SourceFile], run
 
 
 def _write_part(
-    building: Building, part: str, layout: Layout, shard_tokens: int, tokenizer: Tokenizer, run: _Map, progress: bool
+    building: Building, part: str, layout: Layout, shard_tokens: int, tokenizer: Tokenizer, run: Map, progress: bool
 ) -> None:
     """Second pass over a part, or what is left of it."""
     folder, done = building.result / part, building.shards[part]
@@ -281,42 +271,3 @@ def _check_output(output: Path, overwrite: bool) -> None:
         child.name not in (TRAIN, VALIDATION) or not (child / MANIFEST_NAME).is_file() for child in output.iterdir()
     ):
         raise DataError(f"{output}: holds other things than shards, so it is not overwritten; give another output")
-
-
-@contextmanager
-def _processes(workers: int) -> Iterator[_Map]:
-    """A ``map(function, tasks)`` over worker processes, or in this process for ``workers == 1``.
-
-    It gives the results in the order of the tasks, which it takes only a little ahead of the workers.
-    """
-    if workers == 1:
-        yield map
-        return
-    # Not fork, since the caller may have threads; the server imports the package once for all workers.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-
-    def run(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        tasks = iter(tasks)
-        running = deque(executor.submit(function, task) for task in islice(tasks, 2 * workers))
-        while running:
-            yield running.popleft().result()
-            running.extend(executor.submit(function, task) for task in islice(tasks, 1))
-
-    try:
-        yield run
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which shuts the pool down
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _die_with_parent() -> None:
-    """Do not write to files any more that the next call may be using; a killed parent cannot shut the pool down."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

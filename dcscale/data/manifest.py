@@ -28,7 +28,7 @@ DTYPES = ("uint16", "uint32")
 _TOTALS = ("bytes", "samples", "documents", "tokens", "text_bytes")
 
 _SHA256 = (r"[0-9a-f]{64}", "64 lower-case hexadecimal digits")
-_SHARD_NAME = (
+SHARD_NAME = (
     r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*\.tar",
     "a relative path inside the folder, ending in .tar, of letters, digits and ._- , no part starting with a dot",
 )
@@ -46,7 +46,7 @@ def _like(pattern: str, rule: str) -> Any:
 class ShardInfo:
     """One shard: a tar of bundles of whole documents."""
 
-    name: str = _like(*_SHARD_NAME)
+    name: str = _like(*SHARD_NAME)
     """Path of the tar, relative to the manifest."""
 
     bytes: int = _at_least(1)

@@ -70,7 +70,8 @@ class TextReader:
             if self.info.member == "json":
                 value = json.loads(text)
                 text = value.get(self.info.field) if isinstance(value, dict) else None
-                (text or "").encode()  # may hold halves of surrogate pairs
+                if isinstance(text, str):
+                    text.encode()  # JSON may hold halves of surrogate pairs
         except (ValueError, RecursionError) as error:
             fail(path, f"member {name} is no text in UTF-8, or no JSON: {error}", "mend the tar")
         if not isinstance(text, str):
