@@ -33,7 +33,7 @@ def time_in_turns(
     rounds as fit into ``seconds``, from :data:`FEWEST_ROUNDS` to :data:`MOST_ROUNDS`; after ``deadline``, a time of
     :func:`time.monotonic`, none begins but the first. A run for which memory does not suffice has no times.
     """
-    stopwatch = _gpu_milliseconds() if device == "cuda" else _cpu_milliseconds
+    stopwatch = _gpu_stopwatch() if device == "cuda" else _cpu_stopwatch
     runs, times, failures = dict(runs), {name: [] for name in runs}, {}
     started, rounds = time.monotonic(), 0
     while runs and rounds < MOST_ROUNDS:
@@ -41,37 +41,46 @@ def time_in_turns(
         over = now - started >= seconds and rounds >= FEWEST_ROUNDS
         if rounds > 0 and (over or now >= deadline):
             break
+        readings = {}
         for name, run in list(runs.items()):
             try:
-                times[name].append(stopwatch(run))
+                readings[name] = stopwatch(run)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failures[name] = f"out of memory: {first_line(error)}"
                 del runs[name], times[name]
+        for name, milliseconds in readings.items():
+            times[name].append(milliseconds())
         rounds += 1
     return times, failures
 
 
-def _cpu_milliseconds(run: Run) -> float:
+def _cpu_stopwatch(run: Run) -> Callable[[], float]:
     start = time.perf_counter()
     run()
-    return 1e3 * (time.perf_counter() - start)
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    return lambda: milliseconds
 
 
-def _gpu_milliseconds() -> Callable[[Run], float]:
+def _gpu_stopwatch() -> Callable[[Run], Callable[[], float]]:
+    """Reads only later, so that Python launches the next call while the GPU is still busy."""
     cache = torch.empty(_LARGER_THAN_ANY_CACHE, dtype=torch.int8, device="cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def milliseconds(run: Run) -> float:
+    def stopwatch(run: Run) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache.zero_()
         start.record()
         run()
         end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
 
-    return milliseconds
+        def milliseconds() -> float:
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        return milliseconds
+
+    return stopwatch
 
 
 def peak_bytes(run: Run, device: str) -> int:
