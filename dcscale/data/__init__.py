@@ -2,7 +2,8 @@
 
 Building: :mod:`corpus <dcscale.data.corpus>` -> :mod:`tokenizers <dcscale.data.tokenizers>` ->
 :mod:`scatter <dcscale.data.scatter>` -> :mod:`shards <dcscale.data.shards>` and
-:mod:`manifest <dcscale.data.manifest>`, all called by :mod:`build <dcscale.data.build>`.
+:mod:`manifest <dcscale.data.manifest>` (which describes the format), all called by :mod:`build <dcscale.data.build>`;
+:mod:`survey <dcscale.data.survey>` looks at the result, :mod:`adopt <dcscale.data.adopt>` takes the tars of others.
 Reading: manifest -> :mod:`order <dcscale.data.order>` -> shards -> :mod:`packing <dcscale.data.packing>` ->
 :mod:`stream <dcscale.data.stream>` (-> :mod:`mixture <dcscale.data.mixture>`) -> :mod:`loader <dcscale.data.loader>`.
 """

@@ -1,7 +1,36 @@
-"""The manifest: what a folder of token shards holds, so that every sequence can be placed without reading a shard.
+"""The format of shards, and their manifest: what they hold, so that every sequence is placed without reading a shard.
 
-``manifest.json`` lies beside the shards and is written after them. It is read strictly: whatever does not follow the
-rules stated on the fields below is refused with the file, the field, its value, the rule and the way out.
+A folder of shards, version 1
+    NAME.tar ...      the shards, in the folder or below
+    tokenizer.json    the Hugging Face tokenizer that made the tokens; not for bytes
+    manifest.json     all of what is below, written last
+
+A shard is a plain tar (USTAR; PAX and GNU names are read too) that ends with the two blocks of zeros of every tar. Its
+members are called KEY.KIND as in WebDataset: KEY may lie in folders, has no dot in its last part and is unique in the
+shard, and the members of a key lie side by side. A key is a sample, a bundle of one or more documents:
+    KEY.tokens.npy    the tokens of its documents, one after another
+    KEY.lens.npy      uint32: the tokens of each document, at least 1; their sum is the length of KEY.tokens.npy
+Both are NumPy arrays of format version 1.0, little-endian, with one axis, and never pickled. Tokens are uint16, or
+uint32 for vocabularies above 65,536, the same in all shards. Where there is no KEY.lens.npy, the sample is one
+document; its tokens may then also be called KEY.npy. All other members, such as KEY.json with metadata, are not read.
+
+A document ends with the tokenizer's end-of-document token, which is in KEY.tokens.npy and counts. Bytes as tokens are
+0 to 255, UTF-8, and 256 as that token.
+
+Documents should be scattered over the shards, for training shuffles a few shards at a time, and a shard should hold
+1 million to 100 million tokens: it is read as a whole. tools/make_shards.py makes bundles of about 65,536 tokens, keys
+SHARD-00000 and so on, all times in the tar 0, and no metadata, so that the same text gives the same bytes.
+
+Rows: with ``row_tokens`` in the manifest, the tokens of a shard are rows of so many tokens, a sequence each; no
+document lies across the end of a row. What a row has left is filled with documents of one end-of-document token. A
+document that was cut goes on in another row, which begins with the last token of the part before.
+
+Text: with ``text`` in the manifest, samples hold text instead of tokens, see :mod:`dcscale.data.text_shards`.
+
+``manifest.json`` is an object of ``format`` ("dcscale-token-shards"), ``version`` (1), the fields of :class:`Manifest`
+and ``totals``, the sums over the shards. It is read strictly: whatever does not follow the rules stated on the fields
+below is refused with the file, the field, its value, the rule and the way out. ``tools/inspect_shards.py`` verifies
+shards against it, and writes it for tars of this form that have none.
 """
 
 from __future__ import annotations
@@ -44,7 +73,7 @@ def _like(pattern: str, rule: str) -> Any:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: a tar of bundles of whole documents."""
+    """One shard."""
 
     name: str = _like(*SHARD_NAME)
     """Path of the tar, relative to the manifest."""
@@ -56,7 +85,7 @@ class ShardInfo:
     """Checksum of the whole tar."""
 
     samples: int = _at_least(1)
-    """Bundles in it."""
+    """Bundles in it; for text, samples that give a document."""
 
     documents: int = _at_least(1)
     """Documents in it."""
@@ -76,7 +105,7 @@ class TokenizerInfo:
     """``byte``, or ``tokenizer.json``: the Hugging Face tokenizer that lies beside the manifest."""
 
     fingerprint: str = _like(*_SHA256)
-    """SHA-256 of the tokenizer's definition."""
+    """SHA-256 of the ``tokenizer.json``; for ``byte`` of the ASCII text ``dcscale byte tokenizer, version 1``."""
 
     vocab_size: int = _at_least(1)
     """One more than the largest token id that the tokenizer can give."""
@@ -101,7 +130,7 @@ class Manifest:
     """All that is known about a folder of shards."""
 
     dtype: str
-    """Type of the tokens on disk: ``uint16``, or ``uint32`` for vocabularies above 65,536."""
+    """Type of the tokens: ``uint16``, or ``uint32`` for vocabularies above 65,536."""
 
     tokenizer: TokenizerInfo
     """What made the tokens."""

@@ -5,8 +5,9 @@ A document is the text of a sample and the token that ends it: the member ``KEY.
 holds, such as images. A manifest beside the tars says how many tokens that gives, since the order of training needs
 it; ``tools/inspect_shards.py --write-manifest`` writes one by tokenising everything once.
 
-A thread tokenises about 0.3 million tokens a second (measured with a tokenizer of 50k tokens on a shared CPU core), and
-every epoch, restart and rank does it anew: for a large run, make token shards with ``tools/make_shards.py``.
+A thread tokenises about 0.3 million tokens a second (measured on a shared CPU core), and every epoch, restart and rank
+does it anew: for a large run, make token shards of the text with ``tools/make_shards.py``. The text must be the same in
+each reading, and so must be the version of the tokenizers library.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
 """The manifest: round trip, and everything malformed refused by name."""
 
 import dataclasses
+import hashlib
 import json
+import tarfile
 
+import numpy as np
 import pytest
 
 from dcscale.data import DataError, read_manifest
 from dcscale.data.manifest import Manifest, ShardInfo, TextInfo, TokenizerInfo, write_manifest
+from dcscale.data.survey import sample_documents, survey
 
 TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
 SHARDS = (
@@ -21,6 +25,34 @@ def test_round_trip(tmp_path):
     assert read_manifest(tmp_path) == MANIFEST
     assert MANIFEST.totals == {"bytes": 30720, "samples": 3, "documents": 4, "tokens": 49, "text_bytes": 45}
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_folder_written_by_hand_after_the_description_is_read(tmp_path):
+    documents = [[100, 101, 256], [102, 256], [103, 104, 105, 256]]
+    members = {
+        "k0.tokens.npy": np.array(documents[0] + documents[1], "<u2"),
+        "k0.lens.npy": np.array([3, 2], "<u4"),
+        "k1.npy": np.array(documents[2], "<u2"),
+    }
+    with tarfile.open(tmp_path / "one.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, array in members.items():
+            np.save(tmp_path / "array.npy", array, allow_pickle=False)
+            tar.add(tmp_path / "array.npy", name)
+    data = (tmp_path / "one.tar").read_bytes()
+    counts = {"bytes": len(data), "samples": 2, "documents": 3, "tokens": 9, "text_bytes": 6}
+    fingerprint = hashlib.sha256(b"dcscale byte tokenizer, version 1").hexdigest()
+    content = {
+        "format": "dcscale-token-shards",
+        "version": 1,
+        "dtype": "uint16",
+        "tokenizer": {"spec": "byte", "fingerprint": fingerprint, "vocab_size": 257, "eos_id": 256},
+        "max_token_id": 256,
+        "totals": counts,
+        "shards": [{"name": "one.tar", "sha256": hashlib.sha256(data).hexdigest(), **counts}],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert survey(tmp_path).defects == []
+    assert [document.text for document in sample_documents(tmp_path)] == ["de", "f", "ghi"]
 
 
 def test_rows_are_written_only_where_there_are_any(tmp_path):

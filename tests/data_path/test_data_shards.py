@@ -7,6 +7,7 @@ import io
 import operator
 import pickle
 import random
+import subprocess
 import tarfile
 
 import numpy as np
@@ -87,6 +88,15 @@ def test_plain_webdataset_reads_the_shard(tmp_path):
         assert sample["tokens.npy"].tolist() == functools.reduce(operator.iadd, documents, [])
         assert sample["lens.npy"].tolist() == [len(document) for document in documents]
         assert (sample["tokens.npy"].dtype, sample["lens.npy"].dtype) == (np.uint16, np.uint32)
+
+
+def test_tar_lists_and_unpacks_the_shard(tmp_path):
+    write(tmp_path)
+    listed = subprocess.run(["tar", "tf", tmp_path / "s.tar"], capture_output=True, text=True, check=True).stdout
+    assert sorted(listed.split()) == ["a-0.lens.npy", "a-0.tokens.npy", "a-1.lens.npy", "a-1.tokens.npy"]
+    subprocess.run(["tar", "xf", tmp_path / "s.tar", "-C", tmp_path], check=True)
+    tokens = np.load(tmp_path / "a-0.tokens.npy", allow_pickle=False)
+    assert tokens.tolist() == functools.reduce(operator.iadd, DOCUMENTS[:2], [])
 
 
 def test_writing_is_reproducible_and_leaves_nothing_else(tmp_path):
