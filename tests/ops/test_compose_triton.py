@@ -115,7 +115,11 @@ def test_stages_alone(absent):
 
 @pytest.mark.parametrize(
     ("heads", "queries", "batch", "head_dim"),
-    [*((4, 33, 2, width) for width in (16, 64, 80)), *((6, 31, 2, width) for width in (16, 64, 80)), (32, 17, 1, 80)],
+    [
+        *((4, 33, 2, width) for width in (16, 64, 80)),
+        *((6, 31, 2, width) for width in (16, 64, 80)),
+        *((32, 17, 1, width) for width in (16, 64, 80)),
+    ],
 )
 def test_error_of_every_tensor_in_float32(heads, queries, batch, head_dim, record_property):
     """The output and the gradients of all 15 tensors, at most twice and three times as far off as plain PyTorch's."""

@@ -41,6 +41,17 @@ _CHANGING = [
 
 
 @triton.jit
+def _tile(queries, first_query, first_key, query_offset, window, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The program's queries and keys, counted within the chunk, and whether any of them sees another."""
+    tile_s, tile_t = tl.program_id(0), tl.program_id(1)
+    first_position = query_offset + first_query + tile_t * BLOCK_T
+    last_position = query_offset + first_query + tl.minimum((tile_t + 1) * BLOCK_T, queries) - 1
+    first_s = first_key + tile_s * BLOCK_S
+    reached = (first_s <= last_position) & (first_s + BLOCK_S > first_position - window + 1)
+    return tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_s * BLOCK_S + tl.arange(0, BLOCK_S), reached
+
+
+@triton.jit
 def _zeros(RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Latents to begin with; one that is not used for a rank of 0."""
     zero_TS = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
@@ -173,19 +184,10 @@ def mix_forward(
     LOGITS_TO_MIXED (post): out = compose(exp(maps - peak - log_sum)).
     Tiles in which no query sees a key are left alone, but for the parts and the mixed probabilities, which are read.
     """
-    tile_s = tl.program_id(0)
-    tile_t = tl.program_id(1)
-    row = tl.program_id(2)
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    in_t = t < queries
-    in_s = s < keys
+    tile_s, row = tl.program_id(0), tl.program_id(2)
+    t, s, reached = _tile(queries, first_query, first_key, query_offset, window, BLOCK_T, BLOCK_S)
+    in_t, in_s = t < queries, s < keys
     wide_t = in_t[:, None]
-    first_position = query_offset + first_query + tile_t * BLOCK_T
-    last_position = query_offset + first_query + tl.minimum((tile_t + 1) * BLOCK_T, queries) - 1
-    first_s = first_key + tile_s * BLOCK_S
-    reached = (first_s <= last_position) & (first_s + BLOCK_S > first_position - window + 1)
-
     batch = (first_row + row).to(tl.int64)
     head_stride = queries.to(tl.int64) * row_stride
     offset_TS = row * HEADS * head_stride + t[:, None] * row_stride + s[None, :]
@@ -294,19 +296,10 @@ def mix_backward(
     operand = dx.
     Where no query of a tile sees a key all of it is 0; gradient is not touched there.
     """
-    tile_s = tl.program_id(0)
-    tile_t = tl.program_id(1)
-    row = tl.program_id(2)
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    in_t = t < queries
-    in_s = s < keys
+    tile_s, tile_t, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    t, s, reached = _tile(queries, first_query, first_key, query_offset, window, BLOCK_T, BLOCK_S)
+    in_t, in_s = t < queries, s < keys
     wide_t = in_t[:, None]
-    first_position = query_offset + first_query + tile_t * BLOCK_T
-    last_position = query_offset + first_query + tl.minimum((tile_t + 1) * BLOCK_T, queries) - 1
-    first_s = first_key + tile_s * BLOCK_S
-    reached = (first_s <= last_position) & (first_s + BLOCK_S > first_position - window + 1)
-
     batch = (first_row + row).to(tl.int64)
     head_stride = queries.to(tl.int64) * row_stride
     offset_TS = row * HEADS * head_stride + t[:, None] * row_stride + s[None, :]
