@@ -160,7 +160,7 @@ class BatchLoader:
         if self._workers:
             self._ahead = WorkerSequences(self._stream, numbers, self._workers, self._prefetch_steps)
             return map(self._batches, self._ahead)
-        steps = (self._batches(self._stream.sequences(step)) for step in numbers)
+        steps = map(self._batches, self._stream.each(numbers))
         if not self._prefetch_steps:
             return steps
         self._ahead = _Prefetch(steps, self._prefetch_steps)
@@ -168,6 +168,7 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop reading ahead; afterwards no thread or worker is left. :meth:`steps` may be called again."""
+        self._stream.close()
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None

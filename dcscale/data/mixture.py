@@ -16,7 +16,7 @@ of T numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
@@ -27,7 +27,8 @@ from dcscale.config import DataSource
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.packing import Sequences
-from dcscale.data.stream import SequenceStream, fingerprint_of, open_stream
+from dcscale.data.stream import Place, SequenceStream, fingerprint_of, open_stream
+from dcscale.data.windows import made_ahead
 
 MIXTURE_VERSION = 1
 LONGEST_PATTERN = 10_000
@@ -218,15 +219,41 @@ class MixedStream:
         Raises:
             DataError: a shard that they lie in cannot be used, or a number is negative.
         """
-        buffer = self.streams[0].buffer(len(numbers))
-        for row, g in enumerate(numbers):
-            if g is None:
-                continue
-            if g < 0:
-                raise DataError(f"sequence number {g} must not be negative")
-            source, epoch, index = self.order.locate(g)
-            self.streams[source].append(buffer, row, g % self.order.slots, epoch, index)
+        return next(self.each([numbers]))
+
+    def each(self, steps: Iterable[Sequence[int | None]]) -> Iterator[Sequences]:
+        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
+        for stream in self.streams:
+            stream.begin()
+        yield from made_ahead(map(self._places, steps), self._expect, self._hungry, self._make)
+
+    def close(self) -> None:
+        """Free who waits for a sequence, with a DataError, and keep nothing; the next call reads anew."""
+        for stream in self.streams:
+            stream.close()
+
+    def _make(self, places: list[tuple[int, Place] | None]) -> Sequences:
+        buffer = self.streams[0].buffer(len(places))
+        for row, place in enumerate(places):
+            if place is not None:
+                self.streams[place[0]].append(buffer, row, place[1])
         return buffer.finish(self.identity["document_mask"])
+
+    def _places(self, numbers: Sequence[int | None]) -> list[tuple[int, Place] | None]:
+        return [None if g is None else self._place(g) for g in numbers]
+
+    def _place(self, g: int) -> tuple[int, Place]:
+        if g < 0:
+            raise DataError(f"sequence number {g} must not be negative")
+        source, epoch, index = self.order.locate(g)
+        return source, self.streams[source].place(g % self.order.slots, epoch, index)
+
+    def _hungry(self) -> bool:
+        return any(stream.hungry() for stream in self.streams)
+
+    def _expect(self, place: tuple[int, Place] | None) -> None:
+        if place is not None:
+            self.streams[place[0]].expect(place[1])
 
 
 Stream = SequenceStream | MixedStream

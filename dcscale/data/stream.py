@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
-from dcscale.data.order import ORDER_VERSION, Order
+from dcscale.data.order import ORDER_VERSION, Order, Piece
 from dcscale.data.packing import SequenceBuffer, Sequences, Window, fills_rows, pack_rows, pack_window
 from dcscale.data.shards import check_shards, read_shard
-from dcscale.data.sources import Source, open_source
+from dcscale.data.sources import Access, Source, open_source
+from dcscale.data.windows import Key, WindowReader, made_ahead
 
 
 def open_stream(
@@ -30,6 +34,9 @@ def open_stream(
     verify: bool,
     shuffle: bool = True,
     source_number: int = 0,
+    access: Access | None = None,
+    read_ahead: int = 4,
+    read_threads: int = 8,
 ) -> SequenceStream:
     """Open a folder of shards. Only its manifest is read here.
 
@@ -46,6 +53,9 @@ def open_stream(
         shuffle: false reads the documents in the manifest's order, the same in every epoch, one shard at a time, from
             one position; ``seed``, ``shuffle_shards`` and ``slots`` are then not used.
         source_number: number of the source in a mixture, whose sources share a seed.
+        access: how a root outside this machine is read; None takes the defaults.
+        read_ahead: windows that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which.
+        read_threads: shards read at once.
 
     Raises:
         DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
@@ -53,11 +63,17 @@ def open_stream(
             range.
     """
     reopen = partial(open_stream, **locals())
-    limits = {"vocab_size": vocab_size, "sequence_length": sequence_length, "slots": slots}
-    for name, value in {**limits, "shuffle_shards": shuffle_shards}.items():
-        if value < 1:
-            raise DataError(f"{name} is {value}, but must be at least 1")
-    source = open_source(root)
+    for name, value, minimum in (
+        ("vocab_size", vocab_size, 1),
+        ("sequence_length", sequence_length, 1),
+        ("slots", slots, 1),
+        ("shuffle_shards", shuffle_shards, 1),
+        ("read_ahead", read_ahead, 0),
+        ("read_threads", read_threads, 1),
+    ):
+        if value < minimum:
+            raise DataError(f"{name} is {value}, but must be at least {minimum}")
+    source = open_source(root, access)
     manifest = read_manifest(source)
     path = source.where(MANIFEST_NAME)
     if manifest.tokenizer.vocab_size > vocab_size:
@@ -112,7 +128,17 @@ def open_stream(
         "document_mask": document_mask,
         **({"source": source_number} if source_number else {}),
     }
-    return SequenceStream(source, manifest, order, identity, reopen, vocab_size=vocab_size, verify=verify)
+    return SequenceStream(
+        source,
+        manifest,
+        order,
+        identity,
+        reopen,
+        vocab_size=vocab_size,
+        verify=verify,
+        read_ahead=read_ahead,
+        read_threads=read_threads,
+    )
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -120,13 +146,26 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
+class Place(NamedTuple):
+    """Where a sequence lies."""
+
+    lane: int
+    epoch: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def windows(self) -> list[Key]:
+        return [(self.epoch, piece.window) for piece in self.pieces]
+
+
 class SequenceStream:
     """Packed sequences by global number; made by :func:`open_stream`. Any thread may read.
 
     Memory: position g belongs to lane g mod ``slots``, and the stream keeps the window in which each lane that it was
-    asked for stands, shared between lanes. Of a stream read by one of R ranks that is
+    asked for stands, shared between lanes, and those that are read ahead. Of a stream read by one of R ranks that is
 
-        at most min(slots / gcd(slots, R), windows in use) windows, plus the one being made and the raw shards of it,
+        at most min(slots / gcd(slots, R), windows in use) + ``read_ahead`` windows,
+        plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one's tokens,
 
     where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token.
     Reading: an epoch reads each of its windows once and once more for each slot that begins inside it, as long as the
@@ -143,6 +182,8 @@ class SequenceStream:
         *,
         vocab_size: int,
         verify: bool,
+        read_ahead: int,
+        read_threads: int,
     ) -> None:
         self.source = source
         self.manifest = manifest
@@ -157,9 +198,14 @@ class SequenceStream:
         self._order = order
         self._vocab_size = vocab_size
         self._verify = verify
+        self._read_ahead = read_ahead
         self._lock = threading.Lock()
-        self._windows: dict[tuple[int, int], Window] = {}
-        self._lanes: dict[int, tuple[int, int]] = {}
+        self._counting = threading.Lock()
+        self._windows = WindowReader(self._shards, self._read, self._pack, read_threads)
+        self._lanes: dict[int, Key] = {}
+        self._expected: deque[Place] = deque()
+        self._wanted: dict[Key, None] = {}
+        self._room = read_ahead
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -207,60 +253,115 @@ class SequenceStream:
         Raises:
             DataError: a shard that they lie in cannot be used, or a number is negative.
         """
-        buffer = self.buffer(len(numbers))
-        with self._lock:
-            for row, g in enumerate(numbers):
-                if g is None:
-                    continue
-                if g < 0:
-                    raise DataError(f"sequence number {g} must not be negative")
-                self._append(buffer, row, g % self._order.slots, *self._order.locate(g))
+        return next(self.each([numbers]))
+
+    def each(self, steps: Iterable[Sequence[int | None]]) -> Iterator[Sequences]:
+        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
+        self.begin()
+        yield from made_ahead(map(self._places, steps), self.expect, self.hungry, self._make)
+
+    def close(self) -> None:
+        """Free who waits for a sequence, with a DataError, and keep nothing; the next call reads anew."""
+        self._windows.close()
+
+    def _make(self, places: list[Place | None]) -> Sequences:
+        buffer = self.buffer(len(places))
+        for row, place in enumerate(places):
+            if place is not None:
+                self.append(buffer, row, place)
         return buffer.finish(self.identity["document_mask"])
+
+    def _places(self, numbers: Sequence[int | None]) -> list[Place | None]:
+        return [None if g is None else self.place(g % self._order.slots, *self._locate(g)) for g in numbers]
+
+    def _locate(self, g: int) -> tuple[int, int]:
+        if g < 0:
+            raise DataError(f"sequence number {g} must not be negative")
+        return self._order.locate(g)
 
     def buffer(self, count: int) -> SequenceBuffer:
         """Room for ``count`` sequences."""
         return SequenceBuffer(count, self._order.sequence_length, self.tokenizer.eos_id)
 
-    def append(self, buffer: SequenceBuffer, row: int, lane: int, epoch: int, index: int) -> None:
-        """Put sequence ``index`` of an epoch into a row, read by a lane that another order than its own leads.
+    # -- for what leads several streams: it says what comes next, and takes it in that order ------------------------
+
+    def place(self, lane: int, epoch: int, index: int) -> Place:
+        """Where sequence ``index`` of an epoch lies, to be read by ``lane``."""
+        return Place(lane, epoch, tuple(self._order.pieces(epoch, index)))
+
+    def begin(self) -> None:
+        """Expect nothing any more."""
+        with self._lock:
+            if self._windows.open():
+                self._lanes.clear()
+            self._expected.clear()
+            self._look_ahead()
+
+    def expect(self, place: Place | None) -> None:
+        """Say that a sequence will be asked for, after those said before."""
+        if place is None:
+            return
+        with self._lock:
+            self._expected.append(place)
+            new = [key for key in place.windows if key not in self._wanted][: self._room]
+            if new:
+                self._want([*self._wanted, *new])
+
+    def hungry(self) -> bool:
+        """Whether it would read ahead if it were told of more sequences."""
+        return self._room > 0
+
+    def append(self, buffer: SequenceBuffer, row: int, place: Place) -> None:
+        """Put a sequence into a row.
 
         Raises:
             DataError: a shard that it lies in cannot be used.
         """
         with self._lock:
-            self._append(buffer, row, lane, epoch, index)
+            if self._expected and self._expected[0] is place:
+                self._expected.popleft()
+            for key, piece in zip(place.windows, place.pieces):
+                if self._lanes.get(place.lane) != key:
+                    self._lanes[place.lane] = key
+                    self._look_ahead()
+                buffer.append(row, self._windows.get(key), piece.start, piece.stop)
 
-    def _append(self, buffer: SequenceBuffer, row: int, lane: int, epoch: int, index: int) -> None:
-        for piece in self._order.pieces(epoch, index):
-            window = self._stand_in(lane, epoch, piece.window)
-            buffer.append(row, window, piece.start, piece.stop)
+    def _look_ahead(self) -> None:
+        """Let go of windows that no lane stands in any more, and read those that are needed next."""
+        wanted = dict.fromkeys(self._lanes.values())
+        most = len(wanted) + self._read_ahead
+        for place in self._expected:
+            if len(wanted) >= most:
+                break
+            wanted.update(dict.fromkeys(place.windows))
+        self._want(list(wanted)[:most])
 
-    def _stand_in(self, lane: int, epoch: int, number: int) -> Window:
-        """Move a lane to a window, which is then kept until the last lane leaves it."""
-        key = (epoch, number)
-        if self._lanes.get(lane) != key:
-            self._lanes[lane] = key
-            in_use = set(self._lanes.values())
-            self._windows = {kept: window for kept, window in self._windows.items() if kept in in_use}
-        if key not in self._windows:
-            self._windows[key] = self._load(epoch, number)
-        return self._windows[key]
+    def _want(self, windows: list[Key]) -> None:
+        self._wanted = dict.fromkeys(windows)
+        self._room = self._read_ahead - len(self._wanted.keys() - self._lanes.values())
+        self._windows.want(windows)
 
-    def _load(self, epoch: int, number: int) -> Window:
-        documents, row_tokens = [], self.manifest.row_tokens
-        for shard in self._order.shards(epoch, number):
-            info = self.manifest.shards[shard]
-            found = read_shard(
-                self.source, info, dtype=self.manifest.dtype, vocab_size=self._vocab_size, verify=self._verify
-            )
+    def _shards(self, key: Key) -> list[int]:
+        return self._order.shards(*key)
+
+    def _read(self, shard: int, needed: bool) -> list[np.ndarray]:
+        info, row_tokens = self.manifest.shards[shard], self.manifest.row_tokens
+        documents = read_shard(
+            self.source, info, dtype=self.manifest.dtype, vocab_size=self._vocab_size, verify=self._verify
+        )
+        with self._counting:
             self.shards_read += 1
-            if row_tokens is not None and not fills_rows(found, row_tokens):
-                raise DataError(
-                    f"{self.source.where(info.name)}: a document lies across the end of a row, but the manifest says "
-                    f"that the shards are rows of {row_tokens} tokens; make the shards again with tools/make_shards.py"
-                )
-            documents += found
+        if row_tokens is not None and not fills_rows(documents, row_tokens):
+            raise DataError(
+                f"{self.source.where(info.name)}: a document lies across the end of a row, but the manifest says "
+                f"that the shards are rows of {row_tokens} tokens; make the shards again with tools/make_shards.py"
+            )
+        return documents
+
+    def _pack(self, key: Key, parts: list[list[np.ndarray]]) -> Window:
+        documents = [document for part in parts for document in part]
+        row_tokens = self.manifest.row_tokens
         if row_tokens is None:
-            return pack_window(documents, self._order.documents(epoch, number, len(documents)))
+            return pack_window(documents, self._order.documents(*key, len(documents)))
         rows = sum(map(len, documents)) // row_tokens
-        return pack_rows(documents, self._order.documents(epoch, number, rows), row_tokens)
+        return pack_rows(documents, self._order.documents(*key, rows), row_tokens)

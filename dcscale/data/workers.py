@@ -161,16 +161,20 @@ class _Shares(IterableDataset):
             stream = self._reopen()
             if stream.fingerprint != self._fingerprint:
                 raise DataError("the data were changed while the run was starting; start it again")
-            done = 0
-            for number, group in enumerate(_grouped(self._steps, self._group_steps)):
-                sequences = [g for step in group for g in step]
-                made = stream.sequences(sequences[_places(worker.id, done, worker.num_workers)])
+            for number, made in enumerate(stream.each(self._numbers(worker.id, worker.num_workers))):
                 place = number % len(memory_GNX)
                 _pack(made, memory_GNX[place])
                 yield place
-                done += len(sequences)
         except DataError as error:
             yield str(error)
+
+    def _numbers(self, worker: int, workers: int) -> Iterator[list[int | None]]:
+        """Numbers of a worker's sequences in each group."""
+        done = 0
+        for group in _grouped(self._steps, self._group_steps):
+            numbers = [g for step in group for g in step]
+            yield numbers[_places(worker, done, workers)]
+            done += len(numbers)
 
 
 def _grouped(steps: Iterable[Any], size: int) -> Iterator[list[Any]]:
