@@ -50,19 +50,21 @@ def cpu_rows(without, windowed, peak):
     for dtype in ("fp32", "bf16"):
         cpu = {"dtype": dtype, "heads": 16, "head_dim": 64}
         for window, ms in ((None, without), (256, windowed)):
-            rows += [row("sdpa", 100.0, window=window, **cpu), row("chunked", ms, peak=peak, window=window, **cpu)]
-            rows.append(row("chunked", 1.0, peak=1000, window=window, length=1024, **cpu))
+            rows.append(row("sdpa", 100.0, window=window, **cpu))
+            for ours in ("chunked", "compiled"):
+                rows.append(row(ours, ms, peak=peak, window=window, **cpu))
+                rows.append(row(ours, 1.0, peak=1000, window=window, length=1024, **cpu))
     return rows
 
 
 def test_all_targets_of_a_cpu_can_be_reached_and_missed():
-    assert [v["verdict"] for v in verdicts(cpu_rows(300.0, 100.0, 4000), CPU)] == ["reached"] * 8
-    assert [v["verdict"] for v in verdicts(cpu_rows(301.0, 101.0, 4001), CPU)] == ["missed"] * 8
+    assert [v["verdict"] for v in verdicts(cpu_rows(300.0, 100.0, 4000), CPU)] == ["reached"] * 16
+    assert [v["verdict"] for v in verdicts(cpu_rows(301.0, 101.0, 4001), CPU)] == ["missed"] * 16
 
 
 def test_times_with_other_threads_say_nothing_but_memory_does():
     found = verdicts(cpu_rows(300.0, 100.0, 4000), {"device": "cpu", "threads": 8})
-    assert [v["verdict"] for v in found] == ["not measured"] * 4 + ["reached"] * 4
+    assert [v["verdict"] for v in found] == ["not measured"] * 8 + ["reached"] * 8
     assert found[0]["detail"] == "the target is for 2 threads, and this run had 8"
 
 

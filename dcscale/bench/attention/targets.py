@@ -52,13 +52,15 @@ TARGETS = (
     Target("cuda", "triton", 1 / 10, "time", "dense", "bf16"),
     Target("cuda", "triton", 1 / 8, "peak memory", "dense", "bf16"),
     *(
-        Target("cpu", "chunked", limit, "time", "sdpa", dtype, window)
+        Target("cpu", ours, limit, "time", "sdpa", dtype, window)
+        for ours in ("chunked", "compiled")
         for dtype in ("fp32", "bf16")
         for window, limit in ((None, 3), (256, 1))
     ),
     # A map of T x S would grow by 16.
     *(
-        Target("cpu", "chunked", 4, "peak memory", "growth", dtype, window, other_length=1024)
+        Target("cpu", ours, 4, "peak memory", "growth", dtype, window, other_length=1024)
+        for ours in ("chunked", "compiled")
         for dtype in ("fp32", "bf16")
         for window in (None, 256)
     ),

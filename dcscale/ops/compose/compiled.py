@@ -26,7 +26,7 @@ from dcscale.ops.visibility import key_range
 
 MAX_CHUNK_QUERIES = 64
 """Queries a chunk. More make better matrix products, fewer waste less on keys that only some of the queries see."""
-MAX_MAP_ELEMENTS = 2**23
+MAX_MAP_ELEMENTS = 2**22
 """Elements H * C * V of a map, or what the budget of scratch allows, if that is less. The queries of a chunk are made
 fewer until a map fits (at least one)."""
 MOST_MAPS = 12
