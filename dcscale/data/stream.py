@@ -19,6 +19,7 @@ from dcscale.data.order import ORDER_VERSION, Order, Piece
 from dcscale.data.packing import SequenceBuffer, Sequences, Window, fills_rows, pack_rows, pack_window
 from dcscale.data.shards import check_shards, read_shard
 from dcscale.data.sources import Access, Source, open_source
+from dcscale.data.text_shards import open_text
 from dcscale.data.windows import Key, WindowReader, made_ahead
 
 
@@ -198,6 +199,7 @@ class SequenceStream:
         self._order = order
         self._vocab_size = vocab_size
         self._verify = verify
+        self._text = open_text(source, manifest)
         self._read_ahead = read_ahead
         self._lock = threading.Lock()
         self._counting = threading.Lock()
@@ -347,7 +349,12 @@ class SequenceStream:
     def _read(self, shard: int, needed: bool) -> list[np.ndarray]:
         info, row_tokens = self.manifest.shards[shard], self.manifest.row_tokens
         documents = read_shard(
-            self.source, info, dtype=self.manifest.dtype, vocab_size=self._vocab_size, verify=self._verify
+            self.source,
+            info,
+            dtype=self.manifest.dtype,
+            vocab_size=self._vocab_size,
+            verify=self._verify,
+            text=self._text,
         )
         with self._counting:
             self.shards_read += 1

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dcscale.data import DataError, build_shards, read_manifest
+from dcscale.data import DataError, build_shards, open_stream, read_manifest
 from dcscale.data.adopt import write_manifest_for
 from dcscale.data.manifest import write_manifest
 from dcscale.data.processes import processes
@@ -286,6 +286,43 @@ def test_text_tars_of_others_are_counted_and_read(tmp_path, format):
     change_entry(tmp_path / "theirs", 1, text_bytes=8)
     (defect,) = survey(tmp_path / "theirs").defects
     assert defect.endswith("b.tar: its text_bytes is 7, but the manifest says 8")
+
+
+def test_a_stream_of_text_is_the_stream_of_its_tokens(tmp_path):
+    texts = [[f"one two {'one ' * (i * 7 % 12)}two" for i in range(n, n + 9)] for n in (0, 20, 40)]
+    tokenizer = make_word_tokenizer(tmp_path / "words.json")
+    encoded = []
+    for number, group in enumerate(texts):
+        members = [(f"{i:03d}.txt", text.encode()) for i, text in enumerate(group)]
+        write_tar(tmp_path / f"text/{number}.tar", members)
+        encoded.append([[{"one": 2, "two": 3}[word] for word in text.split()] + [0] for text in group])
+        arrays = [(f"{i:03d}.npy", npy(tokens, "uint16")) for i, tokens in enumerate(encoded[-1])]
+        write_tar(tmp_path / f"tokens/{number}.tar", arrays)
+    sequences = []
+    for kind in ("text", "tokens"):
+        tars = sorted((tmp_path / kind).glob("*.tar"))
+        assert write_manifest_for(tmp_path / kind, tars, tokenizer=str(tokenizer), workers=2).defects == []
+        stream = open_stream(
+            tmp_path / kind, vocab_size=4, sequence_length=16, seed=0, shuffle_shards=2, slots=2, document_mask=True,
+            verify=True,
+        )  # fmt: skip
+        assert stream.manifest.totals["tokens"] == sum(len(tokens) for group in encoded for tokens in group)
+        sequences.append([stream.sequence(g).tokens_NL1.tolist() for g in range(2 * stream.sequences_per_epoch)])
+    assert sequences[0] == sequences[1]
+    assert len(sequences[0]) > 20
+
+
+def test_text_whose_tokens_differ_from_what_was_counted_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.txt", b"one two")])
+    write_manifest_for(tmp_path, [tmp_path / "a.tar"], tokenizer=str(make_word_tokenizer(tmp_path / "tokenizer.json")))
+    change_entry(tmp_path, 0, tokens=4)
+    with pytest.raises(DataError, match=r"a\.tar: it holds 3 tokens, but the manifest says 4"):
+        documents_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text().replace("two", "three"))
+    with pytest.raises(DataError, match=r"tokenizer\.fingerprint is .* but the tokenizer there now has"):
+        documents_of(tmp_path)
+    with pytest.raises(DataError, match=r"tokenizer\.fingerprint is "):
+        survey(tmp_path)
 
 
 def test_a_field_of_json_members_and_the_choice_between_kinds(tmp_path):
