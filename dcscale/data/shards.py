@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +28,12 @@ from dcscale.files import write_atomically
 
 TOKEN_KINDS = ("tokens.npy", "npy")
 """Members that hold tokens; a sample has one of them."""
+
+# What NumPy writes for the arrays in question. Its own parser of headers calls Python's, which in some versions
+# (CPython issue 106905) now and then fails where several threads parse: that would look like a damaged shard.
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<u[24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
+)
 
 
 def write_shard(
@@ -157,6 +164,9 @@ def _array(path: str, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) -> 
 
 def _header(path: str, name: str, held: memoryview) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, type, where the data begin) of a ``.npy`` member."""
+    usual = _NPY_HEADER.match(held)
+    if usual and usual.end() == 10 + int.from_bytes(held[8:10], "little"):
+        return (int(usual[2]),), np.dtype(usual[1].decode()), usual.end()
     header = io.BytesIO(held[:4096])
     try:
         version = np.lib.format.read_magic(header)

@@ -69,6 +69,23 @@ def sample(key, documents, dtype="uint16"):
     return [(f"{key}.lens.npy", npy(lengths)), (f"{key}.tokens.npy", npy(tokens))]
 
 
+def test_the_headers_that_numpy_writes_are_read_without_its_parser(tmp_path, monkeypatch):
+    """Which fails now and then in threads."""
+    info = write(tmp_path)
+    monkeypatch.setattr("numpy.lib.format.read_array_header_1_0", None)
+    assert [document.tolist() for document in read(tmp_path, info)] == DOCUMENTS
+
+
+def test_headers_that_others_write_are_read_too(tmp_path):
+    text = "{'shape':(13,), 'descr': '<u2', 'fortran_order': False}".ljust(117) + "\n"
+    tokens = TOKENS[1][10 + int.from_bytes(TOKENS[1][8:10], "little") :]
+    of_others = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + tokens
+    info = write(tmp_path)
+    write_tar(tmp_path / info.name, [LENS, ("k.tokens.npy", of_others)])
+    info = dataclasses.replace(info_of(tmp_path, info), samples=1)
+    assert [document.tolist() for document in read(tmp_path, info)] == DOCUMENTS
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("verify", [True, False])
 def test_documents_come_back(tmp_path, dtype, verify):
