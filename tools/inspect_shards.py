@@ -10,7 +10,7 @@ shard and compares size, checksum, counts, token ids, and the ends of rows; it e
 --write-manifest makes the tars of others usable as they are: those that hold tokens as KEY.tokens.npy (with
 KEY.lens.npy, or a document each) or KEY.npy, and those that hold text as KEY.txt or as a field of KEY.json. What else
 is in them, such as images, is left alone. Text is then tokenised whenever it is read, about 0.3 million tokens a second
-and thread: fine for small data; for a large run, make shards of the text with tools/make_shards.py.
+and thread: fine for small data; for a large run, unpack the text and make shards of it with tools/make_shards.py.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def write_manifest(options: argparse.Namespace) -> bool:
     vocab_size = found.manifest.tokenizer.vocab_size
     print(f"Wrote the manifest. To train on it: data.train={folder} model.vocab_size={vocab_size}")
     if found.manifest.text:
-        print("The text is tokenised whenever it is read: for a large run make shards of it with tools/make_shards.py.")
+        print("The text is tokenised whenever it is read: for a large run, unpack it for tools/make_shards.py.")
     return True
 
 

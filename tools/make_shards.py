@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
     # After the arguments, since these take seconds and --help should not.
     from dcscale.data.build import build_shards
+    from dcscale.data.building import state_folder
     from dcscale.data.corpus import DEFAULT_SUFFIXES
     from dcscale.data.errors import DataError
 
@@ -59,12 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         report = build_shards(inputs, output, suffixes=suffixes, progress=True, **options)
-    except (DataError, OSError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("make_shards: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    except (DataError, OSError, KeyboardInterrupt) as error:
+        print(f"make_shards: {str(error) or 'interrupted'}", file=sys.stderr)
+        if (state := state_folder(Path(output).absolute())).exists():
+            print(f"The same command goes on where it stopped; or to give up, remove {state}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
 
     print(f"Made in {time.perf_counter() - started:.1f} s with {options['workers']} processes:")
     for folder, part in report.parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -133,7 +134,7 @@ def build_shards(
         )
     output = Path(os.path.abspath(output))
     loaded = load_tokenizer(tokenizer, eos_token)
-    files = find_files(inputs, suffixes=suffixes, exclude=[*exclude, state_folder(output).name])
+    files = find_files(inputs, suffixes=suffixes, exclude=[*exclude, glob.escape(state_folder(output).name)])
     total_bytes = sum(file.bytes for file in files)
     buckets = min(max(1, total_bytes // bucket_bytes), _MOST_BUCKETS)
     # Not skip_undecodable: a build that such a document has stopped goes on when they are allowed.

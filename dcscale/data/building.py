@@ -12,6 +12,8 @@
 A build with other arguments or inputs than the interrupted one starts in a folder of its own and leaves that one alone;
 whichever is complete first becomes OUTPUT, and all state is removed.
 
+Going on reads the text that was done already once more, if it was not all of it, but does not tokenise it.
+
 A process may be killed at any moment. As to a crash of the machine, shards are made durable before their line is
 written; spool files are not, but are checked when they are used.
 """

@@ -6,8 +6,8 @@ holds, such as images. A manifest beside the tars says how many tokens that give
 it; ``tools/inspect_shards.py --write-manifest`` writes one by tokenising everything once.
 
 A thread tokenises about 0.3 million tokens a second (measured on a shared CPU core), and every epoch, restart and rank
-does it anew: for a large run, make token shards of the text with ``tools/make_shards.py``. The text must be the same in
-each reading, and so must be the version of the tokenizers library.
+does it anew: for a large run, unpack the text and make token shards of it with ``tools/make_shards.py``. Each reading
+must give the same tokens, so the version of the tokenizers library must stay the same too.
 """
 
 from __future__ import annotations

@@ -356,7 +356,9 @@ def test_the_tool_killed_in_each_pass_with_any_workers(tmp_path):
     os.killpg(tool.pid, signal.SIGINT)  # Ctrl-C
     _, said = tool.communicate(timeout=30)
     assert "Going on with the build that was interrupted: 150 pieces of text" in said
-    assert said.endswith("make_shards: interrupted; the same command goes on where it stopped\n")
+    state = tmp_path / ".out.building"
+    assert "make_shards: interrupted\nThe same command goes on where it stopped; or to give up, remove" in said
+    assert said.endswith(f"{state}\n")
     assert tool.returncode == 130
     assert not out.exists()
 

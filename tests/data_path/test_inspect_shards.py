@@ -446,7 +446,7 @@ def test_the_tool_writes_a_manifest_that_it_then_verifies(tmp_path, run_tool):
     done = run_tool(tmp_path / "t", "--write-manifest", "--tokenizer", "byte", "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert f"Wrote the manifest. To train on it: data.train={tmp_path / 't'} model.vocab_size=257" in done.stdout
-    assert "for a large run make shards of it with tools/make_shards.py" in done.stdout
+    assert "for a large run, unpack it for tools/make_shards.py." in done.stdout
     done = run_tool(tmp_path / "t")
     assert (done.returncode, "all is well" in done.stdout) == (0, True)
     (tmp_path / "t/manifest.json").unlink()
