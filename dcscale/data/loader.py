@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from dcscale.data.errors import DataError
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.mixture import Stream
 from dcscale.data.packing import IGNORED, Sequences
+from dcscale.data.skipping import SkippedShard
 from dcscale.data.stream import SequenceStream
 from dcscale.data.workers import CLOSED, WorkerSequences
 
@@ -37,10 +38,14 @@ class Batch:
     target_count: int
     """Targets with a loss; a batch may have none."""
 
+    skipped: tuple[SkippedShard, ...] = ()
+    """Shards that were given up when it was made."""
+
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on ``device``."""
         tensors = (self.input_ids, self.targets, self.document_ids)
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in tensors), self.target_count)
+        moved = (x if x is None else x.to(device, non_blocking=True) for x in tensors)
+        return Batch(*moved, self.target_count, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,15 @@ class BatchLoader:
         self._ahead = _Prefetch(steps, self._prefetch_steps)
         return self._ahead
 
+    def skip(self, sha256: Collection[str]) -> None:
+        """Give up the shards with these checksums too, from the next call of :meth:`steps` on, which must follow.
+
+        Raises:
+            DataError: more would be lost than may be.
+        """
+        self.close()
+        self._stream.skip(sha256)
+
     def close(self) -> None:
         """Stop reading ahead; afterwards no thread or worker is left. :meth:`steps` may be called again."""
         self._stream.close()
@@ -187,10 +201,11 @@ class BatchLoader:
                 torch.from_numpy(sequences.targets_NL[rows].astype(np.int64)),
                 None if ids is None else torch.from_numpy(ids[rows]),
                 int(np.count_nonzero(sequences.targets_NL[rows] != IGNORED)),
+                tuple({shard for row, shards in sequences.skipped.items() if row in numbers[rows] for shard in shards}),
             )
 
-        size = self._micro_batch_size
-        return [batch(slice(begin, begin + size)) for begin in range(0, len(sequences.targets_NL), size)]
+        size, numbers = self._micro_batch_size, range(len(sequences.targets_NL))
+        return [batch(slice(begin, begin + size)) for begin in numbers[::size]]
 
 
 class _Prefetch:

@@ -16,7 +16,7 @@ of T numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
@@ -170,8 +170,7 @@ class MixedStream:
         reopen: Callable[[], MixedStream],
     ) -> None:
         self.names, self.streams, self.order = list(names), list(streams), order
-        self.reopen = reopen
-        """Opens the same stream in another process, to which it can be sent."""
+        self._reopen = reopen
         identities = [stream.identity for stream in streams]
         self.identity = {
             **{key: _one_or_all([identity[key] for identity in identities]) for key in identities[0]},
@@ -181,6 +180,11 @@ class MixedStream:
         """What decides the content of every sequence, for messages about what has changed."""
         self.fingerprint = fingerprint_of(self.identity)
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
+
+    @property
+    def reopen(self) -> Callable[[], MixedStream]:
+        """Opens the same stream in another process, to which it can be sent."""
+        return partial(self._reopen, skipped=frozenset().union(*(stream.skipped for stream in self.streams)))
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -226,6 +230,15 @@ class MixedStream:
         for stream in self.streams:
             stream.begin()
         yield from made_ahead(map(self._places, steps), self._expect, self._hungry, self._make)
+
+    def skip(self, sha256: Collection[str]) -> None:
+        """Give up the shards with these checksums too; no call of :meth:`each` may be running.
+
+        Raises:
+            DataError: more of a source would be lost than may be.
+        """
+        for stream in self.streams:
+            stream.skip(sha256)
 
     def close(self) -> None:
         """Free who waits for a sequence, with a DataError, and keep nothing; the next call reads anew."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from dcscale.data.errors import DataError
+from dcscale.data.skipping import SkippedShard
 
 IGNORED = -100
 """Target of a position that has no loss."""
@@ -30,6 +31,12 @@ class Window:
 
     ends: np.ndarray
     """End of each document in ``tokens``, int64 [documents]."""
+
+    lost: np.ndarray | None = None
+    """Whether a token only stands for one of a shard that was given up, bool [tokens]; None where none does."""
+
+    skipped: tuple[SkippedShard, ...] = ()
+    """Shards that were given up when it was made."""
 
 
 def pack_window(documents: list[np.ndarray], order: np.ndarray) -> Window:
@@ -64,10 +71,13 @@ class Sequences:
     """int32 [N, L + 1]; inputs are all but the last, targets all but the first. Padding is end-of-document tokens."""
 
     targets_NL: np.ndarray
-    """int32 [N, L]; ``IGNORED`` in padding and, under the document mask, where a new document begins."""
+    """int32 [N, L]; ``IGNORED`` in padding, in what was lost and, under the document mask, where a document begins."""
 
     document_ids_NL: np.ndarray | None = None
     """int32 [N, L]: number of the input's document in its row, from 0; padding counts as one. None without mask."""
+
+    skipped: dict[int, tuple[SkippedShard, ...]] = field(default_factory=dict)
+    """By row, the shards of its windows that were given up when these were made."""
 
 
 class SequenceBuffer:
@@ -77,6 +87,8 @@ class SequenceBuffer:
         self._tokens_NL1 = np.full((count, length + 1), pad_id, dtype=np.int32)
         self._begins_NL1 = np.zeros((count, length + 1), dtype=bool)
         self._filled_N = np.zeros(count, dtype=np.int64)
+        self._lost_NL1 = None
+        self._skipped: dict[int, tuple[SkippedShard, ...]] = {}
 
     def append(self, row: int, window: Window, start: int, stop: int) -> None:
         """Add tokens [start, stop) of ``window`` to a row."""
@@ -87,6 +99,12 @@ class SequenceBuffer:
         begins = window.ends[first:last] - start + filled
         self._begins_NL1[row, begins] = True
         self._begins_NL1[row, filled] |= start == 0
+        if window.lost is not None:
+            if self._lost_NL1 is None:
+                self._lost_NL1 = np.zeros_like(self._begins_NL1)
+            self._lost_NL1[row, filled : filled + stop - start] = window.lost[start:stop]
+        if window.skipped:
+            self._skipped[row] = (*self._skipped.get(row, ()), *window.skipped)
         self._filled_N[row] = filled + stop - start
 
     def finish(self, document_mask: bool) -> Sequences:
@@ -96,12 +114,14 @@ class SequenceBuffer:
         ignored_NL = columns[1:] >= self._filled_N[:, None]
         if document_mask:
             ignored_NL |= self._begins_NL1[:, 1:]
+        if self._lost_NL1 is not None:
+            ignored_NL |= self._lost_NL1[:, 1:]
         targets_NL = np.where(ignored_NL, np.int32(IGNORED), self._tokens_NL1[:, 1:])
         document_ids_NL = None
         if document_mask:
             self._begins_NL1[:, 0] = False
             document_ids_NL = np.cumsum(self._begins_NL1[:, :-1], axis=1, dtype=np.int32)
-        return Sequences(self._tokens_NL1, targets_NL, document_ids_NL)
+        return Sequences(self._tokens_NL1, targets_NL, document_ids_NL, self._skipped)
 
 
 Row = list[tuple[int, int, int]]

@@ -6,7 +6,8 @@ import hashlib
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
+from dcscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, TokenizerInfo, read_manifest
 from dcscale.data.order import ORDER_VERSION, Order, Piece
 from dcscale.data.packing import SequenceBuffer, Sequences, Window, fills_rows, pack_rows, pack_window
 from dcscale.data.shards import check_shards, read_shard
+from dcscale.data.skipping import SkippedShard, check_loss, stand_in
 from dcscale.data.sources import Access, Source, open_source
 from dcscale.data.text_shards import open_text
 from dcscale.data.windows import Key, WindowReader, made_ahead
@@ -38,6 +40,9 @@ def open_stream(
     access: Access | None = None,
     read_ahead: int = 4,
     read_threads: int = 8,
+    on_error: str = "fail",
+    max_skipped: float = 0.0,
+    skipped: Collection[str] = (),
 ) -> SequenceStream:
     """Open a folder of shards. Only its manifest is read here.
 
@@ -57,6 +62,10 @@ def open_stream(
         access: how a root outside this machine is read; None takes the defaults.
         read_ahead: windows that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which.
         read_threads: shards read at once.
+        on_error: ``fail``, or ``skip`` to give up a shard that cannot be used: masked padding takes its place, so that
+            no sequence outside its window changes.
+        max_skipped: largest part of the tokens that may be lost so.
+        skipped: checksums of shards that were given up before.
 
     Raises:
         DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
@@ -139,6 +148,9 @@ def open_stream(
         verify=verify,
         read_ahead=read_ahead,
         read_threads=read_threads,
+        on_error=on_error,
+        max_skipped=max_skipped,
+        skipped=skipped,
     )
 
 
@@ -185,6 +197,9 @@ class SequenceStream:
         verify: bool,
         read_ahead: int,
         read_threads: int,
+        on_error: str,
+        max_skipped: float,
+        skipped: Collection[str],
     ) -> None:
         self.source = source
         self.manifest = manifest
@@ -192,8 +207,7 @@ class SequenceStream:
         """What decides the content of every sequence, for messages about what has changed."""
         self.fingerprint = fingerprint_of(identity)
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
-        self.reopen = reopen
-        """Opens the same stream in another process, to which it can be sent."""
+        self._reopen = reopen
         self.shards_read = 0
         """Shards read so far, repetitions included."""
         self._order = order
@@ -205,9 +219,20 @@ class SequenceStream:
         self._counting = threading.Lock()
         self._windows = WindowReader(self._shards, self._read, self._pack, read_threads)
         self._lanes: dict[int, Key] = {}
+        self._on_error = on_error
+        self._max_skipped = max_skipped
+        self.skipped = frozenset(skipped)
+        """Checksums of the shards that were given up."""
+        self._given_up: set[str] = set()
+        check_loss(str(source), manifest, self.skipped, max_skipped)
         self._expected: deque[Place] = deque()
         self._wanted: dict[Key, None] = {}
         self._room = read_ahead
+
+    @property
+    def reopen(self) -> Callable[[], SequenceStream]:
+        """Opens the same stream in another process, to which it can be sent."""
+        return partial(self._reopen, skipped=self.skipped)
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -240,9 +265,13 @@ class SequenceStream:
     def check_shard_files(self, rank: int = 0, world_size: int = 1) -> None:
         """Check, without reading them, that this rank's share of the shards is there with the right sizes.
 
+        Where shards may be given up, a defect is told when its shard is needed, and not here.
+
         Raises:
             DataError: a shard is missing or has another size.
         """
+        if self._on_error == "skip":
+            return
         check_shards(self.source, self.manifest.shards[rank::world_size])
 
     def sequence(self, g: int) -> Sequences:
@@ -261,6 +290,18 @@ class SequenceStream:
         """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         self.begin()
         yield from made_ahead(map(self._places, steps), self.expect, self.hungry, self._make)
+
+    def skip(self, sha256: Collection[str]) -> None:
+        """Give up the shards with these checksums too; no call of :meth:`each` may be running.
+
+        Raises:
+            DataError: more would be lost than may be.
+        """
+        skipped = self.skipped.union(sha256)
+        check_loss(str(self.source), self.manifest, skipped, self._max_skipped)
+        self.skipped = skipped
+        self._given_up.clear()
+        self._windows.close()
 
     def close(self) -> None:
         """Free who waits for a sequence, with a DataError, and keep nothing; the next call reads anew."""
@@ -346,8 +387,25 @@ class SequenceStream:
     def _shards(self, key: Key) -> list[int]:
         return self._order.shards(*key)
 
-    def _read(self, shard: int, needed: bool) -> list[np.ndarray]:
-        info, row_tokens = self.manifest.shards[shard], self.manifest.row_tokens
+    def _read(self, shard: int, needed: bool) -> _Part:
+        """A shard's documents; where it is given up, what stands in for them."""
+        info = self.manifest.shards[shard]
+        stand_ins = partial(stand_in, info, self.manifest.row_tokens, self.manifest.dtype, self.tokenizer.eos_id)
+        if info.sha256 in self.skipped:
+            return _Part(stand_ins(), lost=True)
+        try:
+            return _Part(self._read_shard(info))
+        except DataError as error:
+            if self._on_error == "fail" or not needed:
+                raise
+            with self._counting:
+                self._given_up.add(info.sha256)
+                check_loss(str(self.source), self.manifest, self.skipped | self._given_up, self._max_skipped)
+            skipped = SkippedShard(info.sha256, self.source.where(info.name), info.tokens, str(error))
+            return _Part(stand_ins(), lost=True, skipped=(skipped,))
+
+    def _read_shard(self, info: ShardInfo) -> list[np.ndarray]:
+        row_tokens = self.manifest.row_tokens
         documents = read_shard(
             self.source,
             info,
@@ -365,10 +423,28 @@ class SequenceStream:
             )
         return documents
 
-    def _pack(self, key: Key, parts: list[list[np.ndarray]]) -> Window:
-        documents = [document for part in parts for document in part]
+    def _pack(self, key: Key, parts: list[_Part]) -> Window:
+        window = self._pack_documents(key, [document for part in parts for document in part.documents])
+        if not any(part.lost for part in parts):
+            return window
+        lost = [np.full(len(document), part.lost) for part in parts for document in part.documents]
+        return replace(
+            window,
+            lost=self._pack_documents(key, lost).tokens,
+            skipped=tuple(shard for part in parts for shard in part.skipped),
+        )
+
+    def _pack_documents(self, key: Key, documents: list[np.ndarray]) -> Window:
         row_tokens = self.manifest.row_tokens
         if row_tokens is None:
             return pack_window(documents, self._order.documents(*key, len(documents)))
         rows = sum(map(len, documents)) // row_tokens
         return pack_rows(documents, self._order.documents(*key, rows), row_tokens)
+
+
+class _Part(NamedTuple):
+    """What was read of a shard."""
+
+    documents: list[np.ndarray]
+    lost: bool = False
+    skipped: tuple[SkippedShard, ...] = ()

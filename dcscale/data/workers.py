@@ -28,6 +28,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dcscale.data.errors import DataError
 from dcscale.data.mixture import Stream
 from dcscale.data.packing import Sequences
+from dcscale.data.skipping import SkippedShard
+
+Skipped = dict[int, tuple[SkippedShard, ...]]
+"""By row, shards that were given up."""
 
 CLOSED = "this iterator was closed, by BatchLoader.close() or a later steps(); call steps() again"
 
@@ -114,17 +118,23 @@ class WorkerSequences:
         done = 0
         for group in _grouped(self._steps, self._group_steps):
             shares = [self._next_share(worker) for worker in range(self._workers)]
+            used = [0] * self._workers
             for step in group:
-                step_NX = np.empty((len(step), shares[0].shape[1]), np.int32)
-                for worker, share_NX in enumerate(shares):
-                    mine_NX = step_NX[_places(worker, done, self._workers)]
-                    mine_NX[:] = share_NX[: len(mine_NX)]
-                    shares[worker] = share_NX[len(mine_NX) :]
+                step_NX = np.empty((len(step), shares[0][0].shape[1]), np.int32)
+                skipped: Skipped = {}
+                for worker, (share_NX, skipped_of_share) in enumerate(shares):
+                    mine = range(len(step))[_places(worker, done, self._workers)]
+                    step_NX[mine.start :: self._workers] = share_NX[used[worker] : used[worker] + len(mine)]
+                    for row, shards in skipped_of_share.items():
+                        if used[worker] <= row < used[worker] + len(mine):
+                            skipped[mine[row - used[worker]]] = shards
+                    used[worker] += len(mine)
                 done += len(step)
-                yield _unpacked(step_NX, self._length)
+                yield _unpacked(step_NX, self._length, skipped)
 
-    def _next_share(self, worker: int) -> np.ndarray:
-        """The sequences of a worker in the next group, int32 [N, X], valid until the group after it is asked for."""
+    def _next_share(self, worker: int) -> tuple[np.ndarray, Skipped]:
+        """The sequences of a worker in the next group, int32 [N, X], valid until the group after it is asked for; and
+        what was given up for them."""
         try:
             made = next(self._shares)
         except Exception as error:
@@ -138,11 +148,13 @@ class WorkerSequences:
             ) from error
         if isinstance(made, str):
             raise DataError(made)
-        return self._memory_WGNX[worker, made].numpy()
+        place, skipped = made
+        return self._memory_WGNX[worker, place].numpy(), skipped
 
 
 class _Shares(IterableDataset):
-    """What a worker makes: its share of each group; it gives the place in its memory, or as text why it cannot."""
+    """What a worker makes: its share of each group. It gives the place in its memory and what was given up for it; or,
+    as text, why it cannot."""
 
     def __init__(
         self,
@@ -154,7 +166,7 @@ class _Shares(IterableDataset):
         self._reopen, self._fingerprint = stream.reopen, stream.fingerprint
         self._steps, self._group_steps, self._memory_WGNX = steps, group_steps, memory_WGNX
 
-    def __iter__(self) -> Iterator[int | str]:
+    def __iter__(self) -> Iterator[tuple[int, Skipped] | str]:
         worker = get_worker_info()
         memory_GNX = self._memory_WGNX[worker.id].numpy()
         try:
@@ -164,7 +176,7 @@ class _Shares(IterableDataset):
             for number, made in enumerate(stream.each(self._numbers(worker.id, worker.num_workers))):
                 place = number % len(memory_GNX)
                 _pack(made, memory_GNX[place])
-                yield place
+                yield place, made.skipped
         except DataError as error:
             yield str(error)
 
@@ -189,9 +201,11 @@ def _places(worker: int, done: int, workers: int) -> slice:
 
 
 def _pack(made: Sequences, memory_NX: np.ndarray) -> None:
-    parts = [part for part in vars(made).values() if part is not None]
+    parts = (made.tokens_NL1, made.targets_NL, made.document_ids_NL)
+    parts = [part for part in parts if part is not None]
     np.concatenate(parts, axis=1, out=memory_NX[: len(made.targets_NL)])
 
 
-def _unpacked(rows_NX: np.ndarray, length: int) -> Sequences:
-    return Sequences(*np.split(rows_NX, range(length + 1, rows_NX.shape[1], length), axis=1))
+def _unpacked(rows_NX: np.ndarray, length: int, skipped: Skipped) -> Sequences:
+    parts = np.split(rows_NX, range(length + 1, rows_NX.shape[1], length), axis=1)
+    return Sequences(*parts, skipped=skipped)
