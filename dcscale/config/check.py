@@ -60,6 +60,13 @@ RANGES: dict[str, Range] = {
     "data.slots": _COUNT,
     "data.prefetch_steps": _NOT_NEGATIVE,
     "data.workers": _NOT_NEGATIVE,
+    "data.max_skipped": Range(0, 1),
+    "data.read_ahead": _NOT_NEGATIVE,
+    "data.read_threads": _COUNT,
+    "data.timeout_seconds": _POSITIVE,
+    "data.retry_seconds": _POSITIVE,
+    "data.give_up_seconds": _POSITIVE,
+    "data.cache_bytes": _COUNT,
     "train.steps": _COUNT,
     "train.stop_after": _COUNT,
     "train.global_batch_size": _COUNT,
@@ -96,6 +103,7 @@ _NEEDS_TEXT = {
     "run.name": "the default is run",
     "run.folder": "the default is runs/${run.name}",
     "data.validation": f"{_SHARDS}, or null for none",
+    "data.cache": "name a folder on a local disk, or null for none",
     "checkpoint.resume": "the default is auto",
 }
 """Text that must not be empty, and what to do about it."""
@@ -246,6 +254,22 @@ def _workers_prepare_ahead(config: Config) -> Findings:
     if config.data.workers > 0 and config.data.prefetch_steps == 0:
         fix = "use 0 to prepare batches in the training loop, or data.prefetch_steps from 1"
         yield "data.workers", "prepare batches ahead, but data.prefetch_steps is 0", fix
+
+
+@_rule("data.cache", "data.verify")
+def _cache_knows_checksums(config: Config) -> Findings:
+    if config.data.cache is not None and not config.data.verify:
+        yield "data.cache", "knows shards by their checksums, but data.verify is false", "set it to null, or verify"
+
+
+@_rule("data.train", "data.sources", "data.validation", "data.give_up_seconds", "parallel.timeout_minutes")
+def _data_are_given_up_before_ranks(config: Config) -> Findings:
+    most = 60 * config.parallel.timeout_minutes / 2
+    remote = any("://" in root for root in [*config.data.roots, config.data.validation or ""])
+    if remote and config.data.give_up_seconds > most:
+        rule = f"must be at most half of parallel.timeout_minutes = {config.parallel.timeout_minutes}, {most:g} s"
+        why = "or the other ranks would give up before they learn what is wrong with the data"
+        yield "data.give_up_seconds", f"{rule}, {why}", f"use at most {most:g}"
 
 
 @_rule("data.validation", "validation.interval")

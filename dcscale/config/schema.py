@@ -143,15 +143,16 @@ class DataConfig:
     """Where tokens come from and in which order."""
 
     train: str = ""
-    """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``). Empty where
-    ``data.sources`` says what to mix."""
+    """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``), or its address:
+    ``http://``, ``https://``, ``s3://``, ``gs://``. ``part-{00..15}/train``, ``{a,b}/train`` and, but on web servers,
+    ``*/train`` read several folders as one. Empty where ``data.sources`` says what to mix."""
 
     sources: list[DataSource] = field(default_factory=list)
     """Sources to mix instead of one folder. A source that comes to its end begins again, whatever the others do. One
     item is changed by, for example, ``data.sources[0].weight=0.5``."""
 
     validation: str | None = None
-    """Folder of held-out shards; null for no validation."""
+    """Folder of held-out shards, named as in ``train``; null for no validation. Any defect in them stops the run."""
 
     sequence_length: int = 1024
     """Tokens a sequence, as the model sees them."""
@@ -177,6 +178,36 @@ class DataConfig:
 
     verify: bool = True
     """Check every shard's SHA-256 against the manifest when it is read."""
+
+    on_error: str = "fail"
+    """What a training shard that cannot be used does: ``fail`` stops the run. ``skip`` reports it, puts masked padding
+    in its place, which moves no sequence outside its window, and does not try it again, also after a resume."""
+
+    max_skipped: float = 0.001
+    """Largest part of a source's tokens that may be lost by ``skip``; beyond it the run stops."""
+
+    read_ahead: int = 4
+    """Windows of shards that are read, beside those in use, before a sequence needs them; each holds
+    ``shuffle_shards`` shards in memory."""
+
+    read_threads: int = 8
+    """Shards a reader (a rank, or each of its ``workers``) reads at once."""
+
+    timeout_seconds: float = 30.0
+    """Seconds in which a server must take a connection, and send some byte of an answer; else it is tried again."""
+
+    retry_seconds: float = 1.0
+    """Seconds before the second try of a read that failed in a way that may pass, at most; doubled with each further
+    try up to 60, and drawn at random below that."""
+
+    give_up_seconds: float = 600.0
+    """Seconds that reading a shard may take with all its tries, before it counts as one that cannot be used."""
+
+    cache: str | None = None
+    """Folder on a local disk that keeps shards read from servers, for all processes of the machine; null for none."""
+
+    cache_bytes: int = 1 << 36
+    """Bytes of that folder, at most; the shards unused for the longest are removed."""
 
     @property
     def roots(self) -> list[str]:
@@ -398,5 +429,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "train.recompute": ("none", "block"),
     "schedule.kind": ("cosine", "wsd", "constant"),
     "parallel.zero_stage": (0, 1, 2, 3),
+    "data.on_error": ("fail", "skip"),
 }
 """The allowed values of the fields that take one of a few."""

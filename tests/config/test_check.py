@@ -144,6 +144,16 @@ BROKEN = [
         "use 0 to prepare batches in the training loop, or data.prefetch_steps from 1",
     ),
     (
+        "data.cache=cache; data.verify=false",
+        'data.cache = "cache": knows shards by their checksums, but data.verify is false; set it to null, or verify',
+    ),
+    ("data.cache=''", 'data.cache = "": must not be empty; name a folder on a local disk, or null for none'),
+    (
+        "data.train=s3://a/b; data.give_up_seconds=601; parallel.timeout_minutes=20",
+        "data.give_up_seconds = 601.0: must be at most half of parallel.timeout_minutes = 20.0, 600 s, or the other "
+        "ranks would give up before they learn what is wrong with the data; use at most 600",
+    ),
+    (
         "data.validation=''",
         'data.validation = "": must not be empty; name a folder that tools/make_shards.py has written, or',
     ),
@@ -252,6 +262,10 @@ KEPT = [
     ("optimizer.rules=[{match: a, lr_scale: 0, weight_decay: 0}, {match: b}]",),
     ("data.train=''", "data.sources=[{name: a-1, path: b}, {name: b.2_, path: b, weight: 1e-9}]"),
     ("data.workers=2", "data.prefetch_steps=1"),
+    ("data.cache=/tmp/cache",),
+    ("data.verify=false",),
+    ("data.train=s3://a/b", "data.give_up_seconds=600", "parallel.timeout_minutes=20"),
+    ("data.give_up_seconds=601", "parallel.timeout_minutes=20"),
     ("schedule.warmup_steps=1000",),
     ("schedule.warmup_steps=0",),
     ("schedule.kind=wsd", "schedule.warmup_steps=800"),
@@ -303,17 +317,19 @@ def test_a_world_without_ranks_is_refused(world_size: int) -> None:
 COUNTS = (
     "model.scratch_mib model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim "
     "model.multi_gate model.windows "
-    "data.shuffle_shards data.slots train.steps train.stop_after train.global_batch_size train.micro_batch_size "
+    "data.shuffle_shards data.slots data.read_threads data.cache_bytes "
+    "train.steps train.stop_after train.global_batch_size train.micro_batch_size "
     "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens checkpoint.keep_last "
     "log.interval"
 )
 FROM_ZERO = (
-    "data.prefetch_steps data.workers train.loss_chunk schedule.warmup_steps validation.interval samples.interval "
-    "checkpoint.interval log.compose_interval parallel.whole_elements"
+    "data.prefetch_steps data.workers data.read_ahead train.loss_chunk schedule.warmup_steps "
+    "validation.interval samples.interval checkpoint.interval log.compose_interval parallel.whole_elements"
 )
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clip optimizer.weight_decay samples.temperature"
 POSITIVE = (
-    "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops"
+    "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops "
+    "data.timeout_seconds data.retry_seconds data.give_up_seconds"
 )
 BOUNDS = {
     **dict.fromkeys(COUNTS.split(), ([0, -1, 2**63], [1, 2**63 - 1])),
@@ -325,6 +341,7 @@ BOUNDS = {
     "model.rope_base": ([1.0, math.inf], [1.001, 500000.0]),
     "model.rope_fraction": ([0.0, 1.001], [1e-9, 1.0]),
     "data.sequence_length": ([1], [2]),
+    "data.max_skipped": ([-1e-9, 1.001, math.nan], [0.0, 1.0]),
     "train.seed": ([-1, 2**63], [0, 2**63 - 1]),
     "optimizer.betas": ([-1e-9, 1.0, math.nan], [0.0, 0.999]),
     "schedule.final_ratio": ([-1e-9, 1.001], [0.0, 1.0]),

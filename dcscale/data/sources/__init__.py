@@ -9,6 +9,7 @@ from dcscale.data.sources.base import ContentError, Source, UnreadableError
 from dcscale.data.sources.folder import FolderSource
 from dcscale.data.sources.joined import JoinedSource
 from dcscale.data.sources.open import Access, open_source
+from dcscale.data.sources.patterns import shown
 from dcscale.data.sources.retry import Patience
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Source",
     "UnreadableError",
     "open_source",
+    "shown",
 ]

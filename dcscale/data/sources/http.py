@@ -21,6 +21,7 @@ import requests
 import urllib3
 
 from dcscale.data.sources.base import ContentError, UnreadableError, check_content, check_size
+from dcscale.data.sources.patterns import shown
 from dcscale.data.sources.remote import AT_ONCE, RemoteSource
 from dcscale.data.sources.retry import Patience, TransientError
 
@@ -42,10 +43,10 @@ class HttpSource(RemoteSource):
         self._root = urlsplit(root)
 
     def __str__(self) -> str:
-        return self._shown("")
+        return shown(urlunsplit(self._root))
 
     def where(self, name: str) -> str:
-        return self._shown("/" + name)
+        return shown(self._address(name))
 
     def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
         where, partial = self.where(name), _Partial()
@@ -131,11 +132,6 @@ class HttpSource(RemoteSource):
 
     def _address(self, name: str) -> str:
         return urlunsplit(self._root._replace(path=f"{self._root.path.rstrip('/')}/{name}", fragment=""))
-
-    def _shown(self, rest: str) -> str:
-        host = self._root.netloc.rpartition("@")[2]
-        query = "?..." if self._root.query else ""
-        return f"{self._root.scheme}://{host}{self._root.path.rstrip('/')}{rest}{query}"
 
 
 class _Partial:

@@ -13,7 +13,7 @@ from dcscale.data.sources.folder import FolderSource
 from dcscale.data.sources.http import HttpSource
 from dcscale.data.sources.joined import JoinedSource
 from dcscale.data.sources.objects import SCHEMES, ObjectSource
-from dcscale.data.sources.patterns import expand, scheme_of
+from dcscale.data.sources.patterns import expand, scheme_of, shown
 from dcscale.data.sources.retry import Patience
 
 
@@ -61,13 +61,13 @@ def _open_one(root: str, access: Access) -> Source:
         return FolderSource(Path(root))
     if scheme in ("http", "https"):
         if not urlsplit(root).hostname:
-            raise DataError(f"{root}: names no host; write it as {scheme}://HOST/FOLDER")
+            raise DataError(f"{shown(root)}: names no host; write it as {scheme}://HOST/FOLDER")
         return _cached(HttpSource(root, access.patience), access)
     if scheme in SCHEMES:
         return _cached(ObjectSource(root, access.patience), access)
     raise DataError(
-        f"{root}: {scheme}: is no kind of place that shards are read from; give a folder, or an address that begins "
-        f"with http://, https://, s3:// or gs://"
+        f"{shown(root)}: {scheme}: is no kind of place that shards are read from; give a folder, or an address that "
+        f"begins with http://, https://, s3:// or gs://"
     )
 
 

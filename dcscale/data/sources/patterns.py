@@ -20,6 +20,15 @@ def scheme_of(root: str) -> str | None:
     return found[1] if found else None
 
 
+def shown(root: str) -> str:
+    """A root as messages name it: without credentials, and without a query, which may hold some."""
+    scheme = scheme_of(root)
+    if scheme is None:
+        return root
+    place, query, _ = root.partition("?") if scheme in ("http", "https") else (root, "", "")
+    return re.sub(r"(?<=://)[^/]*@", "", place) + (query and "?...")
+
+
 def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]:
     """The roots that a pattern names: those of braces in the order in which they are written, those of ``*``, ``?`` and
     ``[...]`` sorted; a root without any of these, or a folder of exactly that name, is its own.
@@ -37,15 +46,17 @@ def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]
     try:
         written = list(braceexpand(root))
     except UnbalancedBracesError as error:
-        raise DataError(f"{root}: the braces do not match; write them as in part-{{00..15}} or {{a,b}}") from error
+        raise DataError(
+            f"{shown(root)}: the braces do not match; write them as in part-{{00..15}} or {{a,b}}"
+        ) from error
     roots: list[str] = []
     for one in written:
         found = [one]
         if scheme in ("http", "https"):
             if glob.has_magic(re.split(r"[?#]", one)[0]):
                 raise DataError(
-                    f"{one}: * and [ cannot be used here, since a web server does not list its folders; name them, as "
-                    f"in part-{{00..15}}"
+                    f"{shown(one)}: * and [ cannot be used here, since a web server does not list its folders; name "
+                    f"them, as in part-{{00..15}}"
                 )
         elif glob.has_magic(one):
             found = sorted(glob_objects(one)) if scheme else sorted(filter(os.path.isdir, glob.glob(one)))
@@ -54,5 +65,7 @@ def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]
         roots += found
     for number, one in enumerate(roots):
         if one.rstrip("/") in [other.rstrip("/") for other in roots[:number]]:
-            raise DataError(f"{root}: names {one} twice, so its data would be trained on twice; name it once")
+            raise DataError(
+                f"{shown(root)}: names {shown(one)} twice, so its data would be trained on twice; name it once"
+            )
     return roots
