@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcscale.config.schema import ModelConfig
+from dcscale.models.cache import LayerCache
 from dcscale.models.dcmha import Attention
 
 
@@ -75,7 +76,14 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
         self.ffn = {"swiglu": SwiGLU, "gelu": GeluFFN}[config.ffn](config)
 
-    def forward(self, x_BTE: Tensor, rope: tuple[Tensor, Tensor], document_ids_BT: Tensor | None = None) -> Tensor:
-        attended_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, document_ids_BT)
+    def forward(
+        self,
+        x_BTE: Tensor,
+        rope: tuple[Tensor, Tensor],
+        document_ids_BT: Tensor | None = None,
+        *,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        attended_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, document_ids_BT, cache=cache)
         ffn_input_BTE = x_BTE if self.parallel_residual else attended_BTE
         return attended_BTE + self.ffn(self.ffn_norm(ffn_input_BTE))

@@ -5,6 +5,7 @@ Axes in names: B batch, T tokens, E model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcscale.config.schema import CHOICES, ModelConfig
 from dcscale.models.blocks import Block, make_norm
+from dcscale.models.cache import DecodingCache
 from dcscale.models.dcmha import rotary_dim
 from dcscale.ops import cross_entropy_sum, identity_distance, rope_table
 
@@ -69,6 +71,14 @@ class DCFormer(nn.Module):
         dtype = next(self.parameters()).dtype
         return list(dict.fromkeys(block.attention.implementation(device, dtype) for block in self.blocks))
 
+    def new_cache(self, padding: Sequence[int] | None = None) -> DecodingCache:
+        """A cache to give to every call for a batch of texts, which then passes new tokens only.
+
+        ``padding``: how many of each row's first tokens are padding on the left, to texts of different lengths.
+        """
+        windows = [block.attention.window for block in self.blocks]
+        return DecodingCache(windows, padding, next(self.parameters()).device)
+
     def forward(
         self,
         input_ids_BT: Tensor,
@@ -76,6 +86,7 @@ class DCFormer(nn.Module):
         document_ids_BT: Tensor | None = None,
         *,
         logits_at_B: Tensor | None = None,
+        cache: DecodingCache | None = None,
     ) -> Tensor:
         """Logits, or the loss where there are targets.
 
@@ -84,20 +95,28 @@ class DCFormer(nn.Module):
         document_ids_BT: integers; a token sees only tokens of its own document. None: one document a row. Positions
         need not begin anew with a document: RoPE lets only the differences of positions count.
         logits_at_B: int64, one position a row; only its logits are computed.
+        cache: from :meth:`new_cache`; the tokens go on from those that earlier calls put there, and are added. For
+        decoding only: no gradient goes through it.
 
         Returns the float32 SUM of the losses over targets that are not -100; without targets the logits
         [B, T, V], or [B, V] with ``logits_at_B``, in float32 (float64 for a float64 model).
         Raises ValueError for inputs of another shape or type.
         """
         _check_inputs(input_ids_BT, targets_BT, document_ids_BT, logits_at_B)
+        rotary = (input_ids_BT.shape[1], rotary_dim(self.config), self.config.rope_base, input_ids_BT.device)
+        if cache is None:
+            rope, layers = rope_table(*rotary), [None] * len(self.blocks)
+        else:
+            _check_cache(cache, len(self.blocks), len(input_ids_BT), document_ids_BT)
+            rope, layers = cache.rope(*rotary), cache.layers
+            document_ids_BT = cache.document_ids(input_ids_BT.shape[1], input_ids_BT.device)
         x_BTE = self.embedding(input_ids_BT)
-        rope = rope_table(input_ids_BT.shape[1], rotary_dim(self.config), self.config.rope_base, input_ids_BT.device)
-        for block in self.blocks:
+        for block, layer in zip(self.blocks, layers):
             if self.recompute == "block" and torch.is_grad_enabled():
                 # Nothing in a block draws random numbers, so their state need not be saved.
                 x_BTE = checkpoint(block, x_BTE, rope, document_ids_BT, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTE = block(x_BTE, rope, document_ids_BT)
+                x_BTE = block(x_BTE, rope, document_ids_BT, cache=layer)
         if logits_at_B is not None:
             x_BTE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), logits_at_B]
         return self.output(self.norm(x_BTE), targets_BT)
@@ -171,3 +190,14 @@ def _check_inputs(
                 f"logits_at must be torch.int64 with one position for each of the {len(input_ids_BT)} rows, "
                 f"but is {logits_at_B.dtype} {list(logits_at_B.shape)}"
             )
+
+
+def _check_cache(cache: DecodingCache, layers: int, batch: int, document_ids_BT: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        raise ValueError("cache was given while gradients are recorded, but none goes through it: use torch.no_grad()")
+    if document_ids_BT is not None:
+        raise ValueError("cache and document_ids were both given, but a cached row is one document: leave one out")
+    if len(cache.layers) != layers:
+        raise ValueError(f"cache has {len(cache.layers)} layers, but the model {layers}: use the model's new_cache()")
+    if cache.padding_B is not None and len(cache.padding_B) != batch:
+        raise ValueError(f"cache has padding for {len(cache.padding_B)} rows, but input_ids has {batch} rows")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcscale.config.schema import ComposeConfig, ModelConfig
+from dcscale.models.cache import LayerCache
 from dcscale.ops import ComposeWeights, apply_rope, choose_backend, compose_attention
 
 W1_EPS = 1e-6
@@ -136,11 +137,19 @@ class Attention(nn.Module):
         pre, post = (None, None) if self.compose is None else self.compose.shapes(device, dtype)
         return choose_backend(self.backend, q_11HD, pre, post)
 
-    def forward(self, x_BTE: Tensor, rope: tuple[Tensor, Tensor], document_ids_BT: Tensor | None = None) -> Tensor:
-        """Attend within x [B, T, E], already normalised -> [B, T, E].
+    def forward(
+        self,
+        x_BTE: Tensor,
+        rope: tuple[Tensor, Tensor],
+        document_ids_BT: Tensor | None = None,
+        *,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend within x [B, T, E], already normalised, and to what precedes it in ``cache`` -> [B, T, E].
 
-        ``rope``: (cos, sin), float32 [T, rotated dimensions / 2].
-        ``document_ids_BT``: integers; a query sees only keys of its own document.
+        ``rope``: (cos, sin), float32 [T, rotated dimensions / 2], or [B, T, ...].
+        ``document_ids_BT``: integers; a query sees only keys of its own document. With a cache, those of all positions
+        so far.
         """
         q_BTHD = self.q(x_BTE).unflatten(-1, (-1, self.head_dim))
         k_BTGD = self.k(x_BTE).unflatten(-1, (-1, self.head_dim))
@@ -149,6 +158,10 @@ class Attention(nn.Module):
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
         q_BTHD, k_BTGD = apply_rope(q_BTHD, *rope), apply_rope(k_BTGD, *rope)
         pre, post = (None, None) if self.compose is None else self.compose(x_BTE)
+        if cache is not None:
+            k_BTGD, v_BTGD, pre, post = cache.extend(k_BTGD, v_BTGD, pre, post)
+            if document_ids_BT is not None:
+                document_ids_BT = document_ids_BT[:, -k_BTGD.shape[1] :]
         out_BTHD = compose_attention(
             q_BTHD,
             k_BTGD,

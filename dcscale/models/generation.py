@@ -1,4 +1,4 @@
-"""Continuing prompts, one full forward pass a token.
+"""Continuing prompts: one pass over all of them, then one a token, with a cache of what came before.
 
 Axes in names: B prompts, T tokens, V vocabulary.
 """
@@ -42,26 +42,27 @@ def generate(
     device = next(model.parameters()).device
     in_process_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     generators = _generators(prompt_ids, seed)
-    sequences = [list(prompt) for prompt in prompt_ids]
-    stopped = [False] * len(sequences)
+    written: list[list[int]] = [[] for _ in prompt_ids]
+    stopped = [False] * len(prompt_ids)
+    longest = max(map(len, prompt_ids))
+    padding = [longest - len(prompt) for prompt in prompt_ids]
+    cache = model.new_cache(padding if any(padding) else None)
+    input_ids_BT = torch.tensor([[0] * length + prompt for length, prompt in zip(padding, prompt_ids)], device=device)
     # The length grows by one a token: compiled blocks would be compiled again and again.
     with torch.compiler.set_stance("force_eager"):
         for _ in range(new_tokens):
             if all(stopped) and not in_process_group:
                 break
-            # Tokens only see what precedes them, so padding on the right changes nothing.
-            input_ids_BT = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(sequence) for sequence in sequences], batch_first=True
-            )
-            last_B = torch.tensor([len(sequence) - 1 for sequence in sequences])
-            logits_BV = model(input_ids_BT.to(device), logits_at_B=last_B.to(device))
+            last_B = torch.full((len(input_ids_BT),), input_ids_BT.shape[1] - 1, device=device)
+            logits_BV = model(input_ids_BT, logits_at_B=last_B, cache=cache)
             uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
             next_B = sample(logits_BV, temperature, top_p, uniform_B.to(device))
             for row, token in enumerate(next_B.tolist()):
                 stopped[row] = stopped[row] or token == stop_id
                 if not stopped[row]:
-                    sequences[row].append(token)
-    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompt_ids)]
+                    written[row].append(token)
+            input_ids_BT = next_B.unsqueeze(-1)
+    return written
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> Tensor:

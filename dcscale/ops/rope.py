@@ -27,6 +27,7 @@ def rope_table(
 def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Turn the first 2F dimensions of each head by the table's angles and leave the others; computed in float32.
 
+    The table is [T, F], or [B, T, F] where rows are at different positions.
     Returns x's shape and type (float64 stays float64).
     """
     frequencies = cos_TF.shape[-1]
@@ -35,14 +36,14 @@ def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
             f"x has shape {tuple(x_BTHD.shape)}, "
             f"expected [B, T, H, D] with D >= {2 * frequencies}, twice the width of the table"
         )
-    if cos_TF.shape != sin_TF.shape or cos_TF.shape[0] != x_BTHD.shape[1]:
+    if cos_TF.shape != sin_TF.shape or cos_TF.shape[:-1] not in (x_BTHD.shape[1:2], x_BTHD.shape[:2]):
         raise ValueError(
             f"cos and sin have shapes {tuple(cos_TF.shape)} and {tuple(sin_TF.shape)}, "
-            f"expected both [T={x_BTHD.shape[1]}, F] for x {tuple(x_BTHD.shape)}"
+            f"expected both [T={x_BTHD.shape[1]}, F], or both [B={x_BTHD.shape[0]}, T, F], for x {tuple(x_BTHD.shape)}"
         )
     work_type = torch.promote_types(x_BTHD.dtype, torch.float32)
     first, second, rest = x_BTHD.split([frequencies, frequencies, x_BTHD.shape[3] - 2 * frequencies], dim=3)
     first, second = first.to(work_type), second.to(work_type)
-    cos_TF, sin_TF = cos_TF[:, None], sin_TF[:, None]
+    cos_TF, sin_TF = cos_TF.unsqueeze(-2), sin_TF.unsqueeze(-2)
     turned = [first * cos_TF - second * sin_TF, second * cos_TF + first * sin_TF]
     return torch.cat([part.to(x_BTHD.dtype) for part in turned] + [rest], dim=3)

@@ -63,6 +63,21 @@ def test_logits_loss_and_gradients(name, dtype, backend):
     assert_gradients(model, case.gradients, GRADIENT_TOLERANCE[dtype])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoding_with_a_cache(dtype):
+    case = load_model_case(DATA / "dcformer_infer_LG_jax", visible_keys=16, gelu="tanh")
+    model = build(case, dtype)
+    cache, ids = model.new_cache(), case.values["input_ids"]
+    prompt = case.values["logits_prefill"].shape[1]
+    logits = [model(ids[:, :prompt], cache=cache)]
+    logits += [model(token, cache=cache) for token in ids[:, prompt:].split(1, dim=1)]
+    expected = torch.cat([case.values["logits_prefill"], case.values["logits_decode"]], dim=1)
+    torch.testing.assert_close(
+        torch.cat(logits, dim=1).double(), expected.double(), atol=LOGITS_TOLERANCE[dtype], rtol=0
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_cover_every_kind_of_parameter(name):
     case = load_model_case(DATA / name, **CASES[name])

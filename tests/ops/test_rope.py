@@ -66,7 +66,16 @@ def test_tables_that_do_not_fit_are_refused():
         apply_rope(random_heads(1, 4, 2, 6), cos, sin)
     with pytest.raises(ValueError, match=r"x has shape \(4, 2, 8\), expected"):
         apply_rope(random_heads(4, 2, 8), cos, sin)
-    with pytest.raises(ValueError, match=r"shapes \(4, 4\) and \(4, 4\), expected both \[T=5, F\]"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) and \(4, 4\), expected both \[T=5, F\], or both \[B=1"):
         apply_rope(random_heads(1, 5, 2, 8), cos, sin)
+    with pytest.raises(ValueError, match=r"shapes \(2, 4, 4\) and \(2, 4, 4\), expected both"):
+        apply_rope(random_heads(1, 4, 2, 8), cos.expand(2, -1, -1), sin.expand(2, -1, -1))
     with pytest.raises(ValueError, match=r"shapes \(4, 4\) and \(3, 4\), expected both"):
         apply_rope(random_heads(1, 4, 2, 8), cos, sin[:3])
+
+
+def test_rows_at_different_positions():
+    x = random_heads(2, 3, 2, 8)
+    tables = [rope_table(3, 6, 10_000.0, offset=offset) for offset in (4, 11)]
+    together = apply_rope(x, *(torch.stack(parts) for parts in zip(*tables)))
+    assert torch.equal(together, torch.cat([apply_rope(x[row : row + 1], *table) for row, table in enumerate(tables)]))
