@@ -113,8 +113,6 @@ def survey(
     try:
         tokenizer_of_shards(source, manifest)
     except DataError as error:
-        if manifest.text:
-            raise
         defects.append(str(error))
     wanted = _chosen(source, manifest, names)
     shards = survey_shards(root, replace(manifest, shards=()), wanted, workers, progress)

@@ -114,7 +114,7 @@ def test_documents_are_scattered(corpus, tmp_path):
     assert 40 < changes < 80, "files and lines, about 60 of each, must alternate like coin tosses"
 
 
-def test_the_result_is_the_same_for_any_workers_buckets_and_time(corpus, tmp_path):
+def test_the_result_is_the_same_for_any_workers_buckets_batches_and_time(corpus, tmp_path, monkeypatch):
     small(corpus, tmp_path / "one")
     small(corpus, tmp_path / "two", workers=2)
     small(corpus, tmp_path / "buckets", bucket_bytes=50)
@@ -122,6 +122,9 @@ def test_the_result_is_the_same_for_any_workers_buckets_and_time(corpus, tmp_pat
     assert len(expected) > 8
     assert tree(tmp_path / "two") == expected
     assert tree(tmp_path / "buckets") == expected
+    monkeypatch.setattr("dcscale.data.scatter.CHUNK_BYTES", 50)
+    assert small(corpus, tmp_path / "batches").empty == 2
+    assert tree(tmp_path / "batches") == expected
 
 
 def test_seed_changes_the_order_but_not_what_is_held_out(corpus, tmp_path):

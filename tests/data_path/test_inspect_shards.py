@@ -160,6 +160,11 @@ def test_every_defect_of_every_shard_is_named(tmp_path):
     assert len(defects) == len(expected)
 
 
+def test_the_largest_token_of_all_samples_counts(tmp_path):
+    write_token_shards(tmp_path, [[[256], [3]], [[5]]], bundle=1)
+    assert survey(tmp_path).defects == []
+
+
 def test_defects_of_the_whole(tmp_path):
     manifest = write_token_shards(tmp_path, SHARDS)
     write_manifest(tmp_path, dataclasses.replace(manifest, max_token_id=255))
@@ -336,6 +341,11 @@ def test_a_field_of_json_members_and_the_choice_between_kinds(tmp_path):
     ):
         write_manifest_for(tmp_path / "t", [tmp_path / "t/a.tar"], tokenizer="byte", **options)
         assert documents_of(tmp_path / "t") == [[*expected.encode(), 256]]
+        (tmp_path / "t/manifest.json").unlink()
+    write_tar(tmp_path / "t/a.tar", [("0.txt", b"text"), ("0.npy", npy([1, 256], "uint16"))])
+    for options, expected in (({}, [1, 256]), ({"text_member": "txt"}, [*b"text", 256])):
+        write_manifest_for(tmp_path / "t", [tmp_path / "t/a.tar"], tokenizer="byte", **options)
+        assert documents_of(tmp_path / "t") == [expected]
         (tmp_path / "t/manifest.json").unlink()
     write_tar(tmp_path / "t/a.tar", [("0.json", json.dumps({"text": "only"}).encode())])
     write_manifest_for(tmp_path / "t", [tmp_path / "t/a.tar"], tokenizer="byte")
