@@ -9,6 +9,8 @@ RUN/checkpoints/
     tokenizer.json           the tokenizer, where it is not the bytes
     deepspeed/               model, optimizer and master weights, each rank its part
     weights/                 the model alone: safetensors shards and their index
+
+A *model folder*, as tools/convert_checkpoint.py writes it, is the same without deepspeed/, under any name.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from dcscale.files import write_json
 
 FORMAT = 1
+STATE_FORMAT = 1
 MARKER = "COMPLETE"
 STATE, CONFIG, ENGINE, WEIGHTS, LATEST = "state.json", "config.yaml", "deepspeed", "weights", "latest"
 TEMPORARY_PREFIX = ".unfinished-"
@@ -80,12 +83,12 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or a run folder's newest whole one.
+    """The checkpoint that ``path`` means: itself, also a model folder, or a run folder's newest whole one.
 
     Raises:
         CheckpointError: there is none, or the one named is damaged.
     """
-    if _NAME.fullmatch(path.name):
+    if _NAME.fullmatch(path.name) or (path / MARKER).exists():
         candidates = [path]
     else:
         candidates = checkpoints_of(path)[::-1]

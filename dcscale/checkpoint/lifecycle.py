@@ -24,11 +24,11 @@ def save_checkpoint(
     state: dict[str, Any],
     config_yaml: str,
     keep_last: int | None,
-    copies: Sequence[Path] = (),
+    copies: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step``; all ranks call it together. Returns its folder.
 
-    ``copies`` are files that it holds copies of. A checkpoint of that step that is already whole is left as it is.
+    ``copies`` are further files that it holds, by name. A checkpoint of that step that is already whole is left as it is.
 
     Raises:
         CheckpointError: on every rank if any of them failed; the earlier checkpoints stay.
@@ -59,8 +59,8 @@ def save_checkpoint(
         if is_main:
             write_json(temporary / layout.STATE, state)
             write_atomically(temporary / layout.CONFIG, config_yaml)
-            for file in copies:
-                shutil.copy(file, temporary / file.name)
+            for name, content in (copies or {}).items():
+                write_atomically(temporary / name, content)
 
     def publish() -> None:
         if is_main:

@@ -7,18 +7,17 @@ inputs, outputs, and gradients under ``grad.<upstream name>``.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcscale.config.schema import ComposeConfig, ModelConfig
+from dcscale.config.schema import ModelConfig
+from dcscale.convert.upstream import plan_import
+from dcscale.convert.upstream_config import read_upstream
 
 _GRADIENT = "grad."
-_REDUNDANT = ("dw_m", "qkw_m", "pre_proj.w", "post_proj.w")
-"""Merged copies of dw1, dd and qkw, and the static matrix that no model uses."""
 
 
 @dataclass
@@ -34,29 +33,8 @@ class GoldenCase:
 def load_model_case(folder: Path, *, visible_keys: int, gelu: str) -> GoldenCase:
     """A case of a whole model. ``visible_keys`` of local layers and ``gelu`` are what the case's README states."""
     settings = json.loads((folder / "config.json").read_text())
-    pattern = {None: "LG", "LGLL": "LGLL"}[settings["window_type"]]
-    pythia = settings["model_type"] == "dcpythia"
-    config = ModelConfig(
-        vocab_size=settings["vocab_size"],
-        layers=settings["n_layer"],
-        dim=settings["dim"],
-        heads=settings["n_head"],
-        kv_heads=settings["n_local_heads"],
-        head_dim=settings["head_dim"],
-        ffn="gelu" if pythia else "swiglu",
-        ffn_dim=settings["intermediate_size"],
-        multi_gate=settings["mgate_dim"] if settings.get("mgate") else None,
-        norm="layernorm" if pythia else "rmsnorm",
-        norm_eps=settings["norm_eps"],
-        qk_norm=settings["use_qk_norm"],
-        bias=settings.get("use_linear_bias", False),
-        parallel_residual=settings.get("use_parallel_residual", False),
-        rope_base=settings["rope_base"],
-        rope_fraction=settings.get("rotary_pct", 1.0),
-        windows=[visible_keys if kind == "L" else None for kind in pattern],
-        compose=ComposeConfig(gelu=gelu),
-    )
-    return _load(folder, config, prefix="")
+    read = read_upstream(settings, gelu=gelu, local_keys=visible_keys)
+    return _load(folder, read.config.model, prefix="")
 
 
 def load_attention_case(folder: Path) -> GoldenCase:
@@ -76,36 +54,15 @@ def load_attention_case(folder: Path) -> GoldenCase:
 
 
 def _load(folder: Path, config: ModelConfig, prefix: str) -> GoldenCase:
-    case = GoldenCase(config, {}, {}, {})
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        case.weights.update(_renamed(prefix + name, tensor, config))
-    for name, tensor in load_file(folder / "io.safetensors").items():
-        if name.startswith(_GRADIENT) and name != "grad.x":
-            case.gradients.update(_renamed(prefix + name.removeprefix(_GRADIENT), tensor, config))
-        else:
-            case.values[name] = tensor
-    return case
+    values = load_file(folder / "io.safetensors")
+    gradients = [name for name in values if name.startswith(_GRADIENT) and name != "grad.x"]
+    gradients = {prefix + name.removeprefix(_GRADIENT): values.pop(name) for name in gradients}
+    weights = {prefix + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    return GoldenCase(config, _renamed(weights, config), _renamed(gradients, config), values)
 
 
-def _renamed(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """Upstream's tensor ``name`` as this project has it: renamed, wqkv in three, without the axis of one group."""
-    if name.endswith(_REDUNDANT):
-        return {}
-    for pattern, replacement in (
-        (r"^tok_embeddings\.", "embedding."),
-        (r"^layers\.", "blocks."),
-        (r"_norm\.scale$", "_norm.weight"),
-        (r"\.wo\.", ".out."),
-        (r"\.feed_forward\.w1\.", ".ffn.up." if config.ffn == "gelu" else ".ffn.gate."),
-        (r"\.feed_forward\.w2\.", ".ffn.down."),
-        (r"\.feed_forward\.w3\.", ".ffn.up."),
-        (r"\.feed_forward\.mg\.", ".ffn.multi_gate."),
-        (r"\.dyn_w_proj\.", ".compose."),
-    ):
-        name = re.sub(pattern, replacement, name)
-    if ".wqkv." in name:
-        rows = [heads * config.head_dim for heads in (config.heads, *2 * [config.kv_heads or config.heads])]
-        return {name.replace("wqkv", part): rows for part, rows in zip("qkv", tensor.split(rows))}
-    if ".compose." in name:
-        tensor = tensor.squeeze(0) if name.endswith("qkw") else tensor.squeeze(1)
-    return {name: tensor}
+def _renamed(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """What upstream's tensors give under this project's names; of a part of a model, or gradients, a part."""
+    plan = plan_import(config, tensors, "original")
+    recipes = [recipe for recipe in plan.recipes if tensors.keys() >= set(recipe.sources)]
+    return {recipe.name: recipe.cook(lambda name, rows: tensors[name][slice(*(rows or (None,)))]) for recipe in recipes}

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from dcscale.checkpoint import CheckpointError, find_checkpoint, load_weights
+from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import STATE, WEIGHTS
 from dcscale.config import Config
 from dcscale.data import Tokenizer
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer, HuggingFaceTokenizer
 from dcscale.models import DCFormer
-from dcscale.train.resume import read_config, read_state
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import CONFIG, STATE, step_of
-from dcscale.config import Config, ConfigError, differences, load_config
+from dcscale.checkpoint.contents import read_config, read_state
+from dcscale.checkpoint.layout import ENGINE, step_of
+from dcscale.config import Config, differences
 from dcscale.data.manifest import TokenizerInfo
-from dcscale.train.state import FORMAT, TrainState
+from dcscale.train.state import TrainState
 
 MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
 """Fields of the model section that may change between starts of a run."""
@@ -34,6 +34,11 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if resume == "auto":
         return find_checkpoint(run) if existing else None
     checkpoint = find_checkpoint(Path(resume))
+    if not (checkpoint / ENGINE).is_dir():
+        raise CheckpointError(
+            f"checkpoint.resume is {checkpoint}, which holds a model without optimizer state ({ENGINE}/): training "
+            "cannot go on from it; name a checkpoint that a run has written"
+        )
     if existing:
         newest = find_checkpoint(run)
         if read_state(newest).get("branched_from") == str(checkpoint.resolve()):
@@ -45,26 +50,6 @@ def checkpoint_to_resume(config: Config) -> Path | None:
             "run.name to branch off, or delete the newer checkpoints"
         )
     return checkpoint
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint's ``state.json``."""
-    path = checkpoint / STATE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {content.get('format')!r}, this version of dcscale reads {FORMAT}")
-    return content
-
-
-def read_config(checkpoint: Path) -> Config:
-    """The resolved config a checkpoint was written with."""
-    try:
-        return load_config([str(checkpoint / CONFIG)], []).config
-    except ConfigError as error:
-        raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error
 
 
 def data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

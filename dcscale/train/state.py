@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 import dcscale
-
-FORMAT = 1
+from dcscale.checkpoint.layout import STATE_FORMAT
 
 
 @dataclass
@@ -54,7 +53,7 @@ class TrainState:
 
     def to_json(self, **extra: Any) -> dict[str, Any]:
         versions = {"dcscale": dcscale.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        return {"format": FORMAT, **dataclasses.asdict(self), "versions": versions, **extra}
+        return {"format": STATE_FORMAT, **dataclasses.asdict(self), "versions": versions, **extra}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainState:

@@ -31,6 +31,11 @@ def test_newest_whole_checkpoint_of_a_run(tmp_path):
     assert find_checkpoint(tmp_path) == older
 
 
+def test_a_model_folder_may_have_any_name(tmp_path):
+    folder = make(tmp_path, 1).rename(tmp_path / "model")
+    assert find_checkpoint(folder) == folder
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

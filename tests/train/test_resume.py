@@ -27,7 +27,7 @@ def write(config, step, **changes):
     from pathlib import Path
 
     folder = Path(config.run.folder) / "checkpoints" / step_name(step)
-    folder.mkdir(parents=True)
+    (folder / "deepspeed").mkdir(parents=True)
     extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8}
     extra |= {"tokenizer": asdict(TOKENIZER), **changes}
     state = TrainState(step=step, tokens=step * 256, sequences=step * 8, data_identity=IDENTITY, first_loss=2.0)
@@ -154,6 +154,15 @@ def test_other_data_may_be_allowed_but_not_another_tokenizer(config):
     ]
     with pytest.raises(CheckpointError, match="the data's tokenizer is another one: the same token would mean another"):
         fits(folder, config, identity=identity, tokenizer=replace(TOKENIZER, fingerprint="1" * 64))
+
+
+def test_a_model_without_optimizer_state_is_nothing_to_go_on_from(config):
+    folder = write(config, 3)
+    (folder / "deepspeed").rmdir()
+    config.run.folder += "-other"
+    config.checkpoint.resume = str(folder)
+    with pytest.raises(CheckpointError, match="holds a model without optimizer state"):
+        checkpoint_to_resume(config)
 
 
 def test_damaged_parts_are_named(config):

@@ -1,0 +1,7 @@
+"""Models between dcscale's folders and those of others: what they hold, what it is here, and the writing of it."""
+
+from dcscale.convert.conversion import DTYPES, FORMATS, Conversion, convert, prepare
+from dcscale.convert.errors import ConversionError
+from dcscale.convert.folder import check_target
+
+__all__ = ["DTYPES", "FORMATS", "Conversion", "ConversionError", "check_target", "convert", "prepare"]

@@ -1,0 +1,126 @@
+"""The tensors of a folder, read one at a time: safetensors, or PyTorch's .bin without running what is in it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dcscale.checkpoint.weights import INDEX
+from dcscale.convert.errors import ConversionError
+
+NAMES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""Files that hold or list a folder's tensors; the first that is there counts, as it does for transformers."""
+
+
+class TensorFiles(ABC):
+    """Named tensors of one or several files, of which nothing is held in memory.
+
+    Attributes:
+        source: the file that lists or holds them.
+        shapes: of every tensor, by name.
+        dtypes: of every tensor, by name.
+        shared: groups of names that are one and the same memory in the file.
+    """
+
+    def __init__(self, source: Path):
+        self.source = source
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.shared: list[list[str]] = []
+
+    @abstractmethod
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or some of its rows, in memory of its own."""
+
+    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if name in self.shapes:
+            raise ConversionError(f"{self.source}: the tensor {name} is in two of its files; remove one")
+        self.shapes[name], self.dtypes[name] = shape, dtype
+
+
+class _Safetensors(TensorFiles):
+    def __init__(self, source: Path, files: list[Path]):
+        super().__init__(source)
+        self._file_of: dict[str, Path] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                        part = file.get_slice(name)
+                        # An empty slice has the tensor's type.
+                        dtype = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
+                        self._add(name, tuple(part.get_shape()), dtype)
+                        self._file_of[name] = path
+            except (OSError, SafetensorError) as error:
+                raise ConversionError(f"{path} cannot be read as safetensors: {error}") from error
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        try:
+            with safe_open(self._file_of[name], framework="pt") as file:
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
+        except (OSError, SafetensorError) as error:
+            raise ConversionError(f"{name} in {self._file_of[name]} cannot be read: {error}") from error
+
+
+class _TorchFiles(TensorFiles):
+    """Files of torch.save, mapped into memory: only the pages of a tensor that is read are loaded."""
+
+    def __init__(self, source: Path, files: list[Path]):
+        super().__init__(source)
+        self._tensors: dict[str, Tensor] = {}
+        by_memory: dict[int, list[str]] = {}
+        for path in files:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+                raise ConversionError(
+                    f"{path} is refused: {str(error).splitlines()[0]} Only a file of named tensors, written by "
+                    "torch.save of PyTorch 1.6 or newer, is read; nothing else is unpickled"
+                ) from error
+            if not isinstance(content, dict):
+                raise ConversionError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+            for name, tensor in content.items():
+                if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                    raise ConversionError(
+                        f"{path}: {name!r} is a {type(tensor).__name__}, expected named dense tensors"
+                    )
+                self._add(name, tuple(tensor.shape), tensor.dtype)
+                self._tensors[name] = tensor
+                by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+        self.shared = [names for names in by_memory.values() if len(names) > 1]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        tensor = self._tensors[name].detach()
+        return (tensor if rows is None else tensor[rows[0] : rows[1]]).clone(memory_format=torch.contiguous_format)
+
+
+def open_tensors(folder: Path) -> TensorFiles:
+    """The tensors of ``folder``.
+
+    Raises:
+        ConversionError: there are none, or a file is missing, damaged, or holds anything but named tensors.
+    """
+    source = next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    if source is None:
+        raise ConversionError(f"{folder} holds no weights: looked for {', '.join(NAMES)}")
+    files = [source]
+    if source.name.endswith(".index.json"):
+        try:
+            names = set(json.loads(source.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConversionError(f"{source} is no index of tensors (weight_map): {error!r}") from error
+        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if outside:
+            raise ConversionError(f"{source} names {outside[0]!r}: its files must lie beside it")
+        files = [folder / name for name in sorted(names)]
+    opened = (_TorchFiles if ".bin" in source.name else _Safetensors)(source, files)
+    odd = [f"{name} ({dtype})" for name, dtype in opened.dtypes.items() if not dtype.is_floating_point]
+    if odd:
+        raise ConversionError(f"{source}: weights must be floating point, but these are not: {', '.join(odd)}")
+    return opened
