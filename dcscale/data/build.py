@@ -241,7 +241,7 @@ def _write_part(
             bar.update(shard.documents)
     if not done:
         raise DataError(
-            f"the inputs give no document for {part}, which documents belong to by their names alone; "
+            f"the inputs give no document for {part}: in which part a document is follows from its name alone; "
             f"give more text, or another --hold-out"
         )
     largest = max(shard.max_token_id for shard in done.values())

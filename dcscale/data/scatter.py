@@ -45,6 +45,9 @@ _INDEX = np.dtype(
 )
 _PLACE = np.dtype([*_INDEX.descr, ("at", "<u8"), ("file", "<u4")])
 
+_failures = 0
+"""Chunks that failed in this process. After each it writes to other files, since the old ones may end in a record."""
+
 
 @dataclass(frozen=True)
 class SpoolTask:
@@ -135,8 +138,15 @@ def _tokenizer(spec: str, eos_token: str | None, fingerprint: str) -> Tokenizer:
 
 def spool_chunk(task: SpoolTask, numbered: tuple[int, Chunk]) -> SpooledChunk:
     """First pass over one chunk; it is complete, and counts, when this returns."""
-    number, chunk = numbered
-    owner = f"{task.run}_{os.getpid()}"
+    global _failures
+    try:
+        return _spool_chunk(task, *numbered, owner=f"{task.run}_{os.getpid()}_{_failures}")
+    except BaseException:
+        _failures += 1
+        raise
+
+
+def _spool_chunk(task: SpoolTask, number: int, chunk: Chunk, owner: str) -> SpooledChunk:
     kept, empty, undecodable = {TRAIN: 0, VALIDATION: 0}, 0, []
     for batch in _batches(read_documents(chunk, text_field=task.text_field, skip_undecodable=task.skip_undecodable)):
         undecodable += [document.name for document in batch if document.text is None]

@@ -288,7 +288,7 @@ def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(cor
         ({"hold_out": -0.1}, r"hold_out is -0\.1, but must be"),
         (
             {"hold_out": 1e-9},
-            r"give no document for validation, .*; give more text, or another --hold-out",
+            r"give no document for validation: .*; give more text, or another --hold-out",
         ),
         ({"tokenizer": "nowhere.json"}, r"nowhere\.json: cannot be read"),
         ({"pack": "tight", "sequence_length": 8}, r"pack is 'tight', but must be best-fit or one-per-sequence"),

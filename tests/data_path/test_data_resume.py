@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dcscale.data import DataError, build_shards, read_manifest
+from dcscale.data import ByteTokenizer, DataError, build_shards, read_manifest, scatter
 from dcscale.data.building import Building
+from dcscale.data.corpus import find_files, split
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"shard_tokens": 400, "bundle_tokens": 100, "hold_out": 0.3, "bucket_bytes": 1000}
@@ -301,6 +302,51 @@ def test_spool_files_that_lack_something_are_refused(corpus, expected, tmp_path,
     shutil.rmtree(state_of(out))
     build_shards([corpus], out, **SIZES)
     assert tree(out) == expected
+
+
+@pytest.mark.parametrize("suffix", [".tokens", ".index"])
+def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_written(
+    corpus, tmp_path, monkeypatch, suffix
+):
+    """As when the disk is full for a moment, and the worker has chunks left."""
+    task = scatter.SpoolTask(
+        tmp_path, "run", "byte", ByteTokenizer.fingerprint, None, "uint16", "text", False, 0.0, 0, 1
+    )
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(bytes(data)[:33])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+        def writelines(self, parts):
+            self.write(b"".join(parts))
+
+    def open_on_full_disk(path, mode):
+        return FullDisk(open(path, mode)) if path.suffix == suffix else open(path, mode)
+
+    done = []
+    for numbered in enumerate(split(find_files([corpus]))):
+        with monkeypatch.context() as patch:
+            if numbered[0] == 2:
+                patch.setattr(scatter, "open", open_on_full_disk, raising=False)
+                with pytest.raises(OSError, match="No space left"):
+                    scatter.spool_chunk(task, numbered)
+                continue
+        done.append(scatter.spool_chunk(task, numbered))
+    plans = list(scatter.plan_shards(tmp_path, "train", 400, done))
+    layout = scatter.Layout("uint16", 100, 256, 0, None, None)
+    written = [scatter.write_planned_shard(tmp_path, layout, plan) for plan in plans]
+    assert sum(shard.documents for shard in written) == 5 * 12
 
 
 def test_of_a_damaged_journal_the_good_lines_count(corpus, expected, tmp_path, monkeypatch):
