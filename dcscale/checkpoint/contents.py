@@ -17,10 +17,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must be a JSON object, but is a {type(content).__name__}")
     if content.get("format") != STATE_FORMAT:
-        raise CheckpointError(
-            f"{path} has format {content.get('format')!r}, this version of dcscale reads {STATE_FORMAT}"
-        )
+        found = content.get("format")
+        raise CheckpointError(f"{path} has format {found!r}, this version of dcscale reads {STATE_FORMAT}")
     return content
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dcscale.checkpoint import CheckpointError, save_weights
@@ -60,7 +61,10 @@ class Conversion:
         problems: list[str] = []
         with new_folder(target) as folder:
             at = folder / WEIGHTS if self.target == "dcscale" else folder
-            save_weights(self._tensors(problems), at, shard_bytes)
+            try:
+                save_weights(self._tensors(problems), at, shard_bytes)
+            except SafetensorError as error:  # what a full disk ends in
+                raise ConversionError(f"{target} cannot be written: {error}") from error
             if problems:
                 raise ConversionError("\n".join([f"{self.files.source} has values that are not finite:", *problems]))
             if (self.found.folder / _TOKENIZER).is_file():
@@ -75,9 +79,11 @@ class Conversion:
     def _tensors(self, problems: list[str]) -> Iterator[tuple[str, Tensor]]:
         for recipe in self.plan.recipes:
             tensor = recipe.cook(self.files.read)
+            if self.dtype is not None:
+                tensor = tensor.to(self.dtype)
             if (problem := non_finite(tensor)) is not None:
                 problems.append(f"  - {recipe.name}  <-  {', '.join(recipe.sources)}: {problem}")
-            yield recipe.name, tensor if self.dtype is None else tensor.to(self.dtype)
+            yield recipe.name, tensor
 
 
 def prepare(
@@ -126,6 +132,8 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
         raise ConversionError(str(error)) from error
     files = open_tensors(found.folder / WEIGHTS)
     tokenizer = content.get("tokenizer")
+    if tokenizer is not None and not (isinstance(tokenizer, dict) and {"spec", "eos_id"} <= tokenizer.keys()):
+        raise ConversionError(f"{found.folder / STATE} has a tokenizer without spec and eos_id: {tokenizer!r}")
     settings, notes = None, []
     if target == "upstream":
         written = upstream_config.write_upstream(config)
@@ -158,7 +166,10 @@ def _from_upstream(
             "--from-copies merged or original"
         )
     notes = [f"trained tensors of compose: {truth}, " + (why if truth == decided else f"as asked, though {why}")]
-    settings = dict(found.settings)
+    settings = found.settings
+    layers = settings.get("n_layer")
+    if type(layers) is int and layers > len(files.shapes):
+        raise ConversionError(f"n_layer is {layers}, but {files.source} has only {len(files.shapes)} tensors")
     if truth == "merged" and gelu is None:
         gelu = "erf"
         notes.append("GELU of the compose projection: erf, as in upstream's PyTorch code (--gelu says otherwise)")
@@ -169,7 +180,10 @@ def _from_upstream(
             f"windows: {local_keys} keys, as upstream's PyTorch training shows one more than window_size "
             "(--local-keys says otherwise)"
         )
-    read = upstream_config.read_upstream(settings, tied=_tied(settings, files), gelu=gelu, local_keys=local_keys)
+    tied = _tied(settings, files)
+    if settings.get("tie_word_embeddings") is True and not tied:
+        notes.append("tie_word_embeddings is set, but output.weight differs from the embedding: they are not tied here")
+    read = upstream_config.read_upstream(settings, tied=tied, gelu=gelu, local_keys=local_keys)
     plan = upstream.plan_import(read.config.model, files.shapes, truth, settings.get("query_wise") is True)
     check_names(plan, files)
     common = DTYPES[dtype] if dtype else None

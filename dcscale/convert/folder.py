@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dcscale.checkpoint.layout import ENGINE, TEMPORARY_PREFIX
+from dcscale.checkpoint.layout import CONFIG, MARKER, STATE, TEMPORARY_PREFIX, WEIGHTS
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats import detect
 from dcscale.files import sync_folder, sync_tree
+
+_OWN = re.compile(
+    "|".join(
+        [
+            *map(re.escape, (MARKER, STATE, CONFIG)),
+            WEIGHTS,
+            r"(config|tokenizer)\.json",
+            r"model(-\d+)?\.safetensors(\.index\.json)?",
+        ]
+    )
+)
+"""What may be in a folder that is replaced: nothing but what a conversion writes."""
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
@@ -26,27 +39,34 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         found = detect(target)
     except ConversionError as error:
         raise ConversionError(f"{target} is not replaced, as it holds no model: {error}") from error
-    if found.folder != target or (target / ENGINE).exists() or target.is_symlink():
-        raise ConversionError(f"{target} is not replaced: it is a run, a training checkpoint or a link; remove it")
+    if found.folder != target or target.is_symlink():
+        raise ConversionError(f"{target} is not replaced: it is a run or a link; remove it")
+    strange = sorted(path.name for path in target.iterdir() if not _OWN.fullmatch(path.name))
+    if strange:
+        raise ConversionError(f"{target} is not replaced, as it holds more than a model: {', '.join(strange)}")
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``target``, replacing what is there, if nothing is raised."""
     temporary = target.with_name(TEMPORARY_PREFIX + target.name)
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    old = target.with_name(TEMPORARY_PREFIX + target.name + "-old")
+    if old.exists() and not target.exists():  # killed between the two renames below
+        old.rename(target)
+    for leftover in (temporary, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         sync_tree(temporary)
-        old = target.with_name(TEMPORARY_PREFIX + target.name + "-old")
         if target.exists():
             target.rename(old)
         temporary.rename(target)
         sync_folder(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise

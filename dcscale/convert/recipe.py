@@ -50,14 +50,13 @@ class Plan:
 
 def check_names(plan: Plan, files: TensorFiles) -> None:
     """Raises ConversionError with every missing, unknown and misshapen tensor."""
-    needed = [source for recipe in plan.recipes for source in recipe.sources]
-    problems = [f"{name} is missing" for name in dict.fromkeys(needed) if name not in files.shapes]
+    needed = dict.fromkeys(source for recipe in plan.recipes for source in recipe.sources)
+    problems = [f"{name} is missing" for name in needed if name not in files.shapes]
     for name, shape in files.shapes.items():
-        if name in plan.expected:
-            if shape != plan.expected[name]:
-                problems.append(f"{name} has shape {list(shape)}, the config wants {list(plan.expected[name])}")
-        elif name not in plan.left_out:
-            problems.append(f"{name} {list(shape)} is unknown")
+        if shape != plan.expected.get(name, shape):
+            problems.append(f"{name} has shape {list(shape)}, the config wants {list(plan.expected[name])}")
+        if name not in needed and name not in plan.left_out:
+            problems.append(f"{name} {list(shape)} has no place in the model")
     _raise(problems, f"the tensors of {files.source} do not fit its config")
 
 

@@ -89,7 +89,7 @@ def read_upstream(
             raise ConversionError(f"{key} is {s[key]!r}, but must be a whole number from 1")
     if s["dim"] % s["n_head"]:
         raise ConversionError(f"n_head {s['n_head']} does not divide dim {s['dim']}")
-    for key in ("use_dcmha", "query_wise", "use_parallel_residual", "use_linear_bias", "mgate"):
+    for key in ("use_dcmha", "query_wise", "mgate", "tie_word_embeddings"):
         if type(s.get(key, False)) is not bool:
             raise ConversionError(f"{key} is {s[key]!r}, but must be true or false")
     notes = _notes(settings, s)
@@ -227,6 +227,8 @@ def _notes(settings: Mapping[str, Any], s: Mapping[str, Any]) -> list[str]:
     if settings.get("use_sw"):
         raise ConversionError("use_sw is set: dcscale has no static head projection")
     notes = []
+    if not s["use_dcmha"]:
+        notes.append("use_dcmha is false: a plain Transformer, as in upstream's training (its inference composes)")
     unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in _HOW_IT_RUNS]
     if unknown:
         notes.append(f"settings that upstream's code does not read were left out: {', '.join(unknown)}")
@@ -250,14 +252,15 @@ def _ffn_dim(family: str, s: Mapping[str, Any]) -> int:
 
 def _windows(s: Mapping[str, Any], local_keys: int | None) -> list[int | None]:
     kind, window = s["window_type"], s["window_size"]
-    if kind is not None and kind not in _PATTERNS:
+    if kind is not None and (not isinstance(kind, str) or kind not in _PATTERNS):
         raise ConversionError(f"window_type is {kind!r}, but only {', '.join(_PATTERNS)} and null are known")
     if window is None:
         if kind is not None or local_keys is not None:
             raise ConversionError(f"window_size is null: that goes with no window_type ({kind!r}) and no local window")
         return [None]
     pattern = _PATTERNS[kind or "LG"]
-    return [(local_keys or window) if layer == "L" else None for layer in pattern[: s["n_layer"]]]
+    keys = window if local_keys is None else local_keys
+    return [keys if layer == "L" else None for layer in pattern[: s["n_layer"]]]
 
 
 def _window_type(model: ModelConfig) -> tuple[str | None, int | None] | None:

@@ -170,6 +170,9 @@ def test_damaged_parts_are_named(config):
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="state.json cannot be read"):
         read_state(folder)
+    (folder / "state.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="state.json must be a JSON object, but is a list"):
+        read_state(folder)
     (folder / "state.json").write_text('{"format": 7}')
     with pytest.raises(CheckpointError, match="format 7, this version of dcscale reads 1"):
         read_state(folder)
