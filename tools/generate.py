@@ -3,13 +3,14 @@
     python tools/generate.py runs/quickstart --prompt "def " --prompt "import " --new-tokens 200
     python tools/generate.py runs/quickstart/checkpoints/step-00000400 --prompt "class " --temperature 0
 
-The path is a run's folder (its newest whole checkpoint is used) or a checkpoint.
+The path is a run's folder (its newest whole checkpoint is used) or a checkpoint. All prompts are continued at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     try:
         trained = load_trained(options.path, options.device, dtype)
+        begin = time.perf_counter()
         written = generate(
             trained.model,
             [trained.tokenizer.encode(prompt) for prompt in options.prompt],
@@ -63,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    seconds, tokens = time.perf_counter() - begin, sum(map(len, written))
     print(f"{trained.checkpoint} (step {trained.step})", file=sys.stderr)
+    print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
     for prompt, ids in zip(options.prompt, written):
         print(f"----\n{printable(prompt + trained.tokenizer.decode(ids))}")
     return 0

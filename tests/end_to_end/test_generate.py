@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_the_tool(runs, call):
     assert result.stdout.count("----\n") == 2
     assert "----\nheads " in result.stdout
     assert "step-00000008 (step 8)" in result.stderr
+    assert re.search(r"^20 tokens in [0-9.]+ s, [0-9.,]+ tokens/s$", result.stderr, re.MULTILINE)
     assert call(*words)[:2] == (0, result.stdout)
     _, _, told = call(runs / "zero1" / "checkpoints" / "step-00000004", "--prompt", "heads ", "--new-tokens", 4)
     assert "(step 4)" in told

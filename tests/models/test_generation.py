@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcscale.models import generate
-from dcscale.models.generation import sample
+from dcscale.models.generation import _generators, sample
 from dcscale.testing.models import lively_model, random_ids, tiny_config
 
 PROMPTS = [[5, 9, 3, 7, 20, 11, 2], [8], [1, 2, 3]]
@@ -30,6 +30,23 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(model):
             assert model(torch.tensor([sequence]))[0, -1].argmax().item() == token
             sequence.append(token)
         assert len(continuation) == 8
+
+
+def test_samples_are_those_of_the_full_forward_pass(model):
+    for prompt, generator, continuation in zip(PROMPTS, _generators(PROMPTS, seed=3), sampled(model, PROMPTS, seed=3)):
+        sequence = list(prompt)
+        for token in continuation:
+            drawn = sample(model(torch.tensor([sequence]))[:, -1], 1.0, 0.9, torch.rand(1, generator=generator))
+            assert drawn.item() == token
+            sequence.append(token)
+
+
+def test_the_model_reads_every_token_once(model):
+    shapes = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    greedy(model, PROMPTS, new_tokens=5)
+    handle.remove()
+    assert shapes == [(3, 7)] + 4 * [(3, 1)]
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
