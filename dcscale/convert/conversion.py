@@ -160,11 +160,6 @@ def _from_upstream(
     files = open_tensors(found.folder)
     decided, why = upstream.find_truth(files)
     truth = truth or decided
-    if truth is None:
-        raise ConversionError(
-            f"{files.source} does not say whether dw1, dd, qkw or dw_m, qkw_m were trained: {why}; say so with "
-            "--from-copies merged or original"
-        )
     notes = [f"trained tensors of compose: {truth}, " + (why if truth == decided else f"as asked, though {why}")]
     settings = found.settings
     layers = settings.get("n_layer")
@@ -184,8 +179,14 @@ def _from_upstream(
     if settings.get("tie_word_embeddings") is True and not tied:
         notes.append("tie_word_embeddings is set, but output.weight differs from the embedding: they are not tied here")
     read = upstream_config.read_upstream(settings, tied=tied, gelu=gelu, local_keys=local_keys)
-    plan = upstream.plan_import(read.config.model, files.shapes, truth, settings.get("query_wise") is True)
+    query_wise = settings.get("query_wise") is True
+    plan = upstream.plan_import(read.config.model, files.shapes, truth or "original", query_wise)
     check_names(plan, files)
+    if truth is None:
+        raise ConversionError(
+            f"{files.source} does not say whether dw1, dd, qkw or dw_m, qkw_m were trained: {why}; say so with "
+            "--from-copies merged or original"
+        )
     common = DTYPES[dtype] if dtype else None
     types = {common} if common else set(files.dtypes.values())
     config = read.config

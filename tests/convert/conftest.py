@@ -1,5 +1,7 @@
 """Folders to convert."""
 
+import shutil
+
 import pytest
 
 from dcscale.convert import convert
@@ -7,14 +9,23 @@ from dcscale.testing.convert import UpstreamFolder, write_checkpoint
 from dcscale.testing.models import tiny_config
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Upstream folders by the settings of their models, made once."""
+    return tmp_path_factory.mktemp("upstream"), {}
+
+
 @pytest.fixture
-def upstream_of(tmp_path):
-    """Makes an upstream folder of a tiny model with these settings."""
+def upstream_of(tmp_path, made):
+    """A copy of the upstream folder of a tiny model with these settings."""
+    root, folders = made
 
     def make(**changes) -> UpstreamFolder:
-        number = len(list(tmp_path.glob("made*")))
-        own = write_checkpoint(tmp_path / f"made{number}", tiny_config(**changes))
-        convert(own, tmp_path / f"made{number}-upstream", "upstream")
-        return UpstreamFolder(tmp_path / f"made{number}-upstream")
+        key = repr(changes)
+        if key not in folders:
+            folders[key] = root / f"{len(folders)}-upstream"
+            convert(write_checkpoint(root / f"{len(folders)}", tiny_config(**changes)), folders[key], "upstream")
+        number = len(list(tmp_path.glob("given*")))
+        return UpstreamFolder(shutil.copytree(folders[key], tmp_path / f"given{number}"))
 
     return make

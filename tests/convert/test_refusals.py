@@ -1,0 +1,300 @@
+"""What is not converted, and what the messages say: every way out of tools/convert_checkpoint.py but success."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from dcscale.config.schema import ComposeConfig
+from dcscale.convert import ConversionError, convert, prepare
+from dcscale.testing.convert import write_checkpoint
+from dcscale.testing.models import tiny_config
+
+COMPOSE = "layers.0.attention.dyn_w_proj."
+TENSORS = {
+    "missing": (lambda t: t.pop("norm.weight"), "norm.weight is missing"),
+    "unknown": (
+        lambda t: t.update({"lm_head.weight": torch.ones(2)}),
+        r"lm_head.weight \[2\] has no place in the model",
+    ),
+    "of another layer": (
+        lambda t: t.update({"layers.2.ffn_norm.weight": torch.ones(32)}),
+        r"layers.2.ffn_norm.weight \[32\] has no place",
+    ),
+    "twice": (
+        lambda t: t.update({"layers.0.attention.wq.weight": torch.ones(32, 32)}),
+        r"layers.0.attention.wq.weight \[32, 32\] has no place",
+    ),
+    "misshapen": (
+        lambda t: t.update({"norm.weight": torch.ones(31)}),
+        r"norm.weight has shape \[31\], the config wants \[32\]",
+    ),
+    "empty": (
+        lambda t: t.update({"output.weight": torch.ones(0, 32)}),
+        r"output.weight has shape \[0, 32\], the config wants \[61, 32\]",
+    ),
+    "misshapen copy": (
+        lambda t: t.update({COMPOSE + "qkw_m": torch.ones(4, 1)}),
+        r"qkw_m has shape \[4, 1\], the config wants \[4, 16, 16\]",
+    ),
+    "static": (
+        lambda t: t.update({COMPOSE + "pre_proj.w": torch.ones(1, 4, 4)}),
+        "pre_proj.w is a static head projection",
+    ),
+    "not a number": (lambda t: t["norm.weight"].fill_(torch.nan), "norm.weight .* 32 NaN and 0 infinite of 32"),
+    "infinite": (lambda t: t["output.weight"][0].fill_(torch.inf), "output.weight .* 0 NaN and 32 infinite of 1952"),
+    "integer": (
+        lambda t: t.update({"norm.weight": torch.ones(32, dtype=torch.int32)}),
+        r"must be floating point, but these are not: norm.weight \(torch.int32\)",
+    ),
+    "no tensor of many layers": (
+        lambda t: t.clear() or t.update(a=torch.ones(1)),
+        "n_layer is 2, but .* only 1 tensors",
+    ),
+    "overflow": (
+        lambda t: t.update(
+            {name: tensor.double() * (1e300 if name == "norm.weight" else 1) for name, tensor in t.items()}
+        ),
+        "norm.weight .* 0 NaN and 32 infinite of 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors(name, tmp_path, upstream_of):
+    change, message = TENSORS[name]
+    folder = upstream_of()
+    change(folder.tensors)
+    with pytest.raises(ConversionError, match=message):
+        convert(folder.write(), tmp_path / "ours", "dcscale", dtype="fp32")
+    assert not list(tmp_path.glob("ours*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_misfit_is_listed_at_once(tmp_path, upstream_of):
+    folder = upstream_of()
+    del folder.tensors["norm.weight"]
+    folder.tensors |= {"a": torch.ones(1), "output.weight": torch.ones(3, 3)}
+    with pytest.raises(ConversionError) as error:
+        prepare(folder.write(), "dcscale")
+    for part in ("norm.weight is missing", "a [1] has no place", "output.weight has shape [3, 3]"):
+        assert part in str(error.value)
+
+
+SETTINGS = {
+    "unknown family": ({"model_type": "llama"}, "model_type 'llama': only dcformer and dcpythia"),
+    "no family": ({"model_type": ["dcformer"]}, "only dcformer and dcpythia can be converted"),
+    "text": ({"n_head": "4"}, "n_head is '4', but must be a whole number from 1"),
+    "zero": ({"n_layer": 0}, "n_layer is 0, but must be a whole number from 1"),
+    "many layers": ({"n_layer": 10**9}, "n_layer is 1000000000, but .* has only 35 tensors"),
+    "heads": ({"n_head": 5}, "n_head 5 does not divide dim 32"),
+    "no switch": ({"use_dcmha": "no"}, "use_dcmha is 'no', but must be true or false"),
+    "static projection": ({"use_sw": True}, "use_sw is set: dcscale has no static head projection"),
+    "window type": ({"window_type": "LLLG"}, "window_type is 'LLLG', but only LG, LGLL, LGL6 and null"),
+    "window type as list": ({"window_type": ["LG"]}, r"window_type is \['LG'\], but only LG"),
+    "window type without a window": ({"window_type": "LG", "window_size": None}, "window_size is null"),
+    "window": ({"window_size": 0}, r"model.windows\[0\] = 0"),
+    "grouped queries": ({"n_local_heads": 3}, "model.kv_heads = 3"),
+    "type": ({"norm_eps": "small"}, "norm_eps"),
+    "multi-gate": ({"mgate": True, "mgate_dim": 7}, "model.multi_gate = 7"),
+    "beyond": ({"dcscale": {"heads": 3}}, "its key dcscale is .* must map some of compose, qk_norm_eps, tokenizer"),
+    "beyond compose": ({"dcscale": {"compose": {"order": 1}}}, "its key dcscale.compose has the unknown order"),
+    "branches off that are not zero": (
+        {"dcscale": {"compose": {"post": False}}},
+        "is not zero in parts of compose that its config.json's key dcscale says are off",
+    ),
+    "parts off that are not zero": ({"dcscale": {"compose": {"gates": False}}}, "dyn_w_proj.dd is not zero"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(name, tmp_path, upstream_of):
+    changes, message = SETTINGS[name]
+    folder = upstream_of()
+    folder.settings |= changes
+    with pytest.raises(ConversionError, match=message):
+        convert(folder.write(), tmp_path / "ours", "dcscale")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_unread_settings_and_odd_windows_are_told(upstream_of):
+    folder = upstream_of(windows=[256, None])
+    folder.settings |= {"rope_scaling": 2, "head_dim": 64, "window_type": "LG", "window_size": 100, "use_dcmha": False}
+    notes = "\n".join(prepare(folder.write(), "dcscale").notes)
+    for part in (
+        "left out: rope_scaling=2",
+        "head_dim is 64, but upstream has dim / n_head = 8",
+        "window_size 100 was taken; with window_type LG upstream's code has 256",
+        "use_dcmha is false: a plain Transformer",
+    ):
+        assert part in notes
+
+
+def test_copies_that_do_not_say_which_is_trained(upstream_of):
+    folder = upstream_of()
+    generator = torch.Generator().manual_seed(0)
+    first, second = (f"layers.{layer}.attention.dyn_w_proj." for layer in (0, 1))
+    truth = folder.tensors[first + "dw_m"]
+    noise = torch.randn(truth.shape, generator=generator)
+    folder.tensors[first + "dw_m"] = noise
+    with pytest.raises(
+        ConversionError, match="the layers disagree: original in layers 0; equal in layers 1; say so with"
+    ):
+        prepare(folder.write(), "dcscale")
+    done = prepare(folder.write(), "dcscale", truth="original")
+    assert "original, as asked, though the layers disagree" in done.notes[0]
+    # Equal dw_m, other qkw_m: half of a training cannot be.
+    folder.tensors[first + "dw_m"] = truth
+    for prefix in (first, second):
+        folder.tensors[prefix + "qkw_m"] = torch.ones(4, 16, 16)
+    with pytest.raises(ConversionError, match="neither equal, nor clearly related, nor clearly unrelated"):
+        prepare(folder.write(), "dcscale")
+    for prefix in (first, second):
+        folder.tensors[prefix + "dw_m"] = torch.full_like(truth, torch.nan)
+    with pytest.raises(ConversionError, match="--from-copies merged or original"):
+        prepare(folder.write(), "dcscale")
+    for prefix in (first, second):
+        folder.tensors[prefix + "dw_m"] = torch.ones(3, 3)
+    with pytest.raises(ConversionError, match=r"dw_m has shape \[3, 3\], the config wants \[32, 80\]"):
+        prepare(folder.write(), "dcscale")
+
+
+MODELS = {
+    "rank": ({"compose": ComposeConfig(rank=1)}, "model.compose.rank is 1, upstream's DCFormer has 2 only"),
+    "kv_heads": ({"kv_heads": 2}, "model.kv_heads is 2, upstream's DCFormer has 4 only"),
+    "head_dim": ({"head_dim": 16}, "model.head_dim is 16, upstream's DCFormer has 8.0 only"),
+    "heads": ({"heads": 1}, "model.heads is 1, upstream's rank is 2 for even numbers"),
+    "bias": ({"bias": True}, "model.bias is True, upstream's DCFormer has False only"),
+    "parallel": ({"parallel_residual": True}, "model.parallel_residual is True"),
+    "rope": ({"rope_fraction": 0.5}, "model.rope_fraction is 0.5"),
+    "ffn": ({"ffn": "gelu"}, "model.ffn is 'gelu', upstream's DCFormer has 'swiglu' only"),
+    "ffn of pythia": ({"norm": "layernorm"}, "model.ffn is 'swiglu', upstream's DCPythia has 'gelu' only"),
+    "local only": ({"windows": [5]}, r"model.windows is \[5\], upstream has LG, LGLL, LGL6 with one window"),
+    "two windows": ({"windows": [5, None, 6, None], "layers": 4}, r"model.windows is \[5, None, 6, None\]"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_upstream_cannot_hold(name, tmp_path):
+    changes, message = MODELS[name]
+    source = write_checkpoint(tmp_path / "ours", tiny_config(**changes))
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "theirs", "upstream")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_what_upstream_computes_otherwise_is_told(tmp_path):
+    model = tiny_config(windows=[5, None, 5, 5], layers=4, qk_norm_eps=1e-5)
+    notes = "\n".join(prepare(write_checkpoint(tmp_path / "ours", model), "upstream").notes)
+    for part in ("erf GELU, this model has tanh", "1e-6 for qk_norm_eps, this model has 1e-05", "256 with LGLL"):
+        assert part in notes
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path, upstream_of):
+    folder = upstream_of().folder
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save({"norm.weight": Malicious(tmp_path / "ran")}, file)
+    with pytest.raises(ConversionError, match="is refused: .* nothing else is unpickled"):
+        prepare(folder, "dcscale")
+    file.write_bytes(pickle.dumps({"norm.weight": Malicious(tmp_path / "ran")}))
+    with pytest.raises(ConversionError, match="is refused"):
+        prepare(folder, "dcscale")
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.ones(1)], file)
+    with pytest.raises(ConversionError, match="holds a list, expected a dictionary of tensors"):
+        prepare(folder, "dcscale")
+    torch.save({"norm.weight": "text"}, file)
+    with pytest.raises(ConversionError, match="'norm.weight' is a str, expected named dense tensors"):
+        prepare(folder, "dcscale")
+    file.write_bytes(b"no archive")
+    with pytest.raises(ConversionError, match="is refused"):
+        prepare(folder, "dcscale")
+    file.unlink()
+    with pytest.raises(ConversionError, match="holds no weights: looked for model.safetensors.index.json"):
+        prepare(folder, "dcscale")
+
+
+def test_files_of_an_index(tmp_path, upstream_of):
+    folder = upstream_of().folder
+    index = folder / "model.safetensors.index.json"
+    for content, message in (
+        ("{", "is no index of tensors"),
+        ('{"weight_map": []}', "is no index of tensors"),
+        ('{"weight_map": {"a": "../other.safetensors"}}', "names '../other.safetensors': its files must lie beside it"),
+        ('{"weight_map": {"a": 3}}', "names 3: its files must lie beside it"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors cannot be read as safetensors"),
+    ):
+        index.write_text(content)
+        with pytest.raises(ConversionError, match=message):
+            prepare(folder, "dcscale")
+    (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    index.write_text('{"weight_map": {"a": "copy.safetensors", "b": "model.safetensors"}}')
+    with pytest.raises(ConversionError, match="is in two of its files; remove one"):
+        prepare(folder, "dcscale")
+    (folder / "copy.safetensors").write_bytes(b"damaged!")
+    with pytest.raises(ConversionError, match="copy.safetensors cannot be read as safetensors"):
+        prepare(folder, "dcscale")
+
+
+def test_sources_that_are_nothing(tmp_path):
+    with pytest.raises(ConversionError, match="gone is no folder"):
+        prepare(tmp_path / "gone", "dcscale")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConversionError, match=r"looked for COMPLETE .*, checkpoints/step-X+ .*, and config.json"):
+        prepare(tmp_path / "empty", "dcscale")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match="config.json cannot be read"):
+        prepare(tmp_path / "empty", "dcscale")
+    (tmp_path / "step-00000001").mkdir()
+    with pytest.raises(ConversionError, match="COMPLETE is missing: the checkpoint was not finished"):
+        prepare(tmp_path / "step-00000001", "dcscale")
+
+
+def test_damaged_checkpoints(tmp_path):
+    source = write_checkpoint(tmp_path / "ours", tiny_config())
+    state = (source / "state.json").read_text()
+    other = state.replace('"spec"', '"spek"')
+    (source / "state.json").write_text(other)
+    with pytest.raises(ConversionError, match="has a tokenizer without spec and eos_id"):
+        prepare(source, "upstream")
+    (source / "state.json").write_text(state.replace('"format": 1', '"format": 9'))
+    with pytest.raises(ConversionError, match="format 9, this version of dcscale reads 1"):
+        prepare(source, "upstream")
+    (source / "state.json").write_text(state)
+    config = (source / "config.yaml").read_text()
+    (source / "config.yaml").write_text(config.replace("layers: 2", "layers: 3"))
+    marker = json.loads((source / "COMPLETE").read_text())
+    with pytest.raises(ConversionError, match=r"blocks.2.attention.q.weight is missing"):
+        prepare(source, "dcscale")
+    marker["files"]["config.yaml"] += 1
+    (source / "COMPLETE").write_text(json.dumps(marker))
+    with pytest.raises(ConversionError, match="config.yaml has .* bytes, .* were written"):
+        prepare(source, "dcscale")
+
+
+def test_what_does_not_go_together(tmp_path, upstream_of):
+    with pytest.raises(ConversionError, match="is what it shall become: convert it to dcscale"):
+        prepare(upstream_of().folder, "upstream")
+    source = write_checkpoint(tmp_path / "ours", tiny_config())
+    with pytest.raises(
+        ConversionError, match="gelu, local_keys is only for upstream folders, but the source is a dcscale"
+    ):
+        prepare(source, "upstream", gelu="erf", local_keys=3)
+    folder = upstream_of(windows=[None])
+    with pytest.raises(ConversionError, match="window_size is null"):
+        prepare(folder.folder, "dcscale", local_keys=3)
+    with pytest.raises(ConversionError, match=r"model.windows\[0\] = 0"):
+        prepare(upstream_of().folder, "dcscale", local_keys=0)
