@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.resource_tracker
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -81,6 +83,7 @@ class WorkerSequences:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=groups,
+            worker_init_fn=_end_with_the_training_process,
             multiprocessing_context=context,
             generator=torch.Generator(),  # or it would draw from the one of the training process
         )
@@ -187,6 +190,16 @@ class _Shares(IterableDataset):
             numbers = [g for step in group for g in step]
             yield numbers[_places(worker, done, workers)]
             done += len(numbers)
+
+
+def _end_with_the_training_process(_: int) -> None:
+    """DataLoader's own watch is over the server, which lives as long as a worker does."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _grouped(steps: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -132,6 +134,22 @@ def test_the_signals_that_stop_a_run_do_not_stop_its_workers(folder):
         assert len(processes()) == 2
     assert not processes()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "this process still hears them"
+
+
+def test_workers_end_with_a_training_process_that_is_killed(folder):
+    code = f"""
+import multiprocessing, os, signal
+from dcscale.data import BatchLoader, open_stream
+if __name__ == "__main__":
+    stream = open_stream({str(folder)!r}, **{SETTINGS!r})
+    sizes = {{"global_batch_size": 6, "micro_batch_size": 3, "rank": 0, "world_size": 1}}
+    next(BatchLoader(stream, **sizes, prefetch_steps=2, workers=2).steps())
+    print(len(multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # The workers hold the output open: it ends when they do.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("2\n", -signal.SIGKILL)
 
 
 def test_data_that_change_between_opening_and_starting_are_refused(folder):
