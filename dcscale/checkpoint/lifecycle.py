@@ -7,7 +7,7 @@ only then rank 0 seals the folder, renames it, points ``latest`` at it and remov
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of ``step``; all ranks call it together. Returns its folder.
 
-    ``copies`` are further files that it holds, by name. A checkpoint of that step that is already whole is left as it is.
+    ``copies`` are further files that it holds, by name. A checkpoint of that step that is already whole is left as it
+    is.
 
     Raises:
         CheckpointError: on every rank if any of them failed; the earlier checkpoints stay.

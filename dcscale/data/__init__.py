@@ -13,10 +13,20 @@ from dcscale.data.errors import DataError
 from dcscale.data.loader import Batch, BatchLoader
 from dcscale.data.manifest import Manifest, read_manifest
 from dcscale.data.mixture import MixedStream, Stream, open_mixture
+from dcscale.data.skipping import SkippedShard
+from dcscale.data.sources import Access, Patience
 from dcscale.data.stream import SequenceStream, open_stream
-from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer, tokenizer_files
+from dcscale.data.tokenizers import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_files,
+    tokenizer_of_shards,
+)
 
 __all__ = [
+    "Access",
     "Batch",
     "BatchLoader",
     "BuildReport",
@@ -25,7 +35,9 @@ __all__ = [
     "HuggingFaceTokenizer",
     "Manifest",
     "MixedStream",
+    "Patience",
     "SequenceStream",
+    "SkippedShard",
     "Stream",
     "Tokenizer",
     "build_shards",
@@ -34,4 +46,5 @@ __all__ = [
     "open_stream",
     "read_manifest",
     "tokenizer_files",
+    "tokenizer_of_shards",
 ]

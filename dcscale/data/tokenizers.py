@@ -186,7 +186,10 @@ def tokenizer_of_shards(source: Source, manifest: Manifest) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_files(folder: str | Path) -> list[Path]:
-    """Files in a folder of shards that are needed to load its tokenizer elsewhere; none for byte tokens."""
-    path = Path(folder, TOKENIZER_NAME)
-    return [path] if path.exists() else []
+def tokenizer_files(source: Source, manifest: Manifest) -> dict[str, bytes]:
+    """Files of a root of shards that are needed to load its tokenizer elsewhere, by name; none for byte tokens.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    return {} if manifest.tokenizer.spec == "byte" else {TOKENIZER_NAME: source.read(TOKENIZER_NAME)}

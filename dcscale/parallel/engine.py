@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from dcscale.config import Config
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
-from dcscale.parallel.together import errors_of_ranks
+from dcscale.parallel.together import errors_of_ranks, of_all_ranks
+
+T = TypeVar("T")
 
 TAG = "state"
 """DeepSpeed's name for the state it saves; a checkpoint holds one."""
@@ -202,6 +204,10 @@ class Engine:
         """Sums a device tensor over the ranks in place and returns it."""
         dist.all_reduce(tensor)
         return tensor
+
+    def of_all_ranks(self, value: T) -> list[T]:
+        """:func:`dcscale.parallel.together.of_all_ranks`, on the CPU."""
+        return of_all_ranks(value, self._control)
 
     def errors_of_ranks(self, error: str | None) -> str:
         """:func:`dcscale.parallel.together.errors_of_ranks`, on the CPU."""

@@ -14,10 +14,16 @@ class RankError(RuntimeError):
     """Other ranks failed while this one did not."""
 
 
+def of_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Tells every rank what each has, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def errors_of_ranks(error: str | None, group: dist.ProcessGroup | None = None) -> str:
     """Tells every rank which ranks failed and why, as ``rank 1: REASON; rank 3: REASON``; empty when none did."""
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, error, group=group)
+    said = of_all_ranks(error, group)
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dcscale.data import Batch, DataError
+from dcscale.data import Batch, DataError, SkippedShard
 from dcscale.parallel import Engine
 
 
@@ -26,11 +26,15 @@ class StepBatches:
     waited: float
     """Seconds this rank waited for its own part."""
 
+    skipped: tuple[SkippedShard, ...] = ()
+    """Shards that any rank has newly given up for this step."""
+
 
 def next_together(engine: Engine, batches: Iterator[list[Batch]], stop: bool = False) -> StepBatches | None:
     """The next step's batches; None where they end, which is the same step on every rank.
 
-    One exchange of three integers keeps the ranks together: none goes on alone after another's failure.
+    One exchange of four integers keeps the ranks together: none goes on alone after another's failure, or with other
+    data than the others know of.
 
     Raises:
         DataError: on every rank, if the data of any failed; says which ranks, and why.
@@ -45,8 +49,14 @@ def next_together(engine: Engine, batches: Iterator[list[Batch]], stop: bool = F
     except (DataError, OSError) as caught:
         error = str(caught)
     waited = time.perf_counter() - start
-    own = [sum(batch.target_count for batch in micro_batches), stop, error is not None]
-    targets, stops, failures = engine.sum_over_ranks(own)
+    skipped = {shard for batch in micro_batches for shard in batch.skipped}
+    own = [sum(batch.target_count for batch in micro_batches), stop, error is not None, len(skipped)]
+    targets, stops, failures, skips = engine.sum_over_ranks(own)
     if failures:
         raise DataError(engine.errors_of_ranks(error))
-    return StepBatches(micro_batches, targets, stops > 0, waited)
+    unique: dict[str, SkippedShard] = {}
+    if skips:
+        # Ranks may have met different defects of a shard; all report the same one.
+        for shard in sorted(set().union(*engine.of_all_ranks(skipped)), key=lambda shard: (shard.name, shard.reason)):
+            unique.setdefault(shard.sha256, shard)
+    return StepBatches(micro_batches, targets, stops > 0, waited, tuple(unique.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,15 +11,36 @@ from torch import nn
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import ENGINE
 from dcscale.config import Config, to_yaml
-from dcscale.data import BatchLoader, MixedStream, Stream, load_tokenizer, open_mixture, open_stream
+from dcscale.data import (
+    Access,
+    BatchLoader,
+    MixedStream,
+    Patience,
+    Stream,
+    open_mixture,
+    open_stream,
+    tokenizer_files,
+    tokenizer_of_shards,
+)
+from dcscale.data.sources import shown
 from dcscale.files import write_atomically
 from dcscale.models import DCFormer, count_flops, count_parameters, initialize
 from dcscale.observe import Console
 from dcscale.parallel import Engine, Environment, decided_by_main, on_every_rank
 from dcscale.parallel.deepspeed_config import accumulation_steps
-from dcscale.train.hooks import ComposeDistance, DataEpochs, Hook, Samples, Saving, Throughput, Validation, peak_tflops
+from dcscale.train.hooks import (
+    ComposeDistance,
+    DataEpochs,
+    Hook,
+    Samples,
+    Saving,
+    SkippedData,
+    Throughput,
+    Validation,
+    peak_tflops,
+)
 from dcscale.train.optimizer import build_optimizer
-from dcscale.train.report import Reporter
+from dcscale.train.report import Reporter, without_secrets
 from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
@@ -35,7 +56,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
             fit, on this rank or on another; nothing has been written then.
     """
     run = Path(config.run.folder)
-    stream, loader, validation, samples = on_every_rank(lambda: _open_data(config, environment))
+    data = on_every_rank(lambda: _open_data(config, environment))
+    stream = data.stream
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
@@ -54,6 +76,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         for change in data_changes(state.data_identity, stream.identity):
             console.line(f"warning    {change}, as checkpoint.allow_data_change lets them be")
         state.data_identity = stream.identity
+        data.loader.skip([shard["sha256"] for shard in state.skipped])
     engine = Engine(
         config,
         environment,
@@ -78,13 +101,14 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
             peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),
         ),
         DataEpochs(),
+        SkippedData(),
     ]
-    if validation is not None:
-        hooks.append(validation)
+    if data.validation is not None:
+        hooks.append(data.validation)
     if config.model.attention == "dcmha" and config.log.compose_interval > 0:
         hooks.append(ComposeDistance(config.log.compose_interval))
-    if samples is not None:
-        hooks.append(samples)
+    if data.samples is not None:
+        hooks.append(data.samples)
     hooks.append(Saving(config.checkpoint.interval))
     for hook in hooks:
         if hook.name in state.hooks:
@@ -94,28 +118,37 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     trainer = Trainer(
         config,
         engine,
-        loader,
+        data.loader,
         state,
         reporter,
         hooks,
         run,
+        data.tokenizer_files,
     )
     trainer.latest_checkpoint = checkpoint
     _announce(console, config, environment, stream, trainer)
     return trainer
 
 
-def _open_data(
-    config: Config, environment: Environment
-) -> tuple[Stream, BatchLoader, Validation | None, Samples | None]:
+class _Data(NamedTuple):
     stream: Stream
+    loader: BatchLoader
+    tokenizer_files: dict[str, bytes]
+    validation: Validation | None
+    samples: Samples | None
+
+
+def _open_data(config: Config, environment: Environment) -> _Data:
+    skip = {"on_error": config.data.on_error, "max_skipped": config.data.max_skipped}
     if config.data.sources:
-        stream = open_mixture(config.data.sources, **_stream_settings(config))
+        stream: Stream = open_mixture(config.data.sources, **_stream_settings(config), **skip)
     else:
-        stream = open_stream(config.data.train, **_stream_settings(config))
+        stream = open_stream(config.data.train, **_stream_settings(config), **skip)
     loader = _loader(config, environment, stream, config.data.prefetch_steps, config.data.workers)
+    first = stream.streams[0] if isinstance(stream, MixedStream) else stream
     validation = None
     if config.data.validation is not None and config.validation.interval > 0:
+        # Its loss must always be that of the same sequences, so no shard of it is ever skipped.
         held_out = open_stream(config.data.validation, shuffle=False, **_stream_settings(config))
         validation = Validation(
             _loader(config, environment, held_out, prefetch_steps=0, limit=config.validation.sequences),
@@ -124,19 +157,27 @@ def _open_data(
         )
     samples = None
     if config.samples.interval > 0:
-        samples = Samples(config.samples, load_tokenizer(config.data.roots[0]), config.train.seed)
-    return stream, loader, validation, samples
+        samples = Samples(config.samples, tokenizer_of_shards(first.source, first.manifest), config.train.seed)
+    return _Data(stream, loader, tokenizer_files(first.source, first.manifest), validation, samples)
 
 
 def _stream_settings(config: Config) -> dict[str, Any]:
+    data = config.data
     return {
         "vocab_size": config.model.vocab_size,
-        "sequence_length": config.data.sequence_length,
+        "sequence_length": data.sequence_length,
         "seed": config.train.seed,
-        "shuffle_shards": config.data.shuffle_shards,
-        "slots": config.data.slots,
-        "document_mask": config.data.document_mask,
-        "verify": config.data.verify,
+        "shuffle_shards": data.shuffle_shards,
+        "slots": data.slots,
+        "document_mask": data.document_mask,
+        "verify": data.verify,
+        "read_ahead": data.read_ahead,
+        "read_threads": data.read_threads,
+        "access": Access(
+            Patience(timeout=data.timeout_seconds, wait=data.retry_seconds, give_up=data.give_up_seconds),
+            cache=None if data.cache is None else Path(data.cache),
+            cache_bytes=data.cache_bytes,
+        ),
     }
 
 
@@ -162,7 +203,7 @@ def _loader(
 
 def _start_folder(run: Path, config: Config) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.yaml", to_yaml(config))
+    write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
 
 
 def _build_model(config: Config) -> nn.Module:
@@ -195,9 +236,11 @@ def _announce(console: Console, config: Config, environment: Environment, stream
     if isinstance(stream, MixedStream):
         console.line(f"run        {tokens}")
         for source, share in zip(config.data.sources, stream.shares):
-            console.line(f"mixture    {share:.2%} {source.name}, {epochs[source.name]:.2f} epochs of {source.path}")
+            console.line(
+                f"mixture    {share:.2%} {source.name}, {epochs[source.name]:.2f} epochs of {shown(source.path)}"
+            )
     else:
-        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {config.data.train}")
+        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {shown(config.data.train)}")
     console.line(f"folder     {trainer.run}")
     if trainer.latest_checkpoint is not None:
         console.line(

@@ -19,6 +19,8 @@ METRICS: dict[str, Metric] = {
     "step": Metric("steps", "optimizer steps done", None),
     "tokens": Metric("tokens", "tokens read in training so far, over all ranks", "progress/tokens"),
     DATA_EPOCH: Metric("epochs", "how often the training data have been used, over all ranks", "progress/data_epoch"),
+    "skipped_shards": Metric("shards", "training shards given up so far (data.on_error=skip)", "data/skipped_shards"),
+    "skipped_tokens": Metric("tokens", "tokens in these shards, which every epoch lacks", "data/skipped_tokens"),
     "loss": Metric("nats/token", "training loss, mean over the targets since the last record", "loss/train"),
     "grad_norm": Metric("1", "global L2 norm of the gradient before clipping, of this step", "optimizer/grad_norm"),
     "lr": Metric("1", "peak-scaled learning rate of this step, before lr_scale of rules", "optimizer/learning_rate"),

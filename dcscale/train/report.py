@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from dcscale.config import Config
+from dcscale.data.sources import shown
 from dcscale.observe import Console, MetricsFile
 from dcscale.observe.board import Board
 from dcscale.train.hooks.base import Record
 from dcscale.train.metrics import BOARD_CHARTS, board_values
+
+
+def without_secrets(config: Config) -> Config:
+    """The config as it is written down: without the credentials that addresses of data may hold."""
+    data = config.data
+    sources = [dataclasses.replace(source, path=shown(source.path)) for source in data.sources]
+    validation = None if data.validation is None else shown(data.validation)
+    data = dataclasses.replace(data, train=shown(data.train), sources=sources, validation=validation)
+    return dataclasses.replace(config, data=data)
 
 
 class Reporter:
@@ -40,6 +52,9 @@ class Reporter:
             if record.get("mfu") is not None:
                 facts["mfu"] = f"{record['mfu']:.1%}"
             self._progress.show(int(record["step"]), facts)
+
+    def warn(self, text: str) -> None:
+        self._console.line(f"warning    {text}")
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         if self._board is not None:

@@ -30,6 +30,9 @@ class TrainState:
     data_identity: dict[str, Any] = field(default_factory=dict)
     """What decides the data's content, order and cutting."""
 
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    """Training shards that were given up (``data.on_error=skip``), each a :class:`dcscale.data.SkippedShard`."""
+
     optimizer_groups: str = ""
     """:attr:`dcscale.parallel.Engine.grouping` of the optimizer whose state is saved."""
 

@@ -31,6 +31,8 @@ def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
         "bits_per_byte": validation.get("bits_per_byte"),
         "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
         "train_seconds": state.train_seconds,
+        "skipped_shards": len(state.skipped),
+        "skipped_tokens": sum(shard["tokens"] for shard in state.skipped),
         "parameters": count_parameters(trainer.config.model).total,
         "world_size": trainer.environment.world_size,
         "device": str(trainer.environment.device.type),
@@ -47,6 +49,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             f"loss       {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} now (nats/token), "
             f"{summary['tokens_per_second']:,.0f} tokens/s"
         )
+    if summary["skipped_shards"]:
+        lines.append(f"lost       {summary['skipped_shards']} shards of {summary['skipped_tokens']:,} tokens")
     if summary["validation_loss"] is not None:
         bits = "" if summary["bits_per_byte"] is None else f", {summary['bits_per_byte']:.4f} bits/byte"
         lines.append(f"held out   {summary['validation_loss']:.4f} nats/token{bits}")

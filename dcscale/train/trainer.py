@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import torch
 
 from dcscale.checkpoint import save_checkpoint
 from dcscale.config import Config, to_yaml
-from dcscale.data import Batch, BatchLoader, DataError, tokenizer_files
+from dcscale.data import Batch, BatchLoader, DataError, SkippedShard
 from dcscale.parallel import Engine, NonFiniteError
 from dcscale.train.batches import StepBatches, next_together
 from dcscale.train.hooks import Hook, Record, due
-from dcscale.train.report import Reporter
+from dcscale.train.report import Reporter, without_secrets
 from dcscale.train.schedule import learning_rate
 from dcscale.train.signals import StopSignals
 from dcscale.train.state import TrainState
@@ -41,6 +41,7 @@ class Trainer:
         reporter: where records go.
         hooks: features, called in order.
         run: the run's folder.
+        tokenizer_files: what is needed to load the data's tokenizer, by name; every checkpoint holds a copy.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Trainer:
         reporter: Reporter,
         hooks: Sequence[Hook],
         run: Path,
+        tokenizer_files: Mapping[str, bytes],
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
@@ -59,7 +61,7 @@ class Trainer:
         self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         self.latest_batch: Batch | None = None
         self.latest_checkpoint: Path | None = None
-        self._reporter = reporter
+        self._reporter, self._tokenizer_files = reporter, tokenizer_files
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
 
@@ -84,6 +86,8 @@ class Trainer:
                     ending = Ending.SIGNALLED
                     break
                 lr, grad_norm = self._step(step.micro_batches, step.targets)
+                if step.skipped:
+                    batches = self.loader.steps(self.state.sequences)
                 seconds = time.perf_counter() - start
                 self._seconds += seconds
                 self._waited += step.waited
@@ -100,12 +104,23 @@ class Trainer:
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
             step = next_together(self.engine, batches, stop=signals.received is not None)
+            if step is not None and step.skipped:
+                self._give_up(step.skipped)
         except DataError as error:
             if self.state.step > 0:
                 self.save()
             raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
         assert step is not None, "the training data is endless"
         return step
+
+    def _give_up(self, shards: Sequence[SkippedShard]) -> None:
+        """From the next step on no rank uses these shards, whether it could or not, nor does a resumed run."""
+        self.loader.skip([shard.sha256 for shard in shards])
+        self.state.skipped += [dataclasses.asdict(shard) for shard in shards]
+        for shard in shards:
+            self._reporter.warn(f"step {self.state.step + 1} skips a shard of {shard.tokens:,} tokens: {shard.reason}")
+        lines = (f"- {shard['name']}: {shard['tokens']:,} tokens. {shard['reason']}" for shard in self.state.skipped)
+        self.report_text("data/skipped", "\n".join(lines))
 
     def _step(self, micro_batches: list[Batch], targets: int) -> tuple[float, float]:
         """One optimizer step; returns its learning rate and gradient norm."""
@@ -200,7 +215,7 @@ class Trainer:
             self.run,
             self.state.step,
             state,
-            to_yaml(self.config),
+            to_yaml(without_secrets(self.config)),
             self.config.checkpoint.keep_last,
-            copies=tokenizer_files(self.config.data.roots[0]),
+            copies=self._tokenizer_files,
         )

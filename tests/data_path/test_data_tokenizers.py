@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dcscale.data import ByteTokenizer, DataError, HuggingFaceTokenizer, load_tokenizer, read_manifest, tokenizer_files
 from dcscale.data.build import build_shards
 from dcscale.data.manifest import write_manifest
+from dcscale.data.sources import FolderSource
 from dcscale.testing.token_shards import write_token_shards
 
 TEXT = "def f(x):\n    return 'äöü € 🙂'\n"
@@ -95,7 +96,8 @@ def test_a_folder_of_shards_carries_its_tokenizer(tokenizer_json, tmp_path):
     build_shards([tmp_path / "a.txt"], tmp_path / "out", tokenizer=str(tokenizer_json))
     train = tmp_path / "out/train"
     assert read_manifest(train).tokenizer.spec == "tokenizer.json"
-    assert tokenizer_files(train) == [train / "tokenizer.json"]
+    files = tokenizer_files(FolderSource(train), read_manifest(train))
+    assert files == {"tokenizer.json": tokenizer_json.read_bytes()}
     tokenizer = load_tokenizer(train)
     tokenizer_json.unlink()
     assert tokenizer.encode(TEXT) == load_tokenizer(train).encode(TEXT)
@@ -112,7 +114,7 @@ def test_a_folder_of_shards_carries_its_tokenizer(tokenizer_json, tmp_path):
 def test_a_folder_of_byte_shards(tmp_path):
     manifest = write_token_shards(tmp_path, [[[1, 256]]])
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
-    assert tokenizer_files(tmp_path) == []
+    assert tokenizer_files(FolderSource(tmp_path), manifest) == {}
     write_manifest(tmp_path, dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, eos_id=0)))
     with pytest.raises(DataError, match=r"tokenizer\.eos_id is 0, but the tokenizer there now has 256"):
         load_tokenizer(tmp_path)

@@ -83,7 +83,7 @@ class BreakData(Hook):
             def fail(*arguments):
                 raise DataError("shard-000001.tar has the wrong checksum")
 
-            trainer.loader._stream.sequences = fail
+            trainer.loader._stream.append = fail
 
 
 def _data_fails(config):
@@ -112,7 +112,7 @@ class BreakHeldOutData(Hook):
             def fail(*arguments):
                 raise DataError("shard-000000.tar is shorter than the manifest says")
 
-            validation._loader._stream.sequences = fail
+            validation._loader._stream.append = fail
 
 
 def _held_out_data_fail(config):

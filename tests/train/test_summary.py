@@ -14,6 +14,8 @@ SUMMARY = {
     "bits_per_byte": 3.6067,
     "tokens_per_second": 2048.0,
     "train_seconds": 50.0,
+    "skipped_shards": 0,
+    "skipped_tokens": 0,
     "parameters": 1000,
     "world_size": 2,
     "device": "cpu",
@@ -35,6 +37,10 @@ SAMPLE = ["it writes", "  | def f():", "  |     return"]
         ({"bits_per_byte": None}, [*BASE, "held out   2.5000 nats/token", *CHECKPOINT, *SAMPLE]),
         ({"validation_loss": None, "bits_per_byte": None}, [*BASE, *CHECKPOINT, *SAMPLE]),
         ({"validation_loss": None, "sample": None}, [*BASE, *CHECKPOINT]),
+        (
+            {"skipped_shards": 2, "skipped_tokens": 12345, "validation_loss": None, "sample": None},
+            [*BASE, "lost       2 shards of 12,345 tokens", *CHECKPOINT],
+        ),
     ],
 )
 def test_lines(changes, lines):

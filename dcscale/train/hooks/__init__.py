@@ -5,6 +5,7 @@ from dcscale.train.hooks.compose_distance import ComposeDistance
 from dcscale.train.hooks.data_epochs import DataEpochs
 from dcscale.train.hooks.samples import Samples
 from dcscale.train.hooks.saving import Saving
+from dcscale.train.hooks.skipped_data import SkippedData
 from dcscale.train.hooks.throughput import Throughput, peak_memory_gib, peak_tflops
 from dcscale.train.hooks.validation import Validation
 
@@ -15,6 +16,7 @@ __all__ = [
     "Record",
     "Samples",
     "Saving",
+    "SkippedData",
     "Throughput",
     "Validation",
     "due",

@@ -1,0 +1,180 @@
+"""Runs whose data fail: from a server, on one rank only, and across a resume."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dcscale.data import DataError, build_shards, open_stream, read_manifest
+from dcscale.data.sources import FolderSource, UnreadableError
+from dcscale.observe import Console
+from dcscale.parallel import discover, start_distributed
+from dcscale.testing import shard_server as faults
+from dcscale.testing.distributed import run_distributed
+from dcscale.testing.runs import make_text, tiny_config, train_here
+from dcscale.testing.shard_server import ShardServer
+from dcscale.train import build_trainer
+
+pytestmark = pytest.mark.distributed
+
+READING = ["data.shuffle_shards=1", "data.slots=1", "validation.interval=0", "log.compose_interval=0"]
+QUICK = ["data.timeout_seconds=0.5", "data.retry_seconds=0.001", "data.give_up_seconds=5"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Shards of about 16 sequences: a step of 8 lies in one window or two."""
+    folder = tmp_path_factory.mktemp("data")
+    build_shards([make_text(folder / "text")], folder / "shards", suffixes=[".txt"], hold_out=0.2, shard_tokens=500)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def bad(shards):
+    """A shard that is first needed in the middle of the run: its entry, the step, and which of two ranks needs it."""
+    stream = open_stream(
+        shards / "train",
+        vocab_size=257,
+        sequence_length=32,
+        seed=0,
+        shuffle_shards=1,
+        slots=1,
+        document_mask=True,
+        verify=True,
+    )
+    order = stream._order
+    windows = [{piece.window for piece in order.pieces(0, order.locate(g)[1])} for g in range(64)]
+    g = next(g for g in range(20, 48) if windows[g] - windows[g - 1])
+    (window,) = windows[g] - windows[g - 1]
+    return stream.manifest.shards[order.shards(0, window)[0]], g // 8 + 1, g % 2
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records(run)]
+
+
+def test_a_run_from_a_server_in_trouble_is_the_run_from_the_folder(shards, tmp_path):
+    passing = [faults.status(503), faults.cut(900), faults.corrupt, faults.reset(), faults.cut(700, length=False)]
+    with ShardServer(shards) as server:
+        for number, info in enumerate(read_manifest(shards / "train").shards):
+            server.faults[f"train/{info.name}"] = passing[number % 5 :] + passing[: number % 5]
+        near = tiny_config(tmp_path / "near", shards, *READING)
+        far = tiny_config(tmp_path / "far", shards, *READING, *QUICK, f"data.cache={tmp_path / 'cache'}")
+        secret = f"http://user:secret@{server.host}/train?key=hidden"
+        far.data.train, far.data.on_error = secret, "skip"
+        for config in (near, far):
+            train_here(config)
+    assert losses(tmp_path / "near") == losses(tmp_path / "far")
+    assert [record["skipped_shards"] for record in records(tmp_path / "far")] == [0] * 8
+    assert "skipped_shards" not in records(tmp_path / "near")[0]
+    for path in (tmp_path / "far").rglob("*"):
+        if path.is_file():
+            assert b"secret" not in path.read_bytes(), path
+            assert b"hidden" not in path.read_bytes(), path
+
+
+def test_a_shard_that_is_gone_stops_the_run_with_its_address(shards, bad, tmp_path):
+    info, step, _ = bad
+    with ShardServer(shards) as server:
+        config = tiny_config(tmp_path / "run", shards, *READING, *QUICK, f"data.train={server.address}/train")
+        environment = discover()
+        start_distributed(environment, 1)
+        trainer = build_trainer(config, environment, Console(enabled=False))
+        server.always[f"train/{info.name}"] = faults.status(404)
+        with pytest.raises(DataError) as error:
+            trainer.fit()
+        trainer.close()
+    assert str(error.value) == (
+        f"the data of step {step} could not be read: rank 0: {server.address}/train/{info.name}: the manifest names "
+        f"this shard, but it cannot be read: the server answers 404 Not Found; copy it again"
+    )
+    assert trainer.state.step == step - 1
+    assert trainer.latest_checkpoint.name == f"step-{step - 1:08d}"
+
+
+def _break(name, rank):
+    """One rank cannot read a shard; returns what mends it."""
+    read = FolderSource.read
+
+    def failing(source, asked, *arguments):
+        if asked == name:
+            raise UnreadableError(source.where(asked), "Input/output error")
+        return read(source, asked, *arguments)
+
+    if discover().rank == rank:
+        FolderSource.read = failing
+
+    def mend():
+        FolderSource.read = read
+
+    return mend
+
+
+def _skip_and_resume(configs, name, step, rank):
+    found = []
+    mend = _break(name, rank)
+    with pytest.raises(DataError) as refused:
+        train_here(configs["refused"])
+    trainer, _ = train_here(configs["whole"])
+    found.append((trainer.loader._stream.skipped, trainer.state.skipped))
+    configs["stopped"].train.stop_after = step
+    train_here(configs["stopped"])
+    mend()
+    configs["stopped"].train.stop_after = None
+    configs["stopped"].data.on_error = "fail"
+    trainer, _ = train_here(configs["stopped"])
+    found.append((trainer.loader._stream.skipped, trainer.state.skipped))
+    return found, str(refused.value)
+
+
+def test_what_one_rank_gives_up_all_give_up_and_again_after_a_resume(shards, bad, tmp_path):
+    info, step, rank = bad
+    options = [*READING, "data.on_error=skip", "data.max_skipped=0.1"]
+    configs = {name: tiny_config(tmp_path / name, shards, *options) for name in ("whole", "stopped", "refused")}
+    configs["refused"].data.max_skipped = 0.001
+    reason = f"{shards}/train/{info.name}: the manifest names this shard, but it cannot be read: Input/output error"
+    for found, refused in run_distributed(_skip_and_resume, 2, configs, info.name, step, rank):
+        assert refused.startswith(f"the data of step {step} could not be read: rank {rank}: {shards}/train: 1 of ")
+        assert f"shards cannot be used ({info.name})" in refused
+        assert "data.max_skipped is 0.100%; mend these shards, or raise data.max_skipped" in refused
+        for skipped, state in found:
+            assert skipped == {info.sha256}
+            (entry,) = state
+            assert entry["tokens"] == info.tokens
+            assert entry["reason"].startswith(reason)
+    for run in ("whole", "stopped"):
+        counts = [(record["skipped_shards"], record["skipped_tokens"]) for record in records(tmp_path / run)]
+        assert counts == [(0, 0)] * (step - 1) + [(1, info.tokens)] * (9 - step)
+        board = EventAccumulator(str(tmp_path / run / "tensorboard"))
+        board.Reload()
+        assert [event.value for event in board.Scalars("data/skipped_shards")] == [0] * (step - 1) + [1] * (9 - step)
+        (text,) = board.Tensors("data/skipped/text_summary")
+        assert reason in text.tensor_proto.string_val[0].decode()
+        summary = json.loads((tmp_path / run / "summary.json").read_text())
+        assert (summary["skipped_shards"], summary["skipped_tokens"]) == (1, info.tokens)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+def test_a_skip_is_told_at_the_terminal(shards, bad, tmp_path, capsys):
+    info, step, _ = bad
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in (shards / "train").iterdir():
+        if path.name != info.name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = tiny_config(tmp_path / "run", shards, *READING, f"data.train={folder}", "data.on_error=skip")
+    config.data.max_skipped = 0.1
+    environment = discover()
+    start_distributed(environment, 1)
+    trainer = build_trainer(config, environment, Console())
+    trainer.fit()
+    trainer.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == [
+        f"warning    step {step} skips a shard of {info.tokens:,} tokens: {folder}/{info.name}: the manifest names "
+        f"this shard, but it cannot be read: No such file or directory; copy it again"
+    ]
