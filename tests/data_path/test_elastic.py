@@ -120,7 +120,7 @@ def rows_of(batches):
     ]
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "mixed"])
+@pytest.mark.parametrize("kind", ["packed", "mixed"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_from_these_ranks_to_every_other_number_of_ranks(open_by_name, uninterrupted, kind, world):
     """Stopped after a random step, gone on with on other ranks."""
