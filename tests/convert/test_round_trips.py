@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from dcscale.checkpoint import load_weights
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.config.schema import ComposeConfig
-from dcscale.convert import convert, prepare
+from dcscale.convert import conversion, convert, prepare
 from dcscale.models import DCFormer
 from dcscale.testing.convert import UpstreamFolder, tensors_of, write_checkpoint
 from dcscale.testing.models import random_ids, tiny_config
@@ -242,6 +243,24 @@ def test_shards_of_the_result(tmp_path):
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
     convert(tmp_path / "theirs", tmp_path / "again", "dcscale")
     assert tensors_of(tmp_path / "again").keys() == tensors_of(source).keys()
+
+
+@pytest.mark.parametrize("target", ["upstream", "dcscale"])
+def test_memory_is_that_of_a_tensor_not_of_the_model(target, tmp_path, monkeypatch, upstream_of):
+    source = write_checkpoint(tmp_path / "ours", tiny_config()) if target == "upstream" else upstream_of().folder
+    alive = []
+
+    def hold_none(weights, *_):
+        made = []
+        for _name, tensor in weights:
+            made.append(weakref.ref(tensor))
+            del tensor
+            alive.append(sum(reference() is not None for reference in made))
+
+    monkeypatch.setattr(conversion, "save_weights", hold_none)
+    convert(source, tmp_path / "result", target)
+    assert len(alive) > 20
+    assert max(alive) == 1
 
 
 def test_the_file_is_not_changed_by_what_reads_it(tmp_path, upstream_of):
