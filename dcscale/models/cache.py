@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dcscale.ops import ComposeWeights, rope_table
 
+_BY_KEY = ("k1", "k2", "kg")
 LEAST_ROOM = 64
 """Fewest positions that a buffer has room for beyond those it keeps, whenever it is made."""
 
@@ -51,12 +52,11 @@ class LayerCache:
         new = {"k": k_BTGD, "v": v_BTGD}
         for stage, weights in (("pre", pre), ("post", post)):
             if weights is not None:
-                by_key = {name: x for name, x in weights.tensors().items() if name.startswith("k")}
-                new |= {f"{stage}.{name}": x for name, x in by_key.items()}
+                new |= {f"{stage}.{name}": x for name, x in weights.tensors().items() if name in _BY_KEY}
         self._check(new)
         seen = self._append(new)
         pre, post = (
-            weights and weights._replace(**{name: seen.get(f"{stage}.{name}") for name in ("k1", "k2", "kg")})
+            None if weights is None else weights._replace(**{name: seen.get(f"{stage}.{name}") for name in _BY_KEY})
             for stage, weights in (("pre", pre), ("post", post))
         )
         return seen["k"], seen["v"], pre, post

@@ -48,7 +48,7 @@ def generate(
     padding = [longest - len(prompt) for prompt in prompt_ids]
     cache = model.new_cache(padding if any(padding) else None)
     input_ids_BT = torch.tensor([[0] * length + prompt for length, prompt in zip(padding, prompt_ids)], device=device)
-    # The length grows by one a token: compiled blocks would be compiled again and again.
+    # The cache grows by one a token: compiled blocks would be compiled again and again.
     with torch.compiler.set_stance("force_eager"):
         for _ in range(new_tokens):
             if all(stopped) and not in_process_group:
