@@ -7,21 +7,17 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, TokenizerInfo, read_manifest
+from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
 from dcscale.data.order import ORDER_VERSION, Order, Piece
-from dcscale.data.packing import SequenceBuffer, Sequences, Window, fills_rows, pack_rows, pack_window
-from dcscale.data.shards import check_shards, read_shard
-from dcscale.data.skipping import SkippedShard, check_loss, stand_in
+from dcscale.data.packing import SequenceBuffer, Sequences
+from dcscale.data.shards import check_shards
 from dcscale.data.sources import Access, Source, open_source
-from dcscale.data.text_shards import open_text
+from dcscale.data.window_maker import WindowMaker
 from dcscale.data.windows import Key, WindowReader, made_ahead
 
 
@@ -138,19 +134,18 @@ def open_stream(
         "document_mask": document_mask,
         **({"source": source_number} if source_number else {}),
     }
-    return SequenceStream(
+    maker = WindowMaker(
         source,
         manifest,
         order,
-        identity,
-        reopen,
         vocab_size=vocab_size,
         verify=verify,
-        read_ahead=read_ahead,
-        read_threads=read_threads,
         on_error=on_error,
         max_skipped=max_skipped,
         skipped=skipped,
+    )
+    return SequenceStream(
+        source, manifest, order, identity, maker, reopen, read_ahead=read_ahead, read_threads=read_threads
     )
 
 
@@ -191,15 +186,11 @@ class SequenceStream:
         manifest: Manifest,
         order: Order,
         identity: dict[str, Any],
+        maker: WindowMaker,
         reopen: Callable[[], SequenceStream],
         *,
-        vocab_size: int,
-        verify: bool,
         read_ahead: int,
         read_threads: int,
-        on_error: str,
-        max_skipped: float,
-        skipped: Collection[str],
     ) -> None:
         self.source = source
         self.manifest = manifest
@@ -207,24 +198,11 @@ class SequenceStream:
         """What decides the content of every sequence, for messages about what has changed."""
         self.fingerprint = fingerprint_of(identity)
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
-        self._reopen = reopen
-        self.shards_read = 0
-        """Shards read so far, repetitions included."""
-        self._order = order
-        self._vocab_size = vocab_size
-        self._verify = verify
-        self._text = open_text(source, manifest)
+        self._order, self._maker, self._reopen = order, maker, reopen
+        self._windows = WindowReader(maker.shards, maker.read, maker.pack, read_threads)
         self._read_ahead = read_ahead
         self._lock = threading.Lock()
-        self._counting = threading.Lock()
-        self._windows = WindowReader(self._shards, self._read, self._pack, read_threads)
         self._lanes: dict[int, Key] = {}
-        self._on_error = on_error
-        self._max_skipped = max_skipped
-        self.skipped = frozenset(skipped)
-        """Checksums of the shards that were given up."""
-        self._given_up: set[str] = set()
-        check_loss(str(source), manifest, self.skipped, max_skipped)
         self._expected: deque[Place] = deque()
         self._wanted: dict[Key, None] = {}
         self._room = read_ahead
@@ -233,6 +211,16 @@ class SequenceStream:
     def reopen(self) -> Callable[[], SequenceStream]:
         """Opens the same stream in another process, to which it can be sent."""
         return partial(self._reopen, skipped=self.skipped)
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Checksums of the shards that were given up."""
+        return self._maker.skipped
+
+    @property
+    def shards_read(self) -> int:
+        """Shards read so far, repetitions included."""
+        return self._maker.shards_read
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -270,7 +258,7 @@ class SequenceStream:
         Raises:
             DataError: a shard is missing or has another size.
         """
-        if self._on_error == "skip":
+        if self._maker.on_error == "skip":
             return
         check_shards(self.source, self.manifest.shards[rank::world_size])
 
@@ -297,10 +285,7 @@ class SequenceStream:
         Raises:
             DataError: more would be lost than may be.
         """
-        skipped = self.skipped.union(sha256)
-        check_loss(str(self.source), self.manifest, skipped, self._max_skipped)
-        self.skipped = skipped
-        self._given_up.clear()
+        self._maker.skip(sha256)
         self._windows.close()
 
     def close(self) -> None:
@@ -383,68 +368,3 @@ class SequenceStream:
         self._wanted = dict.fromkeys(windows)
         self._room = self._read_ahead - len(self._wanted.keys() - self._lanes.values())
         self._windows.want(windows)
-
-    def _shards(self, key: Key) -> list[int]:
-        return self._order.shards(*key)
-
-    def _read(self, shard: int, needed: bool) -> _Part:
-        """A shard's documents; where it is given up, what stands in for them."""
-        info = self.manifest.shards[shard]
-        stand_ins = partial(stand_in, info, self.manifest.row_tokens, self.manifest.dtype, self.tokenizer.eos_id)
-        if info.sha256 in self.skipped:
-            return _Part(stand_ins(), lost=True)
-        try:
-            return _Part(self._read_shard(info))
-        except DataError as error:
-            if self._on_error == "fail" or not needed:
-                raise
-            with self._counting:
-                self._given_up.add(info.sha256)
-                check_loss(str(self.source), self.manifest, self.skipped | self._given_up, self._max_skipped)
-            skipped = SkippedShard(info.sha256, self.source.where(info.name), info.tokens, str(error))
-            return _Part(stand_ins(), lost=True, skipped=(skipped,))
-
-    def _read_shard(self, info: ShardInfo) -> list[np.ndarray]:
-        row_tokens = self.manifest.row_tokens
-        documents = read_shard(
-            self.source,
-            info,
-            dtype=self.manifest.dtype,
-            vocab_size=self._vocab_size,
-            verify=self._verify,
-            text=self._text,
-        )
-        with self._counting:
-            self.shards_read += 1
-        if row_tokens is not None and not fills_rows(documents, row_tokens):
-            raise DataError(
-                f"{self.source.where(info.name)}: a document lies across the end of a row, but the manifest says "
-                f"that the shards are rows of {row_tokens} tokens; make the shards again with tools/make_shards.py"
-            )
-        return documents
-
-    def _pack(self, key: Key, parts: list[_Part]) -> Window:
-        window = self._pack_documents(key, [document for part in parts for document in part.documents])
-        if not any(part.lost for part in parts):
-            return window
-        lost = [np.full(len(document), part.lost) for part in parts for document in part.documents]
-        return replace(
-            window,
-            lost=self._pack_documents(key, lost).tokens,
-            skipped=tuple(shard for part in parts for shard in part.skipped),
-        )
-
-    def _pack_documents(self, key: Key, documents: list[np.ndarray]) -> Window:
-        row_tokens = self.manifest.row_tokens
-        if row_tokens is None:
-            return pack_window(documents, self._order.documents(*key, len(documents)))
-        rows = sum(map(len, documents)) // row_tokens
-        return pack_rows(documents, self._order.documents(*key, rows), row_tokens)
-
-
-class _Part(NamedTuple):
-    """What was read of a shard."""
-
-    documents: list[np.ndarray]
-    lost: bool = False
-    skipped: tuple[SkippedShard, ...] = ()
