@@ -89,7 +89,7 @@ def test_the_table_shows_every_case_and_the_targets(measured):
     assert sum(line.split()[:1] == ["chunked"] for line in lines) == 4
     assert sum("triton: not measured: " in line for line in lines) == 1  # said once
     assert sum(line.startswith("  not measured  GPU: ") for line in lines) == 5
-    assert sum(line.startswith("  not measured  CPU: ") for line in lines) == 8
+    assert sum(line.startswith("  not measured  CPU: ") for line in lines) == 16
     assert f"written: {path}" in lines
     row = json.loads(path.read_text())["rows"][0]
     shown = next(line for line in lines if line.split()[:1] == ["dense"]).split()
