@@ -73,8 +73,31 @@ def print_numbers(config: Config, world_size: int | None) -> None:
     print(f"parameters         {parameters.total:,}, of which compose {parameters.compose:,}")
     print(f"FLOPs a token      {flops.total:.4g} (forward and backward)")
     print(f"FLOPs in all       {flops.total * tokens * train.steps:.4g}")
+    print_epochs(config)
     print(f"\nDeepSpeed config for {_ranks(world_size or 1)}, generated:")
     print(json.dumps(deepspeed_config(config, world_size or 1), indent=2))
+
+
+def print_epochs(config: Config) -> None:
+    """How much of each source the run would use, where the training data lie on this machine."""
+    from dcscale.data import DataError, MixedStream
+    from dcscale.train.build import open_training_stream
+
+    if any("://" in root for root in config.data.roots):
+        return
+    try:
+        stream = open_training_stream(config)
+    except DataError as error:
+        print(f"epochs             not known: {error}")
+        return
+    sequences = config.train.steps * config.train.global_batch_size
+    epochs = stream.epochs(sequences)
+    if not isinstance(stream, MixedStream):
+        print(f"epochs             {epochs['']:.4g}")
+        return
+    for number, (name, share) in enumerate(zip(stream.names, stream.shares)):
+        used = stream.order.count(number, sequences)
+        print(f"of source {name:8} {used:,} sequences ({share:.2%}), {epochs[name]:.4g} epochs")
 
 
 def _ranks(number: int) -> str:

@@ -138,12 +138,20 @@ class _Data(NamedTuple):
     samples: Samples | None
 
 
-def _open_data(config: Config, environment: Environment) -> _Data:
+def open_training_stream(config: Config) -> Stream:
+    """The training data of a config.
+
+    Raises:
+        DataError: they cannot be opened.
+    """
     skip = {"on_error": config.data.on_error, "max_skipped": config.data.max_skipped}
     if config.data.sources:
-        stream: Stream = open_mixture(config.data.sources, **_stream_settings(config), **skip)
-    else:
-        stream = open_stream(config.data.train, **_stream_settings(config), **skip)
+        return open_mixture(config.data.sources, **_stream_settings(config), **skip)
+    return open_stream(config.data.train, **_stream_settings(config), **skip)
+
+
+def _open_data(config: Config, environment: Environment) -> _Data:
+    stream = open_training_stream(config)
     loader = _loader(config, environment, stream, config.data.prefetch_steps, config.data.workers)
     first = stream.streams[0] if isinstance(stream, MixedStream) else stream
     validation = None

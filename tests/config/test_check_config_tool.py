@@ -13,6 +13,7 @@ import pytest
 
 from dcscale.config.fields import FIELDS
 from dcscale.config.reference import reference
+from dcscale.testing.token_shards import numbered_shards, write_token_shards
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "check_config.py"
@@ -61,6 +62,26 @@ def test_without_a_number_of_ranks_all_that_fit_are_shown(
     output = capsys.readouterr().out
     assert "micro-batches      6 x 1 rank, 3 x 2 ranks, 2 x 3 ranks, 1 x 6 ranks\n" in output
     assert "DeepSpeed config for 1 rank, generated:" in output
+
+
+def test_what_a_run_would_use_of_its_data_is_shown(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("web", "code"):
+        write_token_shards(tmp_path / name, numbered_shards([160, 161]), vocab_size=500)
+    size = ["data.sequence_length=32", "model.vocab_size=500", "train.steps=5", "train.global_batch_size=8"]
+    size += ["validation.interval=0", "schedule.warmup_steps=0"]
+    assert main([f"data.train={tmp_path / 'web'}", *size]) == 0
+    assert "epochs             4\n" in capsys.readouterr().out
+    sources = f"[{{name: web, path: {tmp_path / 'web'}, weight: 3}}, {{name: code, path: {tmp_path / 'code'}}}]"
+    assert main([f"data.sources={sources}", *size]) == 0
+    output = capsys.readouterr().out
+    assert "of source web      30 sequences (75.00%), 3 epochs\n" in output
+    assert "of source code     10 sequences (25.00%), 1 epochs\n" in output
+    assert main(VALID) == 0
+    assert "epochs             not known: shards: no such folder" in capsys.readouterr().out
+    assert main(["data.train=http://127.0.0.1:9/x", "validation.interval=0"]) == 0
+    assert "epochs" not in capsys.readouterr().out.partition("FLOPs in all")[2]
 
 
 def test_every_problem_is_printed_with_its_origin(
