@@ -223,14 +223,14 @@ def _branch_numbers(config: ModelConfig) -> list[int]:
 def _import_compose(name: str, layer: str, kind: str, config: ModelConfig, truth: str, query_wise: bool) -> Recipe:
     prefix = f"layers.{layer}.attention.dyn_w_proj."
     branches, heads = _branch_numbers(config), config.heads
-    on = torch.zeros(len(BRANCHES), dtype=torch.bool)
-    on[branches] = True
+    # Branches that are taken, or whose values do not matter.
+    free = torch.tensor([i in branches or (query_wise and side == "key") for i, (_, side) in enumerate(BRANCHES)])
     k = 2 * _RANK * heads
     merged = truth == "merged"
     source = prefix + ({"dw1": "dw_m", "dd": "dw_m", "qkw": "qkw_m"}[kind] if merged else kind)
 
     def refuse_unless_zero(rest: Tensor) -> None:
-        if rest.any() and not query_wise:
+        if rest.any():
             raise ConversionError(
                 f"{source} is not zero in parts of compose that its config.json's key dcscale says are off: it was "
                 "trained by other code since; remove that key to have all of compose"
@@ -239,16 +239,16 @@ def _import_compose(name: str, layer: str, kind: str, config: ModelConfig, truth
     def make(tensor: Tensor) -> Tensor:
         if kind == "qkw":
             tensor = tensor.reshape(len(BRANCHES), k, 2 * _RANK, heads)
-            refuse_unless_zero(tensor[~on])
+            refuse_unless_zero(tensor[~free])
             return tensor[branches]
         tensor = tensor.flatten(1)
-        used = {"dw1": on.repeat_interleave(k), "dd": on.repeat_interleave(heads)}
+        columns = {"dw1": free.repeat_interleave(k), "dd": free.repeat_interleave(heads)}
         if merged:
-            both = [used["dw1"] & config.compose.low_rank, used["dd"] & config.compose.gates]
+            both = [columns["dw1"] & config.compose.low_rank, columns["dd"] & config.compose.gates]
             refuse_unless_zero(tensor[:, ~torch.cat(both)])
             tensor = tensor[:, : len(BRANCHES) * k] if kind == "dw1" else tensor[:, len(BRANCHES) * k :]
         else:
-            refuse_unless_zero(tensor[:, ~used[kind]])
+            refuse_unless_zero(tensor[:, ~columns[kind]])
         picked = tensor.unflatten(1, (len(BRANCHES), -1))[:, branches]
         return picked if kind == "dw1" else picked.flatten(1)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dcscale.checkpoint import load_weights
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.config.schema import ComposeConfig
-from dcscale.convert import conversion, convert, prepare
+from dcscale.convert import ConversionError, conversion, convert, prepare
 from dcscale.models import DCFormer
 from dcscale.testing.convert import UpstreamFolder, tensors_of, write_checkpoint
 from dcscale.testing.models import random_ids, tiny_config
@@ -158,6 +158,22 @@ def test_only_one_of_the_copies(tmp_path, upstream_of):
     merged, original = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "original")
     assert all(torch.equal(merged[name], original[name]) for name in original)
     assert read_config(tmp_path / "merged").model == read_config(tmp_path / "original").model
+
+
+@pytest.mark.parametrize("name", ["query-wise", "pre gates", "post low-rank"])
+def test_only_the_merged_copies_of_a_part_of_compose(name, tmp_path, upstream_of):
+    folder = upstream_of(**MODELS[name])
+    convert(folder.folder, tmp_path / "original", "dcscale")
+    for tensor in of_kind(folder, "dw1", "dd", "qkw"):
+        del folder.tensors[tensor]
+    convert(folder.write(), tmp_path / "merged", "dcscale")
+    merged, original = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "original")
+    assert merged.keys() == original.keys()
+    assert all(torch.equal(merged[key], original[key]) for key in original)
+    for tensor in of_kind(folder, "dw_m"):
+        folder.tensors[tensor] += 1
+    with pytest.raises(ConversionError, match="dw_m is not zero in parts of compose that .* dcscale says are off"):
+        convert(folder.write(), tmp_path / "trained", "dcscale")
 
 
 def test_separate_q_k_v_as_older_upstream_files_have_them(tmp_path, upstream_of):
