@@ -1,0 +1,1 @@
+"""Other libraries, each used as its documentation says; a module is imported only where its reader is asked for."""

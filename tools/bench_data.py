@@ -1,0 +1,198 @@
+"""Measures the data path beside other libraries, on the same data and in one run.
+
+    python tools/bench_data.py                     # figures: under ten minutes
+    python tools/bench_data.py --quick             # under two minutes
+    python tools/bench_data.py --elastic --faults  # what a restart in another shape, or a defect, does to each library
+    python tools/bench_data.py --kinds dcscale litdata --workers 0 1 2 4 --tokens 100_000_000
+    python tools/bench_data.py --markdown tools/results/data-intel-xeon-processor.json
+
+Random documents are written once in every format. A reading happens in a process of its own: it compares the tokens of
+one epoch with the data, and times the next three; a reader that hands over other tokens is reported and not timed.
+Readers take turns. Files are in the machine's memory, so these are figures of the software; the web server is on this
+machine and waits 50 ms before each answer. Other libraries (pip install 'dcscale[bench]') are left out where they are
+not installed. The readers, for --kinds:
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcscale.bench.data import costs, elastic, faults, probe, rates, report
+from dcscale.bench.data.corpus import make_corpus
+from dcscale.bench.data.mixing import compare_orders
+from dcscale.bench.data.reader import Settings
+from dcscale.bench.data.readers import KINDS, missing
+from dcscale.bench.data.targets import judge
+from dcscale.bench.data.tasks import written
+from dcscale.bench.record import facts, slug
+from dcscale.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+TIMED = ("dcscale", "dcscale-documents", "webdataset", "webdataset-bundles", "flat", "litdata", "mosaic")
+SHARDS, BATCH, SLOTS, SHUFFLE_SHARDS = 32, 16, 4, 2
+MEMORY_SHARDS = 48
+"""Of a million tokens each, to measure memory with: large beside what a process needs anyway."""
+
+EPOCHS = 3
+"""Timed in each reading."""
+
+MINUTES = {"full": 6.0, "quick": 1.0}
+"""No round of rates begins after these."""
+
+Say = Callable[[str], None]
+
+
+def number(text: str) -> int:
+    digits = text.replace("_", "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(digits)
+
+
+def number_or_none(text: str) -> int:
+    return 0 if text == "0" else number(text)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    description = __doc__ + "\n".join(f"    {name:20} {kind.meaning}" for name, kind in KINDS.items())
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="default: all that the part knows")
+    parser.add_argument("--tokens", type=number, help="of the data, rounded (default 16,777,216; --quick a quarter)")
+    parser.add_argument("--sequence-length", type=number, default=1024, metavar="L", help="default 1024")
+    parser.add_argument("--workers", type=number_or_none, nargs="+", metavar="W", help="default: 0 2")
+    parser.add_argument("--rounds", type=number, help="readings of each reader (default 3, or 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="less data, fewer rounds")
+    parser.add_argument("--elastic", action="store_true", help="instead: restarts with other ranks and workers")
+    parser.add_argument("--faults", action="store_true", help="instead: defects of a shard")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: tools/results/data-PROCESSOR.json")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="print a result's tables, and end")
+    options = parser.parse_args(arguments)
+    options.tokens = options.tokens or (1 << 22 if options.quick else 1 << 24)
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.workers = [0, 2] if options.workers is None else options.workers
+    if options.output is not None and options.output.suffix != ".json":
+        parser.error(f"--output {options.output}: must end in .json")
+    if options.output is not None and not os.access(options.output.parent, os.W_OK):
+        parser.error(f"--output {options.output}: {options.output.parent} is no folder that can be written to")
+    return parser, options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser, options = parse(arguments)
+    if options.markdown is not None:
+        try:
+            print(report.markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:  # ResultError and JSON's error are ValueErrors
+            parser.error(f"--markdown {options.markdown}: {error}")
+        return 0
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    command = ["python", "tools/bench_data.py", *(sys.argv[1:] if arguments is None else arguments)]
+    libraries = sorted({kind.library for kind in KINDS.values() if kind.library})
+    result = facts(command, "cpu", [*libraries, "numpy"])
+    say(f"{result['machine']['name']}, {result['machine']['cores']} cores, load {result['machine']['load_average']}")
+    started = time.monotonic()
+    if options.elastic:
+        result["elastic"] = run_elastic(options, say)
+    if options.faults:
+        result["faults"] = run_faults(options, say)
+    if not options.elastic and not options.faults:
+        result |= run_figures(options, say)
+        result["targets"] = judge(result)
+    result["seconds"] = round(time.monotonic() - started)
+    say(report.markdown(result))
+    checks = "-".join(name for name in ("elastic", "faults") if getattr(options, name))
+    name = "-".join(filter(None, ["data", checks, slug("cpu"), "quick" if options.quick else ""]))
+    path = options.output or RESULTS / f"{name}.json"
+    write_json(path, result)
+    say(f"written to {path} after {result['seconds']} s")
+    wrong = [row for row in result.get("rates", ()) if (row["not_measured"] or "").startswith("wrong")]
+    return 1 if wrong else 0
+
+
+def run_figures(options: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """Everything but the checks."""
+    kinds = options.kinds or TIMED
+    absent = missing(kinds)
+    step = BATCH * options.sequence_length
+    corpus = make_corpus(SHARDS, max(1, round(options.tokens / SHARDS / step)) * step, options.sequence_length)
+    settings = {"length": options.sequence_length, "batch": BATCH, "slots": SLOTS, "shuffle_shards": SHUFFLE_SHARDS}
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
+        root = Path(temporary)
+        histogram = root / "histogram.npy"
+        np.save(histogram, corpus.histogram())
+        folders = {}
+        for kind in [kind for kind in kinds if kind not in absent]:
+            folders[kind] = written(kind, corpus, root)
+            say(f"  written for {kind}")
+        with rates.serve(root) as server:
+            over_http = [0] if options.quick else options.workers
+            cases = rates.cases(folders, server, root, options.workers, over_http, **settings)
+            deadline = time.monotonic() + 60 * MINUTES["quick" if options.quick else "full"]
+            rows = rates.measure(cases, histogram, options.rounds, EPOCHS, deadline, say)
+            rows += [rates.absent_row(kind, why) for kind, why in absent.items()]
+            result: dict[str, Any] = {
+                "tokens": corpus.tokens_ST.size,
+                "documents": sum(map(len, corpus.ends)),
+                **settings,
+                "rates": rows,
+            }
+            if "dcscale" in folders:
+                ours = Settings(str(folders["dcscale"]), **settings)
+                address = f"{server.address}/{folders['dcscale'].name}"
+                result["amplification"] = costs.amplification(address, server, ours, options.workers)
+                shapes = [(1, 1), (4, 2)] if options.quick else [(1, 1), (4, 2), (4, 4)]
+                large = make_corpus(MEMORY_SHARDS, 1 << 20, 1 << 10)
+                folder = written("dcscale", large, root / "large")
+                result["memory"] = costs.memory(folder, Settings("", 1 << 10, BATCH), shapes)
+        at, times = ([0.5], 1) if options.quick else ([0.1, 0.5, 0.9], 3)
+        epoch = corpus.tokens_ST.size // step
+        result["restarts"] = costs.restarts(folders, Settings("", **settings), epoch, at, times)
+        result["plan"] = probe.run("plan", "dcscale", Settings("", **settings))
+    say("  costs are done")
+    result["orders"] = compare_orders()
+    return result
+
+
+def run_elastic(options: argparse.Namespace, say: Say) -> list[dict[str, Any]]:
+    rows = []
+    kinds = [kind for kind in options.kinds or elastic.KINDS if kind in elastic.KINDS]
+    absent = missing(kinds)
+    for kind in kinds:
+        if kind in absent:
+            cells = [elastic.cell(kind, elastic.BEFORE, after) for after in elastic.AFTER]
+            rows += [cell | {"outcome": "not run", "error": absent[kind]} for cell in cells]
+            continue
+        with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+            rows += elastic.check(kind, Path(folder), say)
+    return rows
+
+
+def run_faults(options: argparse.Namespace, say: Say) -> list[dict[str, Any]]:
+    rows = []
+    kinds = [kind for kind in options.kinds or faults.KINDS if kind in faults.KINDS]
+    absent = missing(kinds)
+    for kind in kinds:
+        if kind in absent:
+            cells = [{"kind": kind, "defect": defect} for defect in faults.DEFECTS]
+            rows += [cell | {"outcome": "not run", "error": absent[kind]} for cell in cells]
+        else:
+            rows += faults.check(kind, say)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
