@@ -145,10 +145,10 @@ def open_mixture(sources: Sequence[DataSource], *, slots: int, **settings: Any) 
     streams = [
         open_stream(source.path, slots=slots, source_number=number, **settings) for number, source in enumerate(sources)
     ]
-    for source, stream in zip(sources, streams):
+    for stream in streams:
         if stream.tokenizer != streams[0].tokenizer:
             raise DataError(
-                f"{source.path}: its tokenizer is {stream.tokenizer}, but that of {sources[0].path} is "
+                f"{stream.source}: its tokenizer is {stream.tokenizer}, but that of {streams[0].source} is "
                 f"{streams[0].tokenizer}; the sources of a mixture need the same: make the shards of one again"
             )
     parts = whole_parts([source.weight for source in sources])
