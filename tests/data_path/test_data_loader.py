@@ -249,6 +249,7 @@ def test_every_shard_is_looked_for_by_some_rank_before_training(folder, tmp_path
         ({"rank": 1}, "rank is 1, but must be from 0 to world_size - 1, 0"),
         ({"rank": -1}, "rank is -1"),
         ({"prefetch_steps": -1}, "prefetch_steps is -1, but must be at least 0"),
+        ({"workers": -1}, "workers is -1, but must be at least 0"),
         ({"limit": 0}, "limit is 0"),
     ],
 )

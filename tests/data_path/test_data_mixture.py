@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcscale.config import DataSource
-from dcscale.data import DataError, open_stream
+from dcscale.data import BatchLoader, DataError, open_stream
 from dcscale.data.mixture import LONGEST_PATTERN, MIXTURE_VERSION, MixedOrder, open_mixture, share_out, whole_parts
 from dcscale.testing.token_shards import numbered_shards, packed_shards, write_token_shards
 
@@ -204,6 +204,12 @@ def test_another_tokenizer_is_refused(roots, tmp_path):
 def test_weights_out_of_range_are_refused(roots, weight):
     with pytest.raises(DataError, match=r"the weight of source code is .*must be a number above 0"):
         mixture_of(roots, [("web", 1), ("code", weight)])
+
+
+def test_a_mixture_has_no_part_that_stands_for_the_whole(roots):
+    sizes = {"global_batch_size": 2, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    with pytest.raises(DataError, match="limit is 10, but a mixture has no epoch"):
+        BatchLoader(mixture_of(roots), **sizes, limit=10)
 
 
 def test_negative_numbers_are_refused(roots):
