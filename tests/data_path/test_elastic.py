@@ -148,6 +148,7 @@ def test_on_all_ranks_with_one_and_three_workers(open_by_name, uninterrupted, mo
         assert run.state.step == STEPS
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("kind", ["packed", "mixed"])
 def test_with_real_processes(open_by_name, uninterrupted, monkeypatch, kind):
     monkeypatch.setattr(workers, "_GROUP_SEQUENCES", 7)
