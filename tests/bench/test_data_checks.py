@@ -21,7 +21,8 @@ def in_process(monkeypatch):
 
     def finish(call, timeout):
         try:
-            return call()
+            result = call()
+            return result | {"logged": None} if isinstance(result, dict) else result
         except Exception as error:
             raise probe.ProbeError(f"{type(error).__name__}: {error}") from error
 
@@ -96,6 +97,11 @@ def test_a_defect_that_a_format_cannot_have_is_told(in_process):
 
 def test_no_harm_is_not_called_silent():
     assert faults.compare(Counter("ab"), Counter("ba"))["outcome"] == "no harm"
+
+
+def test_an_error_that_is_only_logged_is_told_apart():
+    found = faults.compare(Counter("abc"), Counter("ab"), "ValueError: Checksum failure")
+    assert (found["outcome"], found["fewer"], found["other"]) == ("logged only", 1, 0)
 
 
 def test_a_probe_tells_how_it_ended(tmp_path):

@@ -33,7 +33,7 @@ class Probe(NamedTuple):
     output: IO[str]
 
 
-def run(task: str, kind: str, settings: Settings, *, timeout: float = 600, **more: Any) -> dict[str, Any]:
+def run(task: str, kind: str, settings: Settings, *, timeout: float = 600, **more: Any) -> Any:
     """The result of one probe."""
     return finish(start(task, kind, settings, **more), timeout)
 
@@ -54,8 +54,8 @@ def start(task: str, kind: str, settings: Settings, *, port: int = 0, **more: An
     return Probe(process, output)
 
 
-def finish(probe: Probe, timeout: float) -> dict[str, Any]:
-    """The result of a probe that was started.
+def finish(probe: Probe, timeout: float) -> Any:
+    """The result of a probe that was started; an object also has the last error that was ``logged`` and not raised.
 
     Raises:
         ProbeError: it ended without one, or did not end in time.

@@ -97,8 +97,11 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         kinds.setdefault(row["kind"], {})[row["defect"]] = _outcome(row)
     cells = [[kind, *(found.get(defect, "") for defect in defects)] for kind, found in kinds.items()]
-    return [*_table(["reader", *defects], cells), "", "Silent: an epoch ended without an error, with so many rows fewer"
-            " than there are, and so many that hold other tokens than those of the data."]  # fmt: skip
+    legend = (
+        "Silent: an epoch ended without an error, with so many rows fewer than there are, and so many that hold other "
+        "tokens than those of the data. Logged only: the same, with an error among what was printed."
+    )
+    return [*_table(["reader", *defects], cells), "", legend]
 
 
 def _targets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -107,8 +110,8 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _outcome(row: Mapping[str, Any]) -> str:
     outcome = row["outcome"]
-    if outcome == "silent":
-        return f"silent: {row['fewer']} fewer, {row['other']} other"
+    if outcome in ("silent", "logged only"):
+        return f"{outcome}: {row['fewer']} fewer, {row['other']} other"
     if outcome in ("not run", "refused"):
         return f"{outcome}: {row['error'][:60]}"
     return outcome
