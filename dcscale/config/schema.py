@@ -186,9 +186,9 @@ class DataConfig:
     max_skipped: float = 0.001
     """Largest part of a source's tokens that may be lost by ``skip``; beyond it the run stops."""
 
-    read_ahead: int = 4
-    """Windows of shards that are read, beside those in use, before a sequence needs them; each holds
-    ``shuffle_shards`` shards in memory."""
+    read_ahead: int | None = None
+    """Windows, of ``shuffle_shards`` shards each, that a reader reads before a sequence needs them, beside those in
+    use; null is as many as these, so that no reading shows where all positions change their window at once."""
 
     read_threads: int = 8
     """Shards a reader (a rank, or each of its ``workers``) reads at once."""

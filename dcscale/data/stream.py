@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def open_stream(
     shuffle: bool = True,
     source_number: int = 0,
     access: Access | None = None,
-    read_ahead: int = 4,
+    read_ahead: int | None = None,
     read_threads: int = 8,
     on_error: str = "fail",
     max_skipped: float = 0.0,
@@ -56,7 +57,8 @@ def open_stream(
             one position; ``seed``, ``shuffle_shards`` and ``slots`` are then not used.
         source_number: number of the source in a mixture, whose sources share a seed.
         access: how a root outside this machine is read; None takes the defaults.
-        read_ahead: windows that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which.
+        read_ahead: windows that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which;
+            None is one for each lane.
         read_threads: shards read at once.
         on_error: ``fail``, or ``skip`` to give up a shard that cannot be used: masked padding takes its place, so that
             no sequence outside its window changes.
@@ -74,7 +76,7 @@ def open_stream(
         ("sequence_length", sequence_length, 1),
         ("slots", slots, 1),
         ("shuffle_shards", shuffle_shards, 1),
-        ("read_ahead", read_ahead, 0),
+        ("read_ahead", 0 if read_ahead is None else read_ahead, 0),
         ("read_threads", read_threads, 1),
     ):
         if value < minimum:
@@ -172,7 +174,7 @@ class SequenceStream:
     Memory: position g belongs to lane g mod ``slots``, and the stream keeps the window in which each lane that it was
     asked for stands, shared between lanes, and those that are read ahead. Of a stream read by one of R ranks that is
 
-        at most min(slots / gcd(slots, R), windows in use) + ``read_ahead`` windows,
+        at most min(slots / gcd(slots, R), windows in use) windows, and ``read_ahead`` or as many once more,
         plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one's tokens,
 
     where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token.
@@ -189,7 +191,7 @@ class SequenceStream:
         maker: WindowMaker,
         reopen: Callable[[], SequenceStream],
         *,
-        read_ahead: int,
+        read_ahead: int | None,
         read_threads: int,
     ) -> None:
         self.source = source
@@ -205,7 +207,7 @@ class SequenceStream:
         self._lanes: dict[int, Key] = {}
         self._expected: deque[Place] = deque()
         self._wanted: dict[Key, None] = {}
-        self._room = read_ahead
+        self._room = 0
 
     @property
     def reopen(self) -> Callable[[], SequenceStream]:
@@ -357,14 +359,19 @@ class SequenceStream:
     def _look_ahead(self) -> None:
         """Let go of windows that no lane stands in any more, and read those that are needed next."""
         wanted = dict.fromkeys(self._lanes.values())
-        most = len(wanted) + self._read_ahead
+        most = len(wanted) + self._most_ahead()
         for place in self._expected:
             if len(wanted) >= most:
                 break
             wanted.update(dict.fromkeys(place.windows))
         self._want(list(wanted)[:most])
 
+    def _most_ahead(self) -> int:
+        if self._read_ahead is not None:
+            return self._read_ahead
+        return len(self._lanes.keys() | {place.lane for place in islice(self._expected, self._order.slots)})
+
     def _want(self, windows: list[Key]) -> None:
         self._wanted = dict.fromkeys(windows)
-        self._room = self._read_ahead - len(self._wanted.keys() - self._lanes.values())
+        self._room = self._most_ahead() - len(self._wanted.keys() - self._lanes.values())
         self._windows.want(windows)
