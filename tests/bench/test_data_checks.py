@@ -1,6 +1,8 @@
 """Restarts and defects: what the harness says of readers of which it is known, dcscale's among them."""
 
 import importlib.metadata
+import subprocess
+import tempfile
 from collections import Counter
 
 import numpy as np
@@ -110,6 +112,30 @@ def test_a_probe_tells_how_it_ended(tmp_path):
         probe.run("rows", "dcscale", settings)
     with pytest.raises(probe.ProbeError, match="no end after 0 s"):
         probe.run("plan", "dcscale", settings, timeout=0.01)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ('probe result: {"rows": []}', {"rows": [], "logged": None}),
+        (
+            '  ValueError: Checksum failure\nprobe result: {"rows": []}',
+            {"rows": [], "logged": "ValueError: Checksum failure"},
+        ),
+        ("probe result: [1]", [1]),
+    ],
+)
+def test_a_result_comes_with_what_was_logged(said, found):
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(["printf", "%s\n", said], stdout=output, start_new_session=True)
+    assert probe.finish(probe.Probe(process, output), 10) == found
+
+
+def test_a_probe_that_says_nothing_is_told_by_its_exit_code():
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(["false"], stdout=output, start_new_session=True)
+    with pytest.raises(probe.ProbeError, match="^exit code 1$"):
+        probe.finish(probe.Probe(process, output), 10)
 
 
 def test_a_library_that_is_absent_is_named(monkeypatch):

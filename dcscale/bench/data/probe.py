@@ -69,13 +69,12 @@ def finish(probe: Probe, timeout: float) -> Any:
         probe.output.seek(0)
         lines = probe.output.read().splitlines()
         probe.output.close()
+    error = next((line.strip() for line in reversed(lines) if _is_error(line.strip())), None)
     for line in reversed(lines):
         if line.startswith(_MARK):
-            return json.loads(line.removeprefix(_MARK))
-    said = [line.strip() for line in lines if line.strip()]
-    raise ProbeError(
-        next((line for line in reversed(said) if _is_error(line)), f"exit code {probe.process.returncode}")
-    )
+            result = json.loads(line.removeprefix(_MARK))
+            return result | {"logged": error} if isinstance(result, dict) else result
+    raise ProbeError(error or f"exit code {probe.process.returncode}")
 
 
 def stop(probe: Probe) -> None:
