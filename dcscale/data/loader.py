@@ -180,6 +180,12 @@ class BatchLoader:
         self.close()
         self._stream.skip(sha256)
 
+    def interrupt(self) -> None:
+        """From any thread: free who waits for a batch, with a DataError. :meth:`close` must follow."""
+        self._stream.close()
+        if isinstance(self._ahead, WorkerSequences):
+            self._ahead.interrupt()
+
     def close(self) -> None:
         """Stop reading ahead; afterwards no thread or worker is left. :meth:`steps` may be called again."""
         self._stream.close()

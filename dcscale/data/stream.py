@@ -293,6 +293,7 @@ class SequenceStream:
     def close(self) -> None:
         """Free who waits for a sequence, with a DataError, and keep nothing; the next call reads anew."""
         self._windows.close()
+        self.source.close()
 
     def _make(self, places: list[Place | None]) -> Sequences:
         buffer = self.buffer(len(places))

@@ -26,7 +26,8 @@ class WindowReader:
 
     The shards of a window are read by up to ``threads`` threads at once; where a window has fewer shards, several
     windows are made at a time. So the raw shards held are at most ``threads`` or those of one window, whichever is
-    more. The threads end with their window; being daemons, they never keep a process from ending.
+    more, and those that are still being read for windows wanted no more. The threads end with their window; being
+    daemons, they never keep a process from ending.
 
     Args:
         shards_of: shards of a window.
@@ -45,7 +46,6 @@ class WindowReader:
         self._shards_of, self._read, self._pack, self._threads = shards_of, read, pack, threads
         self._lock = threading.Lock()
         self._wanted: dict[Key, _Making] = {}
-        self._in_making = 0
         self._closed = False
 
     def __len__(self) -> int:
@@ -104,13 +104,15 @@ class WindowReader:
         return was_closed
 
     def _start(self) -> None:
+        # What is wanted no more does not count: it may be stuck, and must not keep others waiting.
+        in_making = sum(making.started and not making.window.done() for making in self._wanted.values())
         for making in self._wanted.values():
             if making.started:
                 continue
             shards = self._shards_of(making.key)
-            if self._in_making and (self._in_making + 1) * len(shards) > self._threads:
+            if in_making and (in_making + 1) * len(shards) > self._threads:
                 return
-            self._in_making += 1
+            in_making += 1
             making.start(shards, threads=min(self._threads, len(shards)))
             for _ in range(making.threads):
                 threading.Thread(target=self._work, args=(making,), name="dcscale-read", daemon=True).start()
@@ -134,7 +136,6 @@ class WindowReader:
             making.fail(error)
         making.parts = []
         with self._lock:
-            self._in_making -= 1
             self._start()
 
     def _next(self, making: _Making) -> tuple[int, int] | None:

@@ -109,6 +109,11 @@ class WorkerSequences:
                 self._end = error
         raise self._end
 
+    def interrupt(self) -> None:
+        """Free who waits for a step, with a DataError."""
+        for process in self._processes:
+            process.kill()
+
     def close(self) -> None:
         """End the processes."""
         self._end = RuntimeError(CLOSED)

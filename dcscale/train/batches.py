@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dcscale.data import Batch, DataError, SkippedShard
@@ -30,11 +30,13 @@ class StepBatches:
     """Shards that any rank has newly given up for this step."""
 
 
-def next_together(engine: Engine, batches: Iterator[list[Batch]], stop: bool = False) -> StepBatches | None:
+def next_together(
+    engine: Engine, batches: Iterator[list[Batch]], stop: Callable[[], bool] = lambda: False
+) -> StepBatches | None:
     """The next step's batches; None where they end, which is the same step on every rank.
 
     One exchange of four integers keeps the ranks together: none goes on alone after another's failure, or with other
-    data than the others know of.
+    data than the others know of. A rank that is told to stop while it waits for its data, and so gets none, says so.
 
     Raises:
         DataError: on every rank, if the data of any failed; says which ranks, and why.
@@ -49,8 +51,11 @@ def next_together(engine: Engine, batches: Iterator[list[Batch]], stop: bool = F
     except (DataError, OSError) as caught:
         error = str(caught)
     waited = time.perf_counter() - start
+    stopping = stop()
+    if stopping:
+        error = None
     skipped = {shard for batch in micro_batches for shard in batch.skipped}
-    own = [sum(batch.target_count for batch in micro_batches), stop, error is not None, len(skipped)]
+    own = [sum(batch.target_count for batch in micro_batches), stopping, error is not None, len(skipped)]
     targets, stops, failures, skips = engine.sum_over_ranks(own)
     if failures:
         raise DataError(engine.errors_of_ranks(error))

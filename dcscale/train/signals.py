@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+_SECONDS_BETWEEN_LOOKS = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -56,6 +59,25 @@ class StopSignals:
             if process != launcher:
                 return "loss of the launcher"
         return self._signal
+
+    @contextmanager
+    def calling(self, call: Callable[[], None]) -> Iterator[None]:
+        """While entered, ``call`` is made once, from a thread, when a stop is asked for; for what waits elsewhere."""
+        left = threading.Event()
+
+        def watch() -> None:
+            while self.received is None:
+                if left.wait(_SECONDS_BETWEEN_LOOKS):
+                    return
+            call()
+
+        thread = threading.Thread(target=watch, name="dcscale-stop", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            thread.join()
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:

@@ -75,7 +75,7 @@ class Trainer:
         train = self.config.train
         batches = self.loader.steps(self.state.sequences)
         ending = Ending.COMPLETED
-        with StopSignals() as signals:
+        with StopSignals() as signals, signals.calling(self.loader.interrupt):
             while self.state.step < train.steps:
                 if train.stop_after is not None and self.state.step >= train.stop_after:
                     ending = Ending.PAUSED
@@ -103,7 +103,7 @@ class Trainer:
 
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
-            step = next_together(self.engine, batches, stop=signals.received is not None)
+            step = next_together(self.engine, batches, stop=lambda: signals.received is not None)
             if step is not None and step.skipped:
                 self._give_up(step.skipped)
         except DataError as error:

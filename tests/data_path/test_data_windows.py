@@ -70,6 +70,10 @@ class Shards:
             self.held -= len(parts)
         return Window(np.array(parts), np.array([1]))
 
+    def threads(self):
+        mine = [thread for thread in threading.enumerate() if thread.name == "dcscale-read"]
+        return [thread for thread in mine if getattr(thread, "_target", self._read).__self__ in (self, self.reader)]
+
     def let(self, count=1000):
         for _ in range(count):
             self.open.release()
@@ -108,7 +112,7 @@ def test_threads_and_raw_shards_are_bounded(threads, of_window):
         shards.reader.get(key)
     assert shards.most_at_once <= threads
     assert shards.most_held <= max(threads, of_window)
-    shards.settle(lambda: not [t for t in threading.enumerate() if t.name == "dcscale-read"])
+    shards.settle(lambda: not shards.threads())
 
 
 def test_what_is_wanted_no_more_is_not_read_on():
@@ -121,6 +125,16 @@ def test_what_is_wanted_no_more_is_not_read_on():
     shards.reader.get((0, 7))
     assert {shard // 5 for shard, _ in shards.read} == {0, 7}
     assert len(shards.read) <= 5 + 3
+
+
+def test_what_is_stuck_and_wanted_no_more_keeps_nothing_waiting():
+    shards = Shards(threads=2, of_window=2)
+    shards.reader.want(keys(0))
+    shards.settle(lambda: shards.at_once == 2)
+    stuck, shards.open = shards.open, threading.Semaphore(1000)
+    shards.reader.want(keys(5))
+    assert shards.reader.get((0, 5)).tokens.tolist() == [10, 11]
+    stuck.release(2)
 
 
 def test_an_error_met_ahead_counts_only_if_it_is_there_when_needed():

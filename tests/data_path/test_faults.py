@@ -337,10 +337,14 @@ def test_batches_say_what_was_skipped_for_them(clean, damaged, workers):
                 seen.update(batch.skipped)
         assert len(seen) == 1
         loader.skip([shard.sha256 for shard in seen])
-        for step, batches in zip(range(20), loader.steps()):
+        steps = loader.steps()
+        for step, batches in zip(range(20), steps):
             expected = reference.sequences(range(6 * step, 6 * step + 6))
             assert not any(batch.skipped for batch in batches)
             assert np.concatenate([batch.targets.numpy() for batch in batches]).tolist() == expected.targets_NL.tolist()
+        loader.interrupt()
+        with pytest.raises(DataError, match="reading was ended|data worker .* ended by itself"):
+            list(steps)
 
 
 TRANSIENT = [

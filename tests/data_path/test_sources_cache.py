@@ -50,6 +50,9 @@ class Numbers(Source):
     def check(self, sizes):
         pass
 
+    def close(self):
+        self.asked.append("closed")
+
 
 def fetch(source, number):
     data = source.read(str(number), SIZE, sha256(content(number)))
@@ -81,6 +84,11 @@ def test_what_was_read_is_not_fetched_again(cached, tmp_path):
             fetch(cached, number)
     assert cached._source.asked == list(range(10))
     assert entries(tmp_path / "cache") == {sha256(content(number)) for number in range(10)}
+
+
+def test_closing_closes_the_source(cached):
+    cached.close()
+    assert cached._source.asked == ["closed"]
 
 
 def test_objects_of_unknown_checksum_are_not_kept(cached, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import pickle
 import socket
+import threading
 import time
 
 import pytest
@@ -194,24 +195,53 @@ def test_long_trouble_is_logged_once_with_the_address(server, caplog):
     )
 
 
-def test_the_server_says_how_long_to_wait_within_bounds(server, monkeypatch):
-    waits = []
-    monkeypatch.setattr("time.sleep", waits.append)
+class Waits(list):
+    """Notes how long is waited instead of waiting."""
+
+    def wait(self, seconds):
+        self.append(seconds)
+        return False
+
+
+def test_the_server_says_how_long_to_wait_within_bounds(server):
     source = open_source(f"{server.address}/train", Access(Patience(timeout=5, wait=0.001, give_up=600)))
+    source._retries._ended = waits = Waits()
     server.faults[FILE] = [faults.status(503, Retry_After="7"), faults.status(429, Retry_After="86400")]
     assert source.read("s.tar") == CONTENT
-    assert [wait for wait in waits if wait >= 1] == [7.0, 60.0]
+    assert waits == [7.0, 60.0]
 
 
-def test_waits_grow_and_are_drawn_at_random(server, monkeypatch):
-    waits = []
-    monkeypatch.setattr("time.sleep", lambda seconds: seconds and waits.append(seconds))
+def test_waits_grow_and_are_drawn_at_random(server):
     source = open_source(f"{server.address}/train", Access(Patience(timeout=5, wait=1, give_up=10**6)))
+    source._retries._ended = waits = Waits()
     server.faults[FILE] = [faults.status(503)] * 40
     assert source.read("s.tar") == CONTENT
     assert all(wait <= min(60, 2**i) for i, wait in enumerate(waits))
     assert len(set(waits)) == 40
     assert max(waits) > 30
+
+
+def test_closing_ends_the_reads_under_way_and_no_later_ones(server):
+    source = open_source(f"{server.address}/train", Access(Patience(timeout=5, wait=100, give_up=600)))
+    server.faults[FILE] = [faults.status(503, Retry_After="50")]
+    errors = []
+
+    def read():
+        try:
+            source.read("s.tar")
+        except UnreadableError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    stop = time.monotonic() + 10
+    while not server.requests and time.monotonic() < stop:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    source.close()
+    thread.join(10)
+    assert [error.endswith("503 Service Unavailable; reading was ended after 1 tries") for error in errors] == [True]
+    assert source.read("s.tar") == CONTENT
 
 
 def test_a_place_that_stays_silent_is_not_waited_for_anew_for_every_object(server):

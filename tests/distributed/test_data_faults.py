@@ -1,6 +1,9 @@
 """Runs whose data fail: from a server, on one rank only, and across a resume."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,7 +16,7 @@ from dcscale.testing import shard_server as faults
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_text, tiny_config, train_here
 from dcscale.testing.shard_server import ShardServer
-from dcscale.train import build_trainer
+from dcscale.train import Ending, build_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -178,3 +181,28 @@ def test_a_skip_is_told_at_the_terminal(shards, bad, tmp_path, capsys):
         f"warning    step {step} skips a shard of {info.tokens:,} tokens: {folder}/{info.name}: the manifest names "
         f"this shard, but it cannot be read: No such file or directory; copy it again"
     ]
+
+
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_a_signal_is_heard_while_the_data_do_not_come(shards, bad, tmp_path, prefetch):
+    info, step, _ = bad
+    options = ["data.timeout_seconds=60", "data.give_up_seconds=600", f"data.prefetch_steps={prefetch}"]
+    sent = []
+
+    def stall_and_tell(handler, content):
+        if handler.command == "HEAD":
+            return handler.serve(content)
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return faults.stall()(handler, content)
+
+    with ShardServer(shards) as server:
+        server.always[f"train/{info.name}"] = stall_and_tell
+        run = tiny_config(tmp_path / "run", shards, *READING, *options, f"data.train={server.address}/train")
+        start = time.monotonic()
+        trainer, ending = train_here(run)
+        assert time.monotonic() - start < 30
+    assert ending is Ending.SIGNALLED
+    assert trainer.state.step < step
+    assert trainer.latest_checkpoint.name == f"step-{trainer.state.step:08d}"
+    assert trainer.state.step > 0

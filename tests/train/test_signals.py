@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -16,6 +18,21 @@ def test_a_signal_sets_the_flag_and_handlers_are_put_back(number):
         os.kill(os.getpid(), number)
         assert signals.received == signal.Signals(number).name
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
+
+
+def test_what_waits_elsewhere_is_called_once_from_a_thread():
+    called = []
+    with StopSignals() as signals:
+        with signals.calling(lambda: called.append(threading.current_thread().name)):
+            assert threading.active_count() > 1
+        assert called == []
+        with signals.calling(lambda: called.append(threading.current_thread().name)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            stop = time.monotonic() + 10
+            while not called and time.monotonic() < stop:
+                time.sleep(0.01)
+    assert called == ["dcscale-stop"]
+    assert "dcscale-stop" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_second_interrupt_is_immediate():

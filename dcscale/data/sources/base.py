@@ -57,6 +57,10 @@ class Source(ABC):
             ContentError: one has another size.
         """
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let reads under way end soon, without what they were to read; later ones are not affected."""
+
 
 def check_content(where: str, data: bytes, size: int | None, sha256: str | None) -> None:
     """Check bytes against what is known about them.

@@ -60,6 +60,9 @@ class CachedSource(Source):
     def check(self, sizes: Mapping[str, int]) -> None:
         self._source.check(sizes)
 
+    def close(self) -> None:
+        self._source.close()
+
     def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
         if sha256 is None:
             return self._source.read(name, size, sha256)

@@ -43,6 +43,9 @@ class FolderSource(Source):
                 raise self._unreadable(name, error) from error
             check_size(self.where(name), found, size)
 
+    def close(self) -> None:
+        """Nothing is waited for."""
+
     def _unreadable(self, name: str, error: OSError) -> UnreadableError:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         return UnreadableError(self.where(name), error.strerror or str(error), missing=missing)

@@ -38,6 +38,10 @@ class JoinedSource(Source):
         for part, of_part in of_parts.items():
             part.check(of_part)
 
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
     def _of(self, name: str) -> tuple[Source, str]:
         number, _, rest = name.partition("/")
         return (self.parts[int(number)], rest) if rest else (self.parts[0], name)

@@ -36,6 +36,9 @@ class RemoteSource(Source):
                 if found is not None:
                     check_size(self.where(name), found, sizes[name])
 
+    def close(self) -> None:
+        self._retries.end()
+
     @abstractmethod
     def _look(self, name: str) -> int | None:
         """Size of an object, None where the place does not say.

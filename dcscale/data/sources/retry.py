@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ class Retries:
         self.patience = patience
         self._chance = random.Random()  # not the module's, whose state belongs to the run
         self._failing_since: float | None = None
+        self._ended = threading.Event()
+
+    def __reduce__(self) -> tuple[type[Retries], tuple[Patience]]:
+        return Retries, (self.patience,)
+
+    def end(self) -> None:
+        """Let the calls under way try no more; later ones are not affected."""
+        self._ended.set()
+        self._ended = threading.Event()
 
     def __call__(self, where: str, attempt: Callable[[float], T]) -> T:
         """``attempt(deadline)``, until it succeeds or the time is over.
@@ -71,10 +81,10 @@ class Retries:
             attempt: one try, which must not go on past ``deadline`` on the clock of :func:`time.monotonic`.
 
         Raises:
-            UnreadableError: the time is over, or the attempt says that trying again is of no use.
+            UnreadableError: the time is over, or the attempt says that trying again is of no use, or :meth:`end`.
             ContentError: the content was wrong ``WRONG_CONTENT_TRIES`` times.
         """
-        start, tries, wrong = time.monotonic(), 0, 0
+        start, tries, wrong, ended = time.monotonic(), 0, 0, self._ended
         deadline = min(start, self._failing_since or start) + self.patience.give_up
         while True:
             tries += 1
@@ -99,4 +109,5 @@ class Retries:
                 raise UnreadableError(where, f"{reason}; given up after {tries} tries in {now - start:.0f} s")
             if tries == _TELL_AT:
                 _log.warning("%s: %s; trying again for up to %.0f s", where, reason, deadline - now)
-            time.sleep(wait)
+            if ended.wait(wait):
+                raise UnreadableError(where, f"{reason}; reading was ended after {tries} tries")
