@@ -72,7 +72,9 @@ class WindowReader:
         Raises:
             DataError: it cannot be made.
         """
-        making = self._wanted[key]
+        making = self._wanted.get(key)
+        if making is None:  # closed since it was wanted
+            raise DataError(_CLOSED)
         try:
             return making.window.result()
         except DataError:

@@ -188,8 +188,14 @@ def test_closing_frees_who_waits():
     shards.settle(lambda: shards.at_once == 2)
     shards.reader.close()
     thread.join(10)
-    assert failed == ["reading was ended"]
+    for call in (lambda: shards.reader.get((0, 0)), lambda: shards.reader.want(keys(0))):
+        with pytest.raises(DataError, match="reading was ended"):
+            call()
+    shards.reader.open()
     shards.let()
+    shards.reader.want(keys(0))
+    assert shards.reader.get((0, 0)).tokens.tolist() == [0, 1]
+    assert failed == ["reading was ended"]
 
 
 @pytest.mark.parametrize("most", [1, 5, 100])
