@@ -4,8 +4,9 @@ Building: :mod:`corpus <dcscale.data.corpus>` -> :mod:`tokenizers <dcscale.data.
 :mod:`scatter <dcscale.data.scatter>` -> :mod:`shards <dcscale.data.shards>` and
 :mod:`manifest <dcscale.data.manifest>` (which describes the format), all called by :mod:`build <dcscale.data.build>`;
 :mod:`survey <dcscale.data.survey>` looks at the result, :mod:`adopt <dcscale.data.adopt>` takes the tars of others.
-Reading: manifest -> :mod:`order <dcscale.data.order>` -> shards -> :mod:`packing <dcscale.data.packing>` ->
-:mod:`stream <dcscale.data.stream>` (-> :mod:`mixture <dcscale.data.mixture>`) -> :mod:`loader <dcscale.data.loader>`.
+Reading: manifest -> :mod:`order <dcscale.data.order>` -> shards, from their :mod:`source <dcscale.data.sources>` ->
+:mod:`packing <dcscale.data.packing>` -> :mod:`windows <dcscale.data.windows>` -> :mod:`stream <dcscale.data.stream>`
+(-> :mod:`mixture <dcscale.data.mixture>`) -> :mod:`loader <dcscale.data.loader>`.
 """
 
 from dcscale.data.build import BuildReport, build_shards
