@@ -49,7 +49,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             f"loss       {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} now (nats/token), "
             f"{summary['tokens_per_second']:,.0f} tokens/s"
         )
-    if summary["skipped_shards"]:
+    if summary.get("skipped_shards"):  # runs of earlier versions do not have it
         lines.append(f"lost       {summary['skipped_shards']} shards of {summary['skipped_tokens']:,} tokens")
     if summary["validation_loss"] is not None:
         bits = "" if summary["bits_per_byte"] is None else f", {summary['bits_per_byte']:.4f} bits/byte"
