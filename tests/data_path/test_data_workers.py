@@ -120,6 +120,7 @@ def test_a_killed_worker_is_named_and_nothing_hangs(folder):
 
 def test_the_signals_that_stop_a_run_do_not_stop_its_workers(folder):
     """A launcher may send them to every process; the loop still needs its batches to come to the end of a step."""
+    multiprocessing.forkserver._forkserver._stop()  # that of an earlier test may hear them: here workers come first
     with loader_of(folder, 2) as loader:
         steps = loader.steps()
         next(steps)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dcscale.data import DataError, build_shards, open_stream, read_manifest
 from dcscale.data.sources import FolderSource, UnreadableError
 from dcscale.observe import Console
-from dcscale.parallel import discover, start_distributed
+from dcscale.parallel import discover, start_distributed, stop_distributed
 from dcscale.testing import shard_server as faults
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_text, tiny_config, train_here
@@ -58,6 +58,17 @@ def records(run):
 
 def losses(run):
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records(run)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_only_rank():
+    """The process joins a group of its own, as python without a launcher does, and leaves it at the end: DeepSpeed
+    could not join another."""
+    before = dict(os.environ)
+    yield
+    stop_distributed()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_a_run_from_a_server_in_trouble_is_the_run_from_the_folder(shards, tmp_path):
