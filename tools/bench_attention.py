@@ -14,7 +14,6 @@ query and key only, 4 D a pair and head forward, and 2.5 times that backward. Th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from dcscale.bench.attention.plot import plot
 from dcscale.bench.attention.report import markdown, target_lines
 from dcscale.bench.attention.run import WrongResultsError, run_all
 from dcscale.bench.attention.targets import judge
-from dcscale.bench.record import facts, slug
+from dcscale.bench.record import check_output, facts, print_tables, slug
 from dcscale.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,20 +71,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         parser.error("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
     if options.minutes is not None and not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: must be above 0")
-    if options.output is not None and options.output.suffix != ".json":
-        parser.error(f"--output {options.output}: must end in .json; the plot lies beside it as .png")
-    if options.output is not None and not os.access(options.output.parent, os.W_OK):
-        parser.error(f"--output {options.output}: {options.output.parent} is no folder that can be written to")
+    check_output(parser, options.output, "; the plot lies beside it as .png")
     return parser, options
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser, options = parse(arguments)
     if options.markdown is not None:
-        try:
-            print(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:  # ResultError and JSON's error are ValueErrors
-            parser.error(f"--markdown {options.markdown}: {error}")
+        print_tables(parser, options.markdown, markdown)
         return 0
 
     mode = "quick" if options.quick else options.device

@@ -17,8 +17,6 @@ not installed. The readers, for --kinds:
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 import time
@@ -35,7 +33,7 @@ from dcscale.bench.data.reader import Settings
 from dcscale.bench.data.readers import KINDS, missing
 from dcscale.bench.data.targets import judge
 from dcscale.bench.data.tasks import written
-from dcscale.bench.record import facts, slug
+from dcscale.bench.record import check_output, facts, print_tables, slug
 from dcscale.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,20 +79,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     options.tokens = options.tokens or (1 << 22 if options.quick else 1 << 24)
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.workers = [0, 2] if options.workers is None else options.workers
-    if options.output is not None and options.output.suffix != ".json":
-        parser.error(f"--output {options.output}: must end in .json")
-    if options.output is not None and not os.access(options.output.parent, os.W_OK):
-        parser.error(f"--output {options.output}: {options.output.parent} is no folder that can be written to")
+    check_output(parser, options.output)
     return parser, options
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser, options = parse(arguments)
     if options.markdown is not None:
-        try:
-            print(report.markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:  # ResultError and JSON's error are ValueErrors
-            parser.error(f"--markdown {options.markdown}: {error}")
+        print_tables(parser, options.markdown, report.markdown)
         return 0
 
     def say(line: str) -> None:

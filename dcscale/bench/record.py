@@ -1,15 +1,17 @@
-"""What a measured figure has to carry: the machine, the versions, the commit, the command and the date."""
+"""What a measured figure carries (machine, versions, commit, command, date), and where a tool puts and shows it."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,22 @@ def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict
             **{name: _version(name) for name in packages},
         },
     }
+
+
+def check_output(parser: argparse.ArgumentParser, path: Path | None, beside: str = "") -> None:
+    """Ends the tool if a result cannot be written to ``path``; ``beside``: what the message adds of its neighbours."""
+    if path is not None and path.suffix != ".json":
+        parser.error(f"--output {path}: must end in .json{beside}")
+    if path is not None and not os.access(path.parent, os.W_OK):
+        parser.error(f"--output {path}: {path.parent} is no folder that can be written to")
+
+
+def print_tables(parser: argparse.ArgumentParser, path: Path, markdown: Callable[[Any], str]) -> None:
+    """Prints the tables of an earlier result; ends the tool if ``path`` holds none."""
+    try:
+        print(markdown(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError) as error:  # JSON's error is a ValueError, and so is that of what is no result
+        parser.error(f"--markdown {path}: {error}")
 
 
 def slug(device: str) -> str:

@@ -78,8 +78,7 @@ class ComposeProjection(nn.Module):
             gates_BTCH = torch.tanh(x_BTE @ self.dd).unflatten(-1, (-1, self.heads))
             for c, (stage, side) in enumerate(self.branches):
                 weights[stage][side[0] + "g"] = gates_BTCH[:, :, c]
-        pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
-        return pre, post
+        return _by_stage(weights)
 
     def shapes(self, device: torch.device, dtype: torch.dtype) -> tuple[ComposeWeights | None, ComposeWeights | None]:
         """Zeros like the weights of one position, without touching the parameters, which may be on other ranks."""
@@ -90,8 +89,7 @@ class ComposeProjection(nn.Module):
                 weights[stage] |= {side[0] + "1": low_rank, side[0] + "2": low_rank}
             if self.dd is not None:
                 weights[stage][side[0] + "g"] = low_rank[:, :, 0]
-        pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
-        return pre, post
+        return _by_stage(weights)
 
 
 class Attention(nn.Module):
@@ -174,6 +172,12 @@ class Attention(nn.Module):
             scratch_bytes=self.scratch_bytes,
         )
         return self.out(out_BTHD.flatten(2))
+
+
+def _by_stage(weights: dict[str, dict[str, Tensor]]) -> tuple[ComposeWeights | None, ComposeWeights | None]:
+    """(pre, post); None for a stage that is not there."""
+    pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
+    return pre, post
 
 
 def rotary_dim(config: ModelConfig) -> int:

@@ -45,3 +45,11 @@ def check_results(results: dict[str, Tensor], plain: dict[str, Tensor], truth: d
         raise AssertionError(f"different results: {list(results)}, {list(plain)}, {list(truth)}")
     factors = {name: FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR for name in truth}
     return {name: check_error(name, results[name], plain[name], truth[name], factors[name]) for name in truth}
+
+
+def assert_same(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Fail unless all are finite and each is within ``tolerance`` of what is expected, relative to its 2-norm."""
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        assert torch.isfinite(result).all(), name
+        assert (result - expected[name]).norm() <= tolerance * expected[name].norm(), name

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from dcscale.ops import ComposeWeights, compose_attention
 from dcscale.ops.compose import chunked, mixing
 from dcscale.testing.attention import COMPOSE_CALLS, WEIGHTS, arguments, random_inputs, unfused_attention
-from dcscale.testing.tolerance import check_results
+from dcscale.testing.tolerance import assert_same, check_results
 
 
 @pytest.fixture
@@ -18,13 +18,6 @@ def small_chunks(monkeypatch):
     """Chunks of at most four queries and 600 map elements, so that short sequences have many."""
     monkeypatch.setattr(chunked, "MAX_CHUNK_QUERIES", 4)
     monkeypatch.setattr(chunked, "MAX_MAP_ELEMENTS", 600)
-
-
-def assert_same(results, expected, tolerance=1e-12):
-    assert results.keys() == expected.keys()
-    for name, result in results.items():
-        assert torch.isfinite(result).all(), name
-        assert (result - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dcscale.ops import compose_attention
 from dcscale.ops.compose import compiled
 from dcscale.testing.attention import COMPOSE_CALLS, WEIGHTS, arguments, random_inputs, unfused_attention
-from dcscale.testing.tolerance import check_results
+from dcscale.testing.tolerance import assert_same, check_results
 
 
 @pytest.fixture
@@ -22,13 +22,6 @@ def formulas(monkeypatch):
 def small_chunks(monkeypatch):
     """Chunks of at most four queries."""
     monkeypatch.setattr(compiled, "MAX_CHUNK_QUERIES", 4)
-
-
-def assert_same(results, expected, tolerance=1e-12):
-    assert results.keys() == expected.keys()
-    for name, result in results.items():
-        assert torch.isfinite(result).all(), name
-        assert (result - expected[name]).norm() <= tolerance * expected[name].norm(), name
 
 
 @pytest.mark.usefixtures("formulas")

@@ -42,18 +42,19 @@ def _compose(x_CHV: Tensor, terms: _Terms) -> tuple[Tensor, list[Tensor]]:
     if kg is not None:
         y_CHV = y_CHV + x_CHV * kg
     latents = [] if k1 is None else [(x_CHV * k1_HV).sum(1, keepdim=True) for k1_HV in k1]
-    for latent_C1V, k2_HV in zip(latents, () if k2 is None else k2):
-        y_CHV = y_CHV + latent_C1V * k2_HV
+    if k2 is not None:
+        for latent_C1V, k2_HV in zip(latents, k2):
+            y_CHV = y_CHV + latent_C1V * k2_HV
     return y_CHV, latents
 
 
 def _matrix(terms: _Terms) -> Tensor | None:
     """What a query does to its heads, [C, H, H]; None for the identity."""
     q1, q2, qg = terms[:3]
-    if q1 is None and qg is None:
+    like = qg if q1 is None else q1
+    if like is None:
         return None
-    heads = (qg if q1 is None else q1).shape[-1]
-    matrix = torch.eye(heads, dtype=(qg if q1 is None else q1).dtype, device=(qg if q1 is None else q1).device)
+    matrix = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
     if qg is not None:
         matrix = matrix + torch.diag_embed(qg)
     return matrix if q1 is None else matrix + torch.bmm(q2.mT, q1)
@@ -159,7 +160,7 @@ def _by_query(argument: int) -> bool:
 
 def _chunks(
     tensors: list[Tensor | None], document_ids_S: Tensor | None, window: int | None, offset: int, scratch_bytes: int
-) -> Iterator[tuple[list[tuple[int, slice] | None], tuple[Any, ...]]]:
+) -> Iterator[tuple[list[tuple[int, slice]], tuple[Any, ...]]]:
     """Of each chunk: the axis and the part of it that it takes of every tensor, and what its functions are called with.
 
     The last comes first: for the compiler no two sizes are equal then, which they need not be.
