@@ -7,10 +7,11 @@ RUN/checkpoints/
     state.json               step, tokens, data position, versions: see dcscale.train.state
     config.yaml              the resolved config
     tokenizer.json           the tokenizer, where it is not the bytes
-    deepspeed/               model, optimizer and master weights, each rank its part
+    optimizer/               float32 weights and the optimizer's moments, each rank its part: see
+                             dcscale.checkpoint.fragments
     weights/                 the model alone: safetensors shards and their index
 
-A *model folder*, as tools/convert_checkpoint.py writes it, is the same without deepspeed/, under any name.
+A *model folder*, as tools/convert_checkpoint.py writes it, is the same without optimizer/, under any name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from dcscale.files import write_json
 FORMAT = 1
 STATE_FORMAT = 1
 MARKER = "COMPLETE"
-STATE, CONFIG, ENGINE, WEIGHTS, LATEST = "state.json", "config.yaml", "deepspeed", "weights", "latest"
+STATE, CONFIG, OPTIMIZER, WEIGHTS, LATEST = "state.json", "config.yaml", "optimizer", "weights", "latest"
+OLD_OPTIMIZER = "deepspeed"
+"""Where checkpoints once had pickles of DeepSpeed in place of ``OPTIMIZER``: they are not loaded any more."""
 TEMPORARY_PREFIX = ".unfinished-"
 _NAME = re.compile(r"step-(\d{8,})")
 

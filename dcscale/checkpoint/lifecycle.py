@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcscale.checkpoint import layout
+from dcscale.checkpoint.fragments import write_fragments
 from dcscale.checkpoint.weights import save_weights
 from dcscale.files import sync_folder, sync_tree, write_atomically, write_json
 from dcscale.parallel import Engine
@@ -49,11 +50,10 @@ def save_checkpoint(
             for leftover in [final, *root.glob(layout.TEMPORARY_PREFIX + "*")]:
                 if leftover.exists():
                     shutil.rmtree(leftover)
-            (temporary / layout.ENGINE).mkdir(parents=True)
+            (temporary / layout.OPTIMIZER).mkdir(parents=True)
 
     def write_state() -> None:
-        engine.save(temporary / layout.ENGINE)
-        sync_tree(temporary / layout.ENGINE)
+        write_fragments(engine.snapshot(), temporary / layout.OPTIMIZER)
 
     def write_rest() -> None:
         save_weights(engine.weights(), temporary / layout.WEIGHTS)

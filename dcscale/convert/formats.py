@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import ENGINE, MARKER
+from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.upstream_config import FAMILIES
 
@@ -37,7 +37,8 @@ def detect(path: Path) -> Found:
             folder = find_checkpoint(path)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
-        words = "dcscale training checkpoint" if (folder / ENGINE).is_dir() else "dcscale model folder"
+        trained = any((folder / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER))
+        words = "dcscale training checkpoint" if trained else "dcscale model folder"
         return Found("dcscale", folder, f"{words} {folder}")
     config = path / "config.json"
     if config.is_file():

@@ -2,14 +2,17 @@
 
 from dcscale.parallel.engine import Engine, NonFiniteError, start_distributed, stop_distributed
 from dcscale.parallel.environment import Environment, LaunchError, discover, free_port, share_cores
+from dcscale.parallel.fragments import KINDS, Snapshot
 from dcscale.parallel.together import RankError, decided_by_main, on_every_rank
 
 __all__ = [
+    "KINDS",
     "Engine",
     "Environment",
     "LaunchError",
     "NonFiniteError",
     "RankError",
+    "Snapshot",
     "decided_by_main",
     "discover",
     "free_port",

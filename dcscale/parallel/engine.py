@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,14 +19,10 @@ from torch import Tensor, nn
 from dcscale.config import Config
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
-from dcscale.parallel.together import errors_of_ranks, of_all_ranks
+from dcscale.parallel.fragments import SavedState, Snapshot, read_state, round_masters, take_snapshot
+from dcscale.parallel.together import errors_of_ranks, of_all_ranks, on_every_rank
 
 T = TypeVar("T")
-
-TAG = "state"
-"""DeepSpeed's name for the state it saves; a checkpoint holds one."""
-
-SETTINGS_OF_A_GROUP = ("lr_scale", "weight_decay", "betas", "eps")
 
 
 class NonFiniteError(FloatingPointError):
@@ -120,14 +113,11 @@ class Engine:
         if self.stage != 3 and config.train.precision == "bf16":
             model.to(torch.bfloat16)
         optimizer = build_optimizer(model)
-        self._group_settings = [{k: group[k] for k in SETTINGS_OF_A_GROUP} for group in optimizer.param_groups]
-        names = json.dumps([group["names"] for group in optimizer.param_groups])
-        self.grouping = hashlib.sha256(names.encode()).hexdigest()[:16]
-        """Which parameters form which group of the optimizer, in order: a saved optimizer fits no other."""
+        self._optimizer = optimizer
         with _without_chatter():
             self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-        # To make the optimizer's state DeepSpeed has taken a step with zero gradients (and our learning rate of 0).
-        # Without ZeRO it also counts that step, which would falsify Adam's bias correction.
+        # Without ZeRO, DeepSpeed makes bf16's optimizer state by a step with zero gradients (and our learning rate of
+        # 0). That step must not count, or it would falsify Adam's bias correction.
         for state in optimizer.state.values():
             state["step"].zero_()
         optimizer.register_step_pre_hook(self._before_update)
@@ -215,42 +205,20 @@ class Engine:
 
     # -- state ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
-        """Writes model, optimizer and master weights, every rank its part, into ``folder``. Not atomic by itself.
+    def snapshot(self) -> Snapshot:
+        """Copies this rank's part of the training state to the CPU: no other rank and no file is involved."""
+        return take_snapshot(self._engine, self._optimizer)
 
-        A rank that cannot write still meets the others at DeepSpeed's barriers, and raises after them.
+    def load(self, saved: SavedState) -> None:
+        """Goes on from a state that any number of ranks have saved in any stage and precision; all ranks call it.
+
+        A rank reads what it will update. The settings of the optimizer are the config's: none are saved.
+
+        Raises:
+            RankError: on the ranks where reading did not fail, if it did on another.
         """
-        writer, failures = self._engine.checkpoint_engine, []
-
-        def write(*arguments: Any, **named: Any) -> Any:
-            try:
-                return type(writer).save(writer, *arguments, **named)
-            except Exception as error:  # raised below
-                failures.append(error)
-
-        writer.save = write
-        try:
-            self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
-        finally:
-            del writer.save
-        if failures:
-            raise failures[0]
-
-    def load(self, folder: Path) -> None:
-        """Loads what :meth:`save` wrote for the same world size, stage and precision.
-
-        DeepSpeed unpickles its files: only load checkpoints that you or your colleagues wrote.
-        """
-        with _without_chatter():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise FileNotFoundError(f"DeepSpeed found no state in {folder}")
-        # The optimizer's state comes with the settings it was saved under; this run's config is what counts.
-        optimizer = self._engine.optimizer
-        for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
-            group.update(settings)
-        if hasattr(optimizer, "clip_grad"):
-            optimizer.clip_grad = self._clip
+        on_every_rank(lambda: read_state(self._engine, self._optimizer, saved))
+        round_masters(self._engine)
 
     def weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter by name, whole, on the CPU; None on ranks other than 0. All ranks must iterate together."""

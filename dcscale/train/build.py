@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dcscale.checkpoint import CheckpointError
-from dcscale.checkpoint.layout import ENGINE
+from dcscale.checkpoint.fragments import Fragments
+from dcscale.checkpoint.layout import OPTIMIZER
 from dcscale.config import Config, to_yaml
 from dcscale.data import (
     Access,
@@ -41,7 +41,7 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state
+from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state, spread_changes
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -63,16 +63,11 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
     state = TrainState(data_identity=stream.identity)
     if checkpoint is not None:
-        state = decided_by_main(
-            lambda: check_fits(
-                checkpoint,
-                read_state(checkpoint),
-                config,
-                environment.world_size,
-                stream.identity,
-                stream.tokenizer,
-            )
-        )
+        content = decided_by_main(lambda: read_state(checkpoint))
+        state = decided_by_main(lambda: check_fits(checkpoint, content, config, stream.identity, stream.tokenizer))
+        saved = on_every_rank(lambda: Fragments(checkpoint / OPTIMIZER))
+        for change in spread_changes(content, config, environment.world_size):
+            console.line(f"resuming   {change}")
         for change in data_changes(state.data_identity, stream.identity):
             console.line(f"warning    {change}, as checkpoint.allow_data_change lets them be")
         state.data_identity = stream.identity
@@ -85,14 +80,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         build_optimizer=lambda model: build_optimizer(model, config.optimizer, fused=environment.device.type == "cuda"),
     )
     if checkpoint is not None:
-        if state.optimizer_groups != engine.grouping:
-            raise CheckpointError(
-                f"{checkpoint} has its parameters in other optimizer groups ({state.optimizer_groups}, here "
-                f"{engine.grouping}): optimizer.rules or optimizer.weight_decay group them differently. Restore these "
-                "settings, or start a new run with another run.name"
-            )
-        engine.load(checkpoint / ENGINE)
-    state.optimizer_groups = engine.grouping
+        engine.load(saved)
 
     decided_by_main(lambda: _start_folder(run, config))
     hooks: list[Hook] = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
-from dcscale.checkpoint.layout import ENGINE, step_of
+from dcscale.checkpoint.layout import OLD_OPTIMIZER, OPTIMIZER, step_of
 from dcscale.config import Config, differences
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.train.state import TrainState
@@ -34,9 +34,9 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     if resume == "auto":
         return find_checkpoint(run) if existing else None
     checkpoint = find_checkpoint(Path(resume))
-    if not (checkpoint / ENGINE).is_dir():
+    if not any((checkpoint / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER)):
         raise CheckpointError(
-            f"checkpoint.resume is {checkpoint}, which holds a model without optimizer state ({ENGINE}/): training "
+            f"checkpoint.resume is {checkpoint}, which holds a model without optimizer state ({OPTIMIZER}/): training "
             "cannot go on from it; name a checkpoint that a run has written"
         )
     if existing:
@@ -61,33 +61,46 @@ def data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
+def spread_changes(content: dict[str, Any], config: Config, world_size: int) -> list[str]:
+    """In what the state is spread and computed with in another way than it was, in words."""
+    settings = {
+        "ranks": ("world_size", world_size),
+        "parallel.zero_stage": ("zero_stage", config.parallel.zero_stage),
+        "train.precision": ("precision", config.train.precision),
+    }
+    return [
+        f"{name} was {content[key]} there and is {here} here; the state is saved in float32, free of ranks and stages"
+        for name, (key, here) in settings.items()
+        if content[key] != here
+    ]
+
+
 def check_fits(
     checkpoint: Path,
     content: dict[str, Any],
     config: Config,
-    world_size: int,
     identity: dict[str, Any],
     tokenizer: TokenizerInfo,
 ) -> TrainState:
     """The state to go on with. Its data may differ where ``checkpoint.allow_data_change`` is set, its tokenizer never.
 
     Raises:
-        CheckpointError: model, data, or the way the state is spread differ; every difference is named.
+        CheckpointError: model, batch or data differ, or the checkpoint is too old; every difference is named.
     """
+    if (checkpoint / OLD_OPTIMIZER).is_dir():
+        raise CheckpointError(
+            f"{checkpoint} has its optimizer state in {OLD_OPTIMIZER}/, pickled by an earlier version of dcscale, and "
+            "pickles are not loaded: go on with that version, or start a new run with another run.name. Its weights/ "
+            "can be converted and evaluated as ever"
+        )
     problems = [
         f"{path} is {there} there and {here} here: that is another model"
         for path, there, here in differences(read_config(checkpoint), config)
         if path.startswith("model.") and path not in MODEL_FIELDS_WITHOUT_WEIGHT
     ]
-    same = {
-        "ranks": ("world_size", world_size),
-        "parallel.zero_stage": ("zero_stage", config.parallel.zero_stage),
-        "train.precision": ("precision", config.train.precision),
-        "train.global_batch_size": ("global_batch_size", config.train.global_batch_size),
-    }
-    for name, (key, here) in same.items():
-        if content[key] != here:
-            problems.append(f"{name}: {content[key]} there and {here} here; a run goes on with what it was saved with")
+    there, here = content["global_batch_size"], config.train.global_batch_size
+    if there != here:
+        problems.append(f"train.global_batch_size is {there} there and {here} here: steps would have another meaning")
     state = TrainState.from_json(content)
     changes = data_changes(state.data_identity, identity)
     way_out = ""

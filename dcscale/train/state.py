@@ -33,9 +33,6 @@ class TrainState:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     """Training shards that were given up (``data.on_error=skip``), each a :class:`dcscale.data.SkippedShard`."""
 
-    optimizer_groups: str = ""
-    """:attr:`dcscale.parallel.Engine.grouping` of the optimizer whose state is saved."""
-
     branched_from: str | None = None
     """The checkpoint that ``checkpoint.resume`` named when this run began, if it did."""
 

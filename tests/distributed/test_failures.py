@@ -7,7 +7,7 @@ import signal
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
+from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint, lifecycle
 from dcscale.data import DataError
 from dcscale.observe import Console
 from dcscale.parallel import NonFiniteError, RankError, decided_by_main, discover, on_every_rank, start_distributed
@@ -197,17 +197,17 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(shard
 
 
 class BreakSaving(Hook):
-    """From step 4 on, rank 1 cannot write its part of a checkpoint, in the midst of DeepSpeed's saving."""
+    """From step 4 on, rank 1 cannot write its part of a checkpoint."""
 
     name = "break_saving"
 
     def after_step(self, trainer):
         if trainer.state.step == 4 and trainer.environment.rank == 1:
 
-            def fail(self, *arguments, **named):
+            def fail(*arguments):
                 raise OSError("No space left on device")
 
-            type(trainer.engine._engine.checkpoint_engine).save = fail
+            lifecycle.write_fragments = fail
 
 
 def _saving_fails(config):
@@ -241,20 +241,16 @@ def test_what_a_later_start_finds(shards, tmp_path):
     (run / "checkpoints" / ".unfinished-step-00000001").mkdir(parents=True)
     base = ["checkpoint.interval=2", "checkpoint.keep_last=2", "validation.interval=3"]
     rules = "optimizer.rules=[{match: 'blocks.*.k.weight', lr_scale: 0.5}]"
-    other_rules = "optimizer.rules=[{match: 'blocks.*.v.weight', lr_scale: 0.5}]"
     branch = [*base, f"checkpoint.resume={run / 'checkpoints' / 'step-00000006'}"]
     first = [
         tiny_config(run, shards, *base, rules),
         tiny_config(run, shards, *base, rules),  # complete: nothing to do
-        tiny_config(run, shards, *base, other_rules),
         tiny_config(tmp_path / "branch", shards, *branch, rules, "train.stop_after=7"),
         tiny_config(tmp_path / "branch", shards, *branch, rules),
     ]
-    ((end, again, regrouped, branched, went_on),) = run_distributed(_train_each, 1, first)
+    ((end, again, branched, went_on),) = run_distributed(_train_each, 1, first)
     assert end == again == str(run / "checkpoints" / "step-00000008")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000006", "step-00000008"]
-    assert "has its parameters in other optimizer groups" in regrouped
-    assert "optimizer.rules or optimizer.weight_decay group them differently" in regrouped
     assert branched.endswith("branch/checkpoints/step-00000007")
     assert went_on.endswith("branch/checkpoints/step-00000008")
 

@@ -10,7 +10,7 @@ from dcscale.checkpoint.layout import seal, step_name
 from dcscale.config import to_yaml
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.testing.runs import tiny_config
-from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state
+from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state, spread_changes
 from dcscale.train.state import TrainState
 
 IDENTITY = {"data": "abc", "sequence_length": 32}
@@ -27,7 +27,7 @@ def write(config, step, **changes):
     from pathlib import Path
 
     folder = Path(config.run.folder) / "checkpoints" / step_name(step)
-    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "optimizer").mkdir(parents=True)
     extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8}
     extra |= {"tokenizer": asdict(TOKENIZER), **changes}
     state = TrainState(step=step, tokens=step * 256, sequences=step * 8, data_identity=IDENTITY, first_loss=2.0)
@@ -38,8 +38,8 @@ def write(config, step, **changes):
     return folder
 
 
-def fits(folder, config, world_size=2, identity=IDENTITY, tokenizer=TOKENIZER):
-    return check_fits(folder, read_state(folder), config, world_size, identity, tokenizer)
+def fits(folder, config, identity=IDENTITY, tokenizer=TOKENIZER):
+    return check_fits(folder, read_state(folder), config, identity, tokenizer)
 
 
 def test_a_new_run_has_nothing_to_go_on_from(config):
@@ -118,9 +118,7 @@ def test_the_backend_may_change(config):
         (["model.dim=64"], "model.dim is 32 there and 64 here: that is another model"),
         (["model.attention=mha"], "model.attention is dcmha there and mha here"),
         (["model.compose.rank=1"], "model.compose.rank is 2 there and 1 here"),
-        (["parallel.zero_stage=2"], "parallel.zero_stage: 1 there and 2 here"),
-        (["train.precision=bf16"], "train.precision: fp32 there and bf16 here"),
-        (["train.global_batch_size=16"], "train.global_batch_size: 8 there and 16 here"),
+        (["train.global_batch_size=16"], "train.global_batch_size is 8 there and 16 here: steps would have another"),
         (["train.steps=2"], "it is at step 3, past train.steps 2"),
     ],
 )
@@ -130,16 +128,36 @@ def test_another_model_or_run_is_refused(config, tmp_path, overrides, message):
         fits(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *overrides))
 
 
-def test_other_ranks_or_data_are_refused_and_all_is_named(config):
+def test_other_data_are_refused_and_all_is_named(config, tmp_path):
     folder = write(config, 3)
+    larger = tiny_config(tmp_path / "run", tmp_path / "shards", "train.global_batch_size=16")
     with pytest.raises(CheckpointError) as error:
-        fits(folder, config, world_size=4, identity={**IDENTITY, "data": "xyz"})
-    assert "ranks: 2 there and 4 here" in str(error.value)
+        fits(folder, larger, identity={**IDENTITY, "data": "xyz"})
+    assert "train.global_batch_size is 8 there and 16 here" in str(error.value)
     assert "the data's data was 'abc' there and is 'xyz' here" in str(error.value)
     assert "start a new run with another run.name, or set checkpoint.allow_data_change=true" in str(error.value)
     with pytest.raises(CheckpointError) as error:
-        fits(folder, config, world_size=4)
+        fits(folder, larger)
     assert "allow_data_change" not in str(error.value)
+
+
+def test_what_is_spread_in_another_way_is_told(config, tmp_path):
+    content = read_state(write(config, 3))
+    assert spread_changes(content, config, 2) == []
+    other = tiny_config(tmp_path / "run", tmp_path / "shards", "parallel.zero_stage=3", "train.precision=bf16")
+    assert [change.split(";")[0] for change in spread_changes(content, other, 4)] == [
+        "ranks was 2 there and is 4 here",
+        "parallel.zero_stage was 1 there and is 3 here",
+        "train.precision was fp32 there and is bf16 here",
+    ]
+
+
+def test_a_pickled_optimizer_of_an_earlier_version_is_not_loaded(config):
+    folder = write(config, 3)
+    (folder / "optimizer").rename(folder / "deepspeed")
+    assert checkpoint_to_resume(config) == folder
+    with pytest.raises(CheckpointError, match="pickled by an earlier version .* go on with that version, or start"):
+        fits(folder, config)
 
 
 def test_other_data_may_be_allowed_but_not_another_tokenizer(config):
@@ -158,7 +176,7 @@ def test_other_data_may_be_allowed_but_not_another_tokenizer(config):
 
 def test_a_model_without_optimizer_state_is_nothing_to_go_on_from(config):
     folder = write(config, 3)
-    (folder / "deepspeed").rmdir()
+    (folder / "optimizer").rmdir()
     config.run.folder += "-other"
     config.checkpoint.resume = str(folder)
     with pytest.raises(CheckpointError, match="holds a model without optimizer state"):
