@@ -14,8 +14,27 @@ import torch.multiprocessing as multiprocessing
 from dcscale.parallel import free_port
 
 
-def _child(function: Callable, rank: int, world_size: int, port: int, answers: Any, arguments: tuple) -> None:
+def _context() -> multiprocessing.context.BaseContext:
+    """How processes start: forked, where no GPU forbids it, from a process that has imported what takes seconds."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "dcscale.testing.runs"])
+    return context
+
+
+def _child(
+    function: Callable,
+    environ: dict[str, str],
+    rank: int,
+    world_size: int,
+    port: int,
+    answers: Any,
+    arguments: tuple,
+) -> None:
+    os.environ.clear()
     os.environ.update(
+        environ,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -40,11 +59,15 @@ def run_distributed(function: Callable, world_size: int, *arguments: Any, timeou
     Raises:
         AssertionError: a process failed or did not answer within ``timeout`` seconds; shows its traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     answers = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_child, args=(function, rank, world_size, port, answers, arguments), daemon=True)
+        context.Process(
+            target=_child,
+            args=(function, dict(os.environ), rank, world_size, port, answers, arguments),
+            daemon=True,
+        )
         for rank in range(world_size)
     ]
     for process in processes:

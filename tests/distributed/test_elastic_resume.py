@@ -1,0 +1,169 @@
+"""A run goes on from any checkpoint on any number of ranks in any ZeRO stage, as if nothing had changed.
+
+One run is taken through all changes, a few steps in each form, and compared with a run that was never stopped.
+"""
+
+import operator
+import pickle
+from itertools import chain, groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcscale.checkpoint.layout import OPTIMIZER, WEIGHTS, step_name
+from dcscale.observe import Console, read_metrics
+from dcscale.parallel import discover, start_distributed
+from dcscale.testing.distributed import run_distributed
+from dcscale.testing.runs import make_shards, tiny_config
+from dcscale.train import build_trainer
+
+pytestmark = pytest.mark.distributed
+
+# (ranks, stage) of one start after the other: on 2 ranks every stage follows every other; 1 -> 2, 2 -> 4, 4 -> 2 and
+# 2 -> 1 ranks, with another stage and with the same.
+STAGES_ON_TWO = (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)
+FORMS = [(1, 2), *((2, stage) for stage in STAGES_ON_TWO), (4, 3), (2, 3), (1, 1)]
+STEPS_OF_A_START = 2
+STEPS = STEPS_OF_A_START * len(FORMS)
+
+
+def settings(precision):
+    return [
+        f"train.precision={precision}",
+        f"train.steps={STEPS}",
+        "validation.interval=0",
+        "log.compose_interval=0",
+        "checkpoint.interval=0",
+    ]
+
+
+def refuse(*arguments, **named):
+    raise AssertionError("something was unpickled")
+
+
+class RefusingUnpickler(pickle.Unpickler):
+    __init__ = refuse
+
+
+def load_all(folder):
+    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def stored(folder):
+    """Every parameter's master and moments as one vector, put together without the reader."""
+    parts = {}
+    for key, part in load_all(folder).items():
+        name, kind, start = key.rsplit(":", 2)
+        parts.setdefault((name, kind), []).append((int(start), part))
+    return {key: torch.cat([part for _, part in sorted(p, key=lambda p: p[0])]) for key, p in parts.items()}
+
+
+def differences(trainer, checkpoint):
+    """Where the state that was loaded is not, bit for bit, the state in the files."""
+    state = stored(checkpoint / OPTIMIZER)
+    snapshot = trainer.engine.snapshot()
+    found = []
+    if snapshot.steps != trainer.state.step:
+        found.append(f"{snapshot.steps} steps")
+    for (name, kind, start), part in snapshot.tensors.items():
+        if not part.equal(state[name, kind][start : start + len(part)]):
+            found.append(f"{kind} of {name} from {start}")
+    for name, weight in trainer.engine.weights():
+        if weight is not None and not weight.equal(state[name, "master"].to(weight.dtype).view_as(weight)):
+            found.append(name)
+    return found
+
+
+class Start(NamedTuple):
+    """What one rank saw in one start."""
+
+    differences: list[str]
+    rows: list[list[bytes]]
+    """What each step was trained on."""
+    snapshot_bytes: int
+
+
+def train_starts(configs):
+    """Each config on this rank, one after the other, and nothing of it unpickled."""
+    answers = []
+    for config in configs:
+        environment = discover()
+        start_distributed(environment, config.parallel.timeout_minutes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "load", refuse)
+            patch.setattr(pickle, "load", refuse)
+            patch.setattr(pickle, "loads", refuse)
+            patch.setattr(pickle, "Unpickler", RefusingUnpickler)
+            trainer = build_trainer(config, environment, Console(enabled=False))
+        wrong = differences(trainer, trainer.latest_checkpoint) if trainer.latest_checkpoint else []
+        rows, forward_backward = [[]], trainer.engine.forward_backward
+
+        def recording(inputs, scale, last, rows=rows, forward_backward=forward_backward):
+            rows[-1] += [row.numpy().tobytes() for row in inputs[0]]
+            if last:
+                rows.append([])
+            return forward_backward(inputs, scale, last)
+
+        trainer.engine.forward_backward = recording
+        trainer.fit()
+        trainer.close()
+        answers.append(Start(wrong, rows[:-1], trainer.engine.snapshot().nbytes))
+    return answers
+
+
+class Runs(NamedTuple):
+    precision: str
+    whole: Path
+    changing: Path
+    expected_rows: list[list[bytes]]
+    """Of each step of the run that was never stopped, sorted."""
+    starts: list[tuple[Start, ...]]
+    """Of the changing run, each with what its ranks saw."""
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def runs(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    shards = make_shards(tmp_path_factory.mktemp("data") / "shards")
+    base = settings(request.param)
+    whole = tiny_config(folder / "whole", shards, *base, "parallel.zero_stage=1")
+    ((rank0,), (rank1,)) = run_distributed(train_starts, 2, [whole])
+    expected = [sorted(rows) for rows in map(operator.add, rank0.rows, rank1.rows)]
+    starts, done = [], 0
+    for ranks, forms in groupby(FORMS, key=lambda form: form[0]):
+        configs = []
+        for _, stage in forms:
+            done += STEPS_OF_A_START
+            form = [f"parallel.zero_stage={stage}", f"train.stop_after={done}"]
+            configs.append(tiny_config(folder / "changing", shards, *base, *form))
+        starts += zip(*run_distributed(train_starts, ranks, configs))
+    return Runs(request.param, folder / "whole", folder / "changing", expected, starts)
+
+
+def test_losses_are_those_of_a_run_that_was_never_stopped(runs):
+    """To float32's rounding; in bfloat16 stages round gradients differently, with or without a stop."""
+    expected, found = (
+        torch.tensor([record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record])
+        for run in (runs.whole, runs.changing)
+    )
+    assert len(expected) == STEPS
+    torch.testing.assert_close(found, expected, rtol={"fp32": 1e-6, "bf16": 5e-3}[runs.precision], atol=0)
+
+
+def test_each_start_has_the_state_of_the_files_bit_for_bit(runs):
+    assert [start.differences for ranks in runs.starts for start in ranks] == [[]] * sum(r for r, _ in FORMS)
+
+
+def test_steps_use_the_same_sequences(runs):
+    steps = (rows_of_ranks for ranks in runs.starts for rows_of_ranks in zip(*(start.rows for start in ranks)))
+    found = [sorted(chain.from_iterable(rows_of_ranks)) for rows_of_ranks in steps]
+    assert found == runs.expected_rows
+
+
+def test_ranks_copy_equal_shares_of_one_state(runs):
+    weights = load_all(runs.changing / "checkpoints" / step_name(STEPS) / WEIGHTS)
+    whole = 3 * 4 * sum(weight.numel() for weight in weights.values())
+    assert [[start.snapshot_bytes for start in ranks] for ranks in runs.starts] == [[whole // r] * r for r, _ in FORMS]
