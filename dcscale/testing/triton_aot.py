@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dcscale.ops.compose import triton_kernels
+from dcscale.ops.compose.triton_staged import LANES
 from dcscale.ops.compose.triton_tiles import Tile, tiles_for
 
 HEADS = 32
@@ -39,12 +40,16 @@ def variants(capability: int, rank: int) -> dict[str, tuple[Any, Tile, dict[str,
         found[name] = (triton_kernels.mix_forward, tile, {**weights, "STEP": step, "DOCUMENTS": step != 2})
     for name, post in (("backward of post", True), ("backward of pre", False)):
         found[name] = (triton_kernels.mix_backward, tiles.backward, {**weights, "POST": post})
+    adding = Tile(1, LANES, 4)  # warps as Triton's default
+    found["statistics"] = (triton_kernels.finish_statistics, adding, {"HEADS": HEADS, "BLOCK": LANES})
+    found["sums of parts"] = (triton_kernels.add_parts, adding, {"ADD": True, "BLOCK": LANES})
     return found
 
 
 def resources(capability: int, kernel: Any, tile: Tile, constants: dict[str, Any]) -> dict[str, int]:
     """Registers, spilled bytes and shared bytes of one variant."""
-    constants = {**constants, "BLOCK_T": tile.queries, "BLOCK_S": tile.keys}
+    blocks = {"BLOCK_T": tile.queries, "BLOCK_S": tile.keys}
+    constants = {**constants, **{name: size for name, size in blocks.items() if name in kernel.arg_names}}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else _type(name, constants)
@@ -63,7 +68,16 @@ def resources(capability: int, kernel: Any, tile: Tile, constants: dict[str, Any
 
 
 def _type(name: str, constants: dict[str, Any]) -> str:
-    if name == "operand_ptr" or (name == "out_ptr" and constants["STEP"] == triton_kernels.LOGITS_TO_MIXED):
+    """As dcscale.ops.compose.triton_staged makes them of bfloat16 input."""
+    if name == "out_ptr":
+        return {
+            triton_kernels.SCORES_TO_LOGITS: "*fp32",
+            triton_kernels.SCORES_TO_PROBABILITIES: "*fp16",
+            triton_kernels.LOGITS_TO_MIXED: "*bf16",
+        }[constants["STEP"]]
+    if name == "probabilities_ptr" or (name == "maps_ptr" and constants.get("POST")):
+        return "*fp16"
+    if name in ("operand_ptr", "gradient_ptr"):
         return "*bf16"
     if name == "documents_ptr":
         return "*i32"

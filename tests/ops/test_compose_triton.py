@@ -4,6 +4,7 @@ Interpreted, each head of each tile costs milliseconds: shapes are small, and ti
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -96,6 +97,36 @@ def test_equals_the_reference_over_chunks(options):
     inputs = random_inputs(**options)
     inputs.options["scratch_bytes"] = 1
     assert_close(run(inputs), inputs.run("reference"))
+
+
+BLOCKS = {
+    "all in blocks": {"queries": 64, "window": 9, "batch": 2, "heads": 2},
+    "the last on their own": {"queries": 71, "window": 12, "batch": 1, "heads": 4, "kv_heads": 2},
+    "keys before the queries": {"queries": 64, "keys": 73, "window": 16, "batch": 1, "heads": 2},
+    "a window of several blocks": {"queries": 128, "window": 36, "batch": 1, "heads": 2},
+    "documents": {"queries": 67, "window": 14, "batch": 2, "heads": 2, "kv_heads": 1, "documents": 20},
+    "not all weights": {"queries": 64, "window": 9, "batch": 1, "heads": 2, "absent": ["pre.qg", "post.k1", "post.kg"]},
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("several", [False, True], ids=["one chunk", "several"])
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_equals_the_reference_in_blocks(options, several, monkeypatch):
+    """Windowed calls cut into blocks of 16 queries: all in one chunk, or two in each of the backward pass."""
+    monkeypatch.setattr(triton_staged, "MIN_BLOCK_QUERIES", 16)
+    monkeypatch.setattr(triton_staged, "MAX_CHUNK_QUERIES", 16)
+    chunked = []
+    original = StagedAttention.chunks
+    monkeypatch.setattr(StagedAttention, "chunks", lambda *a: chunked.append(original(*a)) or chunked[-1])
+    inputs = random_inputs(**options)
+    keys = 16 * (1 + math.ceil((options["window"] - 1) / 16))
+    inputs.options["scratch_bytes"] = 90 * options["heads"] * 16 * keys if several else 2**28
+    results = run(inputs)
+    of_blocks = [[chunk for chunk in chunks if chunk.blocks > 1] for chunks in chunked]
+    assert all(of_blocks)
+    assert any(len(chunks) > 1 for chunks in of_blocks) == several
+    assert_close(results, inputs.run("reference"))
 
 
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=6))[::3])
@@ -195,7 +226,8 @@ def test_memory_stays_within_what_is_stated(queries, window, monkeypatch):
     """What the kernels compute has no part in it, so they are left out. The maps alone would be far larger."""
     budget, batch, heads, head_dim, rows = 2**20, 2, 2, 16, 5
     assert 4 * batch * heads * queries**2 > 2 * budget
-    monkeypatch.setattr(StagedAttention, "launch", lambda *arguments, **constants: None)
+    for launch in ("launch", "finish_statistics", "add_parts"):
+        monkeypatch.setattr(StagedAttention, launch, lambda *arguments, **constants: None)
     q, k, v, pre, post = arguments(
         random_inputs(batch=batch, queries=queries, heads=heads, head_dim=head_dim).to(torch.float32).tensors
     )
@@ -212,17 +244,27 @@ def test_memory_stays_within_what_is_stated(queries, window, monkeypatch):
 
 def test_chunks_cover_all_and_fit():
     q, k, v, pre, post = arguments(random_inputs(batch=5, queries=1000, keys=1100).to(torch.float32).tensors)
-    for window in (None, 7, 300):
-        staged = StagedAttention(q, k, v, [*pre, *post], None, window, 1.0, 100, 2**22)
+    for window, budget in itertools.product((None, 7, 100, 300, 900), (2**20, 2**22, 2**26)):
+        staged = StagedAttention(q, k, v, [*pre, *post], None, window, 1.0, 100, budget)
         for tile, gradient_rows in ((staged.tiles.forward, None), (staged.tiles.backward, (5, 5))):
             seen = torch.zeros(5, 1000)
             for chunk in staged.chunks(tile, gradient_rows):
-                seen[chunk.rows, chunk.queries] += 1
-                rows, queries, keys = chunk.sizes
-                assert scratch_bytes(rows, 4, queries, keys, 8, 4, tile, gradient_rows) <= 2**22
-                assert chunk.keys.stop == 100 + chunk.queries.stop
-                assert chunk.keys.start == (0 if window is None else max(0, 100 + chunk.queries.start - window + 1))
+                seen[chunk.batch, chunk.queries] += 1
+                rows, queries, _ = chunk.sizes
+                fits = scratch_bytes(chunk, 4, 4, 8, 4, tile, gradient_rows) <= budget
+                assert fits or (rows == 1 and queries == tile.queries)
+                first_stop = 100 + chunk.queries.start + queries
+                assert chunk.keys.stop == first_stop
+                assert chunk.keys.start <= (0 if window is None else max(0, first_stop - queries - window + 1))
+                assert chunk.keys.start >= -staged.padding
             assert (seen == 1).all()
+
+
+def test_a_windowed_call_is_few_chunks():
+    q, k, v, pre, post = arguments(random_inputs(batch=2, queries=1000).to(torch.float32).tensors)
+    staged = StagedAttention(q, k, v, [*pre, *post], None, 60, 1.0, 0, 2**28)
+    blocks = [(chunk.blocks, chunk.queries, chunk.keys) for chunk in staged.chunks(staged.tiles.forward, None)]
+    assert blocks == [(1, slice(960, 1000), slice(896, 1000)), (15, slice(0, 960), slice(-64, 64))]
 
 
 def test_only_the_inputs_and_row_statistics_are_kept_for_backward():

@@ -31,8 +31,8 @@ def report(tmp_path_factory):
 def test_kernels_fit(report, capability, rank, record_property):
     kernels = report["kernels"][f"sm_{capability}, rank {rank}"]
     record_property("resources", f"triton {report['triton']}, ptxas {report['assembler']}: {kernels}")
-    assert len(kernels) == 5
+    assert len(kernels) == 7
     for name, used in kernels.items():
         assert used["spilled"] == 0, name
-        assert 32 <= used["registers"] <= 255, name
+        assert 16 <= used["registers"] <= 255, name
         assert used["shared"] <= SHARED_BYTES_OF_A_PROGRAM, name

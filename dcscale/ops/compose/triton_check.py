@@ -10,6 +10,7 @@ Axes in names: B batch, T queries and keys, H heads, D head width, R rank.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -56,8 +57,10 @@ def _wrong_result(*kernels: Any) -> str | None:
 
 @cache
 def _try(kernels: Kernels) -> str | None:
+    # What is set around the call is set for its thread: autocast, activation checkpointing, a device, a compiler.
     try:
-        return _compare(kernels)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_compare, kernels).result()
     except Exception as error:  # whatever a compiler, an assembler or a driver raises is the answer, and is passed on
         return f"its kernels fail here: {type(error).__name__}: {error}"
 
@@ -87,7 +90,8 @@ def _compare(kernels: Kernels) -> str | None:
     narrow = torch.bfloat16 if torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32 else dtype
     bound = max(1e-4, 8 * torch.finfo(narrow).eps)
     for name, result, expected in zip(there, found[triton_attention], found[reference_attention]):
-        error = ((result - expected).norm() / expected.norm()).item()
+        # A factor without its partner has no part in the result, and a gradient of 0.
+        error = ((result - expected).norm() / (expected.norm() or 1.0)).item()
         if not error <= bound:  # also when it is NaN
             return (
                 f"its kernels, as compiled here, are wrong: {name} is off by {error:.1e} of its norm, "

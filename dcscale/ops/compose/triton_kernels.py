@@ -9,12 +9,15 @@ between the kernels: there is no ``tl.dot`` here, and so not the miscompiled one
 Formulas: DCMHA, arXiv 2405.08553, section 3, and their gradients.
 
 Axes in names: T queries and S keys of a tile. Memory, each contiguous but for the rows of maps:
-maps      [rows, heads, queries, row_stride], one chunk of queries of some batch rows; the keys fill each row up to a
-          multiple of BLOCK_S, so that loads need no mask along keys and stay wide. What is behind the keys is garbage.
+maps      [rows, heads, queries, row_stride], one chunk. A row is a block of queries of a batch row: ``blocks`` of them
+          follow one another, and the keys of each begin as many positions after those of the one before as it has
+          queries. The keys fill each row up to a multiple of BLOCK_S, so that loads need no mask along keys and stay
+          wide. What is behind the keys is garbage. Nobody sees a key before position ``first_seen``; k and v are 0
+          there, and there are such positions before 0.
 weights   [B, heads, 2R + 1, positions], float32: the R rows of the factor into the latents, the R of the factor out of
           them, and the gate. A rank of 0 and a gate of 0 stand for absent ones, which have no rows.
 parts     of sums along keys [rows, tiles along keys, heads, rows of the weights, queries], of sums along queries
-          [rows, tiles along queries, heads, rows of the weights, row_stride].
+          [rows, tiles along queries, heads, rows of the weights, row_stride]; add_parts and finish_statistics add up.
 """
 
 from __future__ import annotations
@@ -30,12 +33,14 @@ LOGITS_TO_MIXED = 2
 _CHANGING = [
     "queries",
     "keys",
+    "blocks",
     "first_row",
     "first_query",
     "first_key",
     "query_offset",
     "total_queries",
     "total_keys",
+    "first_seen",
     "window",
 ]
 
@@ -134,14 +139,15 @@ def _probabilities(logits_TS, statistics_ptr, total, there):
 @triton.jit
 def _load_backward(maps_ptr, gradient_ptr, probabilities_ptr, delta_ptr, in_t, in_s, POST: tl.constexpr):
     """x and dy of a head. What lies behind the keys is not finite in maps that a matrix product wrote."""
-    x_TS = tl.load(maps_ptr, mask=in_t[:, None], other=0.0)
-    dy_TS = tl.load(gradient_ptr, mask=in_t[:, None], other=0.0)
+    x_TS = tl.load(maps_ptr, mask=in_t[:, None], other=0.0).to(tl.float32)
+    dy_TS = tl.load(gradient_ptr, mask=in_t[:, None], other=0.0).to(tl.float32)
     if POST:
         dy_TS = tl.where(in_s[None, :], dy_TS, 0.0)
     else:
         x_TS = tl.where(in_s[None, :], x_TS, 0.0)
         delta_T = tl.load(delta_ptr, mask=in_t, other=0.0)
-        dy_TS = tl.load(probabilities_ptr, mask=in_t[:, None], other=0.0) * (dy_TS - delta_T[:, None])
+        probabilities_TS = tl.load(probabilities_ptr, mask=in_t[:, None], other=0.0).to(tl.float32)
+        dy_TS = probabilities_TS * (dy_TS - delta_T[:, None])
     return x_TS, dy_TS
 
 
@@ -156,6 +162,7 @@ def mix_forward(
     documents_ptr,
     queries,
     keys,
+    blocks,
     row_stride,
     first_row,
     first_query,
@@ -163,6 +170,7 @@ def mix_forward(
     query_offset,
     total_queries,
     total_keys,
+    first_seen,
     window,
     STEP: tl.constexpr,
     HEADS: tl.constexpr,
@@ -185,10 +193,12 @@ def mix_forward(
     Tiles in which no query sees a key are left alone, but for the parts and the mixed probabilities, which are read.
     """
     tile_s, row = tl.program_id(0), tl.program_id(2)
+    first_query += row % blocks * queries
+    first_key += row % blocks * queries
     t, s, reached = _tile(queries, first_query, first_key, query_offset, window, BLOCK_T, BLOCK_S)
-    in_t, in_s = t < queries, s < keys
+    in_t, in_s = t < queries, (s < keys) & (first_key + s >= first_seen)
     wide_t = in_t[:, None]
-    batch = (first_row + row).to(tl.int64)
+    batch = (first_row + row // blocks).to(tl.int64)
     head_stride = queries.to(tl.int64) * row_stride
     offset_TS = row * HEADS * head_stride + t[:, None] * row_stride + s[None, :]
     maps_ptr += offset_TS
@@ -203,7 +213,7 @@ def mix_forward(
     if reached:
         if STEP != 2:
             age_TS = (query_offset + first_query + t)[:, None] - (first_key + s)[None, :]
-            seen_TS = (age_TS >= 0) & (age_TS < window)
+            seen_TS = (age_TS >= 0) & (age_TS < window) & in_s[None, :]
             if DOCUMENTS:
                 documents_ptr += batch * total_keys
                 of_query = tl.load(documents_ptr + query_offset + first_query + t, mask=in_t, other=0)
@@ -271,6 +281,7 @@ def mix_backward(
     key_weights_ptr,
     queries,
     keys,
+    blocks,
     row_stride,
     first_row,
     first_query,
@@ -278,6 +289,7 @@ def mix_backward(
     query_offset,
     total_queries,
     total_keys,
+    first_seen,
     window,
     POST: tl.constexpr,
     HEADS: tl.constexpr,
@@ -297,10 +309,12 @@ def mix_backward(
     Where no query of a tile sees a key all of it is 0; gradient is not touched there.
     """
     tile_s, tile_t, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_query += row % blocks * queries
+    first_key += row % blocks * queries
     t, s, reached = _tile(queries, first_query, first_key, query_offset, window, BLOCK_T, BLOCK_S)
-    in_t, in_s = t < queries, s < keys
+    in_t, in_s = t < queries, (s < keys) & (first_key + s >= first_seen)
     wide_t = in_t[:, None]
-    batch = (first_row + row).to(tl.int64)
+    batch = (first_row + row // blocks).to(tl.int64)
     head_stride = queries.to(tl.int64) * row_stride
     offset_TS = row * HEADS * head_stride + t[:, None] * row_stride + s[None, :]
     maps_ptr += offset_TS
@@ -395,7 +409,7 @@ def mix_backward(
             dx_TS = _add_mix(dx_TS, dy_TS, key_dlatents, by_key_ptr, s, total_keys, in_s, 0, KEY_RANK, KEY_GATE, 0)
             if POST:
                 tl.store(delta_ptr + head * queries, tl.sum(x_TS * dx_TS, 1), mask=in_t)
-                tl.store(gradient_ptr + map_at, dx_TS, mask=wide_t)
+                tl.store(gradient_ptr + map_at, dx_TS.to(gradient_ptr.dtype.element_ty), mask=wide_t)
                 out_TS = _add_mix(
                     x_TS, x_TS, query_latents, by_query_ptr, t, total_queries, in_t, 1, QUERY_RANK, QUERY_GATE, 1
                 )
@@ -415,3 +429,77 @@ def mix_backward(
                 tl.store(key_parts_ptr + (head * KEY_ROWS + r) * row_stride + s, zero_S)
             zero_TS = tl.zeros([BLOCK_T, BLOCK_S], operand_ptr.dtype.element_ty)
             tl.store(operand_ptr + head * head_stride, zero_TS, mask=wide_t)
+
+
+@triton.jit(do_not_specialize=["queries", "tiles", "blocks", "first_row", "first_query", "total_queries"])
+def finish_statistics(
+    parts_ptr,
+    statistics_ptr,
+    queries,
+    tiles,
+    blocks,
+    first_row,
+    first_query,
+    total_queries,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The peak of a row of logits and log(sum(exp(logit - peak))), from the parts that mix_forward has left."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head, row = tl.program_id(1), tl.program_id(2)
+    in_t = t < queries
+    parts_ptr += (row.to(tl.int64) * tiles * HEADS + head) * 2 * queries + t
+    tile_stride = HEADS * 2 * queries
+    peak_T = tl.full([BLOCK], float("-inf"), tl.float32)
+    for tile in range(tiles):
+        peak_T = tl.maximum(peak_T, tl.load(parts_ptr + tile * tile_stride, mask=in_t, other=0.0))
+    sum_T = tl.zeros([BLOCK], tl.float32)
+    for tile in range(tiles):
+        of_tile_T = tl.load(parts_ptr + tile * tile_stride, mask=in_t, other=0.0)
+        sum_T += tl.exp(of_tile_T - peak_T) * tl.load(parts_ptr + tile * tile_stride + queries, mask=in_t, other=1.0)
+    batch = (first_row + row // blocks).to(tl.int64)
+    statistics_ptr += (batch * HEADS + head) * 2 * total_queries + first_query + row % blocks * queries + t
+    tl.store(statistics_ptr, peak_T, mask=in_t)
+    tl.store(statistics_ptr + total_queries, tl.log(sum_T), mask=in_t)
+
+
+@triton.jit(do_not_specialize=["width", "step", "tiles", "blocks", "first_row", "first", "stride", "total"])
+def add_parts(
+    parts_ptr,
+    sums_ptr,
+    width,
+    step,
+    tiles,
+    blocks,
+    first_row,
+    first,
+    stride,
+    total,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sums [B, lines, total] = the sum of parts [rows, tiles, lines, stride] over tiles, plus sums if ADD.
+
+    Of each line the first ``width`` positions count. Those of a batch row's block number b are the positions first +
+    b step + (0 ... width - 1) of its sums; where blocks overlap they are added up in their order. What lies before
+    position 0 is left out. With more than one block, step is a multiple of BLOCK and width of step.
+    """
+    start = tl.program_id(0) * BLOCK
+    line, row, lines = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    position = start + tl.arange(0, BLOCK)
+    there = (position < (blocks - 1) * step + width) & (first + position >= 0)
+    tile_stride = lines.to(tl.int64) * stride
+    last_block = tl.minimum(start // step, blocks - 1)
+    first_block = 0
+    if start >= width:
+        first_block = (start - width) // step + 1
+    sums = tl.zeros([BLOCK], tl.float32)
+    for block in range(first_block, last_block + 1):
+        within = position - block * step
+        at = parts_ptr + (row * blocks + block) * tiles * tile_stride + line * stride + within
+        for tile in range(tiles):
+            sums += tl.load(at + tile * tile_stride, mask=there & (within < width), other=0.0)
+    sums_ptr += ((first_row + row).to(tl.int64) * lines + line) * total + first + position
+    if ADD:
+        sums += tl.load(sums_ptr, mask=there, other=0.0)
+    tl.store(sums_ptr, sums, mask=there)
