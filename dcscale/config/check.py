@@ -311,6 +311,13 @@ def _stop_is_within_run(config: Config) -> Findings:
         yield "train.stop_after", f"must be at most train.steps = {steps}", "set it to null to go on to the end"
 
 
+@_rule("parallel.offload_optimizer", "parallel.zero_stage")
+def _offload_has_partitions(config: Config) -> Findings:
+    if config.parallel.offload_optimizer and config.parallel.zero_stage == 0:
+        fix = "set parallel.zero_stage=1, or parallel.offload_optimizer=false"
+        yield "parallel.offload_optimizer", "must be false with parallel.zero_stage = 0, which offloads nothing", fix
+
+
 @_rule("optimizer.betas")
 def _betas_are_two(config: Config) -> Findings:
     if len(config.optimizer.betas) != 2:

@@ -309,6 +309,10 @@ class ParallelConfig:
     zero_stage: int = 1
     """ZeRO stage: 0 none, 1 optimizer states, 2 also gradients, 3 also parameters."""
 
+    offload_optimizer: bool = False
+    """Keep AdamW's moments and the float32 weights (12 bytes a parameter, over all ranks) in the host's memory, and
+    update them there: saves the GPU's memory, costs time. Needs a ZeRO stage of 1 or more."""
+
     overlap_comm: bool = True
     """Overlap the reduction of gradients with the backward pass, where the accelerator can."""
 

@@ -39,6 +39,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if parallel.offload_optimizer:
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # Its own Adam for CPUs needs a C++ compiler at the first start; torch's fused AdamW does not.
+        result["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
         result["zero_optimization"]["stage3_prefetch_bucket_size"] = parallel.bucket_elements
         result["zero_optimization"]["stage3_param_persistence_threshold"] = parallel.whole_elements

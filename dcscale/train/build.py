@@ -77,7 +77,9 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         environment,
         build_model=lambda: _build_model(config),
         initialize=lambda model, gather: initialize(model, config.model, config.train.seed, gather=gather),
-        build_optimizer=lambda model: build_optimizer(model, config.optimizer, fused=environment.device.type == "cuda"),
+        build_optimizer=lambda model: build_optimizer(
+            model, config.optimizer, fused=environment.device.type == "cuda" or config.parallel.offload_optimizer
+        ),
     )
     if checkpoint is not None:
         engine.load(saved)

@@ -229,6 +229,11 @@ BROKEN = [
     ("train.precision=fp16", 'train.precision = "fp16": must be one of bf16, fp32; did you mean bf16?'),
     ("schedule.kind=zzz", 'schedule.kind = "zzz": must be one of cosine, wsd, constant; the default is "cosine"'),
     ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2, 3; the default is 1"),
+    (
+        "parallel.zero_stage=0; parallel.offload_optimizer=true",
+        "parallel.offload_optimizer = true: must be false with parallel.zero_stage = 0, which offloads nothing; set "
+        "parallel.zero_stage=1, or parallel.offload_optimizer=false",
+    ),
     ("optimizer.eps=.nan", "optimizer.eps = NaN: must be a finite number; the default is 1e-08"),
     (
         "optimizer.learning_rate=.inf",
@@ -273,6 +278,7 @@ KEPT = [
     ("schedule.kind=constant",),
     ("run.name=a run, with.dots",),
     ("checkpoint.keep_last=null",),
+    ("parallel.offload_optimizer=true",),
     ("train.seed=9223372036854775807",),
 ]
 

@@ -22,10 +22,18 @@ from dcscale.train import build_trainer
 
 pytestmark = pytest.mark.distributed
 
-# (ranks, stage) of one start after the other: on 2 ranks every stage follows every other; 1 -> 2, 2 -> 4, 4 -> 2 and
-# 2 -> 1 ranks, with another stage and with the same.
+# (ranks, stage, whether the optimizer is offloaded) of one start after the other: on 2 ranks every stage follows every
+# other; 1 -> 2, 2 -> 4, 4 -> 2 and 2 -> 1 ranks, with another stage and with the same; offloading on and off.
 STAGES_ON_TWO = (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)
-FORMS = [(1, 2), *((2, stage) for stage in STAGES_ON_TWO), (4, 3), (2, 3), (1, 1)]
+OFFLOADED_ON_TWO = ((2, 1, True), (2, 3, True), (2, 3, False), (2, 2, True))
+FORMS = [
+    (1, 2, True),
+    *((2, stage, False) for stage in STAGES_ON_TWO),
+    *OFFLOADED_ON_TWO,
+    (4, 3, False),
+    (2, 3, False),
+    (1, 1, False),
+]
 STEPS_OF_A_START = 2
 STEPS = STEPS_OF_A_START * len(FORMS)
 
@@ -135,9 +143,13 @@ def runs(request, tmp_path_factory):
     starts, done = [], 0
     for ranks, forms in groupby(FORMS, key=lambda form: form[0]):
         configs = []
-        for _, stage in forms:
+        for _, stage, offload in forms:
             done += STEPS_OF_A_START
-            form = [f"parallel.zero_stage={stage}", f"train.stop_after={done}"]
+            form = [
+                f"parallel.zero_stage={stage}",
+                f"parallel.offload_optimizer={offload}",
+                f"train.stop_after={done}",
+            ]
             configs.append(tiny_config(folder / "changing", shards, *base, *form))
         starts += zip(*run_distributed(train_starts, ranks, configs))
     return Runs(request.param, folder / "whole", folder / "changing", expected, starts)
@@ -150,11 +162,11 @@ def test_losses_are_those_of_a_run_that_was_never_stopped(runs):
         for run in (runs.whole, runs.changing)
     )
     assert len(expected) == STEPS
-    torch.testing.assert_close(found, expected, rtol={"fp32": 1e-6, "bf16": 5e-3}[runs.precision], atol=0)
+    torch.testing.assert_close(found, expected, rtol={"fp32": 1e-6, "bf16": 2e-2}[runs.precision], atol=0)
 
 
 def test_each_start_has_the_state_of_the_files_bit_for_bit(runs):
-    assert [start.differences for ranks in runs.starts for start in ranks] == [[]] * sum(r for r, _ in FORMS)
+    assert [start.differences for ranks in runs.starts for start in ranks] == [[]] * sum(ranks for ranks, *_ in FORMS)
 
 
 def test_steps_use_the_same_sequences(runs):
@@ -166,4 +178,5 @@ def test_steps_use_the_same_sequences(runs):
 def test_ranks_copy_equal_shares_of_one_state(runs):
     weights = load_all(runs.changing / "checkpoints" / step_name(STEPS) / WEIGHTS)
     whole = 3 * 4 * sum(weight.numel() for weight in weights.values())
-    assert [[start.snapshot_bytes for start in ranks] for ranks in runs.starts] == [[whole // r] * r for r, _ in FORMS]
+    expected = [[whole // ranks] * ranks for ranks, *_ in FORMS]
+    assert [[start.snapshot_bytes for start in ranks] for ranks in runs.starts] == expected

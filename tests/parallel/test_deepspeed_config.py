@@ -39,3 +39,10 @@ def test_without_clipping_the_norm_is_still_computed():
     assert generated("train.gradient_clip=0")["gradient_clipping"] == NO_CLIP
     # Without ZeRO and in float32 the engine clips, and keeps the norm.
     assert generated("train.precision=fp32", "parallel.zero_stage=0")["gradient_clipping"] == 0.0
+
+
+def test_offloading():
+    assert "offload_optimizer" not in generated()["zero_optimization"]
+    result = generated("parallel.offload_optimizer=true")
+    assert result["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert result["zero_force_ds_cpu_optimizer"] is False
