@@ -17,7 +17,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-LOWER = {"config", "ops", "models", "data", "observe", "parallel", "checkpoint", "convert", "plan", "train"}
+LOWER = {
+    "config",
+    "ops",
+    "models",
+    "data",
+    "observe",
+    "parallel",
+    "checkpoint",
+    "convert",
+    "plan",
+    "train",
+    "inference",
+}
 MAY_IMPORT = {
     "files": set(),
     "config": set(),
@@ -30,6 +42,7 @@ MAY_IMPORT = {
     "convert": {"config", "models", "checkpoint", "files"},
     "plan": {"config", "models"},
     "train": {"config", "ops", "models", "data", "parallel", "checkpoint", "observe", "files"},
+    "inference": {"config", "ops", "models", "data", "checkpoint", "convert", "observe"},
     "testing": LOWER | {"files"},
     "bench": {"data", "ops", "files", "testing"},
 }

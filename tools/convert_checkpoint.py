@@ -14,7 +14,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from dcscale.convert import DTYPES, FORMATS, ConversionError, check_target, prepare
+from dcscale.convert import (
+    DTYPES,
+    FORMATS,
+    ConversionError,
+    add_source_options,
+    check_target,
+    prepare,
+    source_options,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,35 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", choices=FORMATS, required=True, help="what DST becomes")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the result's tensors (default: as in SRC)")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; write nothing")
-    parser.add_argument(
-        "--from-copies",
-        choices=("merged", "original"),
-        help="upstream SRC: take dw_m, qkw_m or dw1, dd, qkw (default: the trained ones, found by their values)",
-    )
-    parser.add_argument(
-        "--gelu",
-        choices=("tanh", "erf"),
-        help="upstream SRC: of the compose projection (default: erf if trained by upstream's PyTorch code, else tanh)",
-    )
-    parser.add_argument(
-        "--local-keys",
-        type=int,
-        metavar="N",
-        help="upstream SRC: keys a query of a local layer sees, itself included (default: window_size, one more if "
-        "trained by upstream's PyTorch code)",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
+    add_source_options(parser)
     options = parser.parse_args(arguments)
     try:
         check_target(options.source, options.target, options.overwrite)
-        conversion = prepare(
-            options.source,
-            options.to,
-            dtype=options.dtype,
-            truth=options.from_copies,
-            gelu=options.gelu,
-            local_keys=options.local_keys,
-        )
+        conversion = prepare(options.source, options.to, dtype=options.dtype, **source_options(options))
         print(f"{options.source} is: {conversion.found.words}", *conversion.lines(), sep="\n")
         if options.dry_run:
             print("dry run: nothing was written, and no values were checked")

@@ -3,5 +3,16 @@
 from dcscale.convert.conversion import DTYPES, FORMATS, Conversion, convert, prepare
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.folder import check_target
+from dcscale.convert.options import add_source_options, source_options
 
-__all__ = ["DTYPES", "FORMATS", "Conversion", "ConversionError", "check_target", "convert", "prepare"]
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "Conversion",
+    "ConversionError",
+    "add_source_options",
+    "check_target",
+    "convert",
+    "prepare",
+    "source_options",
+]

@@ -28,6 +28,7 @@ from dcscale.convert.formats import Found, detect
 from dcscale.convert.recipe import Plan, Recipe, check_left_out, check_names, non_finite, table
 from dcscale.convert.tensors import TensorFiles, open_tensors
 from dcscale.files import write_atomically, write_json
+from dcscale.models import DCFormer
 
 FORMATS = ("dcscale", "upstream")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,8 +66,7 @@ class Conversion:
                 save_weights(self._tensors(problems), at, shard_bytes)
             except SafetensorError as error:  # what a full disk ends in
                 raise ConversionError(f"{target} cannot be written: {error}") from error
-            if problems:
-                raise ConversionError("\n".join([f"{self.files.source} has values that are not finite:", *problems]))
+            self._refuse(problems)
             if (self.found.folder / _TOKENIZER).is_file():
                 shutil.copyfile(self.found.folder / _TOKENIZER, folder / _TOKENIZER)
             if self.settings is not None:
@@ -75,6 +75,30 @@ class Conversion:
                 write_json(folder / STATE, self.state)
                 write_atomically(folder / CONFIG, to_yaml(self.config))
                 seal(folder)
+
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> DCFormer:
+        """The result as a model in eval mode on ``device``, without a folder; ``dcscale`` must be the target.
+
+        Needs the memory of the model and of one tensor. ``dtype`` None is the type it was trained in.
+
+        Raises:
+            ConversionError: there are values that are not finite or may not be left out.
+        """
+        check_left_out(self.plan, self.files)
+        with torch.device("meta"):
+            model = DCFormer(self.config.model)
+        model = model.to(dtype or DTYPES[self.config.train.precision]).to_empty(device=device)
+        model = model.eval().requires_grad_(False)
+        parameters = dict(model.named_parameters())
+        problems: list[str] = []
+        for name, tensor in self._tensors(problems):
+            parameters[name].copy_(tensor)
+        self._refuse(problems)
+        return model
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            raise ConversionError("\n".join([f"{self.files.source} has values that are not finite:", *problems]))
 
     def _tensors(self, problems: list[str]) -> Iterator[tuple[str, Tensor]]:
         for recipe in self.plan.recipes:
@@ -213,5 +237,5 @@ def _state(found: Found, settings: Mapping[str, Any]) -> tuple[dict[str, Any], l
     elif type(eos) is int and beyond.get("tokenizer") == "byte":
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
     else:
-        return state, [f"no {_TOKENIZER} with an eos_token_id: tools/generate.py cannot use the result"]
+        return state, [f"no {_TOKENIZER} with an eos_token_id: texts need one, named by --tokenizer"]
     return state, []

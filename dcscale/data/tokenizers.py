@@ -38,6 +38,13 @@ class Tokenizer(ABC):
         """Token ids of ``text``, without an end-of-document token."""
 
     @abstractmethod
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same, and for each token the characters [begin, end) of ``text`` that it stands for, at least in part.
+
+        Spaces before a token's first letter may be missing there.
+        """
+
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; end-of-document tokens give none, bytes that are not UTF-8 give U+FFFD."""
 
@@ -60,6 +67,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        places = [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
+        return self.encode(text), places
 
     def decode(self, ids: list[int]) -> str:
         # 0xFF is never part of UTF-8, so an id beyond the vocabulary shows as one U+FFFD.
@@ -123,6 +134,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._library.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i != self.eos_id]

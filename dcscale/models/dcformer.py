@@ -94,12 +94,12 @@ class DCFormer(nn.Module):
         targets_BT: int64 ids to be predicted at each position, -100 where there is none.
         document_ids_BT: integers; a token sees only tokens of its own document. None: one document a row. Positions
         need not begin anew with a document: RoPE lets only the differences of positions count.
-        logits_at_B: int64, one position a row; only its logits are computed.
+        logits_at_B: int64, one position a row, or [B, N] for N of them; only their logits are computed.
         cache: from :meth:`new_cache`; the tokens go on from those that earlier calls put there, and are added. For
         decoding only: no gradient goes through it.
 
         Returns the float32 SUM of the losses over targets that are not -100; without targets the logits
-        [B, T, V], or [B, V] with ``logits_at_B``, in float32 (float64 for a float64 model).
+        [B, T, V], or [B, V] or [B, N, V] with ``logits_at_B``, in float32 (float64 for a float64 model).
         Raises ValueError for inputs of another shape or type.
         """
         _check_inputs(input_ids_BT, targets_BT, document_ids_BT, logits_at_B)
@@ -118,7 +118,8 @@ class DCFormer(nn.Module):
             else:
                 x_BTE = block(x_BTE, rope, document_ids_BT, cache=layer)
         if logits_at_B is not None:
-            x_BTE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), logits_at_B]
+            rows_B = torch.arange(len(x_BTE), device=x_BTE.device)
+            x_BTE = x_BTE[rows_B if logits_at_B.dim() == 1 else rows_B[:, None], logits_at_B]
         return self.output(self.norm(x_BTE), targets_BT)
 
     @torch.no_grad()
@@ -185,9 +186,10 @@ def _check_inputs(
     if logits_at_B is not None:
         if targets_BT is not None:
             raise ValueError("logits_at and targets were both given: the loss needs every position; leave one out")
-        if logits_at_B.shape != input_ids_BT.shape[:1] or logits_at_B.dtype != torch.int64:
+        fits = logits_at_B.dim() in (1, 2) and logits_at_B.shape[:1] == input_ids_BT.shape[:1]
+        if not fits or logits_at_B.dtype != torch.int64:
             raise ValueError(
-                f"logits_at must be torch.int64 with one position for each of the {len(input_ids_BT)} rows, "
+                f"logits_at must be torch.int64 with one or N positions for each of the {len(input_ids_BT)} rows, "
                 f"but is {logits_at_B.dtype} {list(logits_at_B.shape)}"
             )
 

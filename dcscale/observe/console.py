@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Mapping
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -36,10 +37,14 @@ class Console:
 
 
 class Progress:
-    """A bar on a terminal; in a log file, a line every now and then with the same facts."""
+    """A bar on a terminal; in a log file, a line every now and then with the same facts.
 
-    def __init__(self, total: int, done: int, unit: str, enabled: bool):
+    ``file`` takes the lines; None is stdout, where the bar never is.
+    """
+
+    def __init__(self, total: int, done: int, unit: str, enabled: bool = True, file: TextIO | None = None):
         self._bar: tqdm | None = None
+        self._file = file
         self._enabled, self._total, self._unit = enabled, total, unit
         self._start, self._start_done, self._last_line = time.monotonic(), done, 0.0
         if enabled and sys.stderr.isatty():
@@ -57,7 +62,7 @@ class Progress:
                 rate = (done - self._start_done) / max(now - self._start, 1e-9)
                 left = tqdm.format_interval((self._total - done) / rate) if rate > 0 else "?"
                 stated = " | ".join(f"{name} {value}" for name, value in facts.items())
-                print(f"{self._unit} {done}/{self._total} | {stated} | {left} left", flush=True)
+                print(f"{self._unit} {done}/{self._total} | {stated} | {left} left", file=self._file, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

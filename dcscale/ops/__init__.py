@@ -2,13 +2,14 @@
 
 from dcscale.ops.attention import attention
 from dcscale.ops.compose import ComposeWeights, choose_backend, compose_attention, identity_distance
-from dcscale.ops.loss import cross_entropy_sum
+from dcscale.ops.loss import bits_per_byte, cross_entropy_sum
 from dcscale.ops.rope import apply_rope, rope_table
 
 __all__ = [
     "ComposeWeights",
     "apply_rope",
     "attention",
+    "bits_per_byte",
     "choose_backend",
     "compose_attention",
     "cross_entropy_sum",

@@ -5,6 +5,8 @@ Axes in names: B batch, T tokens, N = B * T, E model width, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 """Target of a token that does not count."""
+
+
+def bits_per_byte(loss: float, text_bytes_per_target: float) -> float:
+    """Bits needed for a byte of the text, from nats a target: comparable between tokenizers."""
+    return loss / math.log(2) / text_bytes_per_target
 
 
 def cross_entropy_sum(hidden_BTE: Tensor, weight_VE: Tensor, targets_BT: Tensor, chunk: int) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from dcscale.data import BatchLoader
+from dcscale.ops import bits_per_byte
 from dcscale.parallel import Engine
 from dcscale.train.batches import next_together
 
@@ -21,8 +21,8 @@ class Evaluation:
     """Targets that were predicted."""
 
     def bits_per_byte(self, text_bytes_per_target: float) -> float:
-        """Bits needed for a byte of the text: independent of the tokenizer."""
-        return self.loss / math.log(2) / text_bytes_per_target
+        """See :func:`dcscale.ops.bits_per_byte`."""
+        return bits_per_byte(self.loss, text_bytes_per_target)
 
 
 def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:

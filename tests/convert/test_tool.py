@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models
 
 from dcscale.checkpoint import find_checkpoint
 from dcscale.convert import ConversionError, conversion, convert
+from dcscale.inference import open_trained
 from dcscale.models import generate
 from dcscale.testing.convert import tensors_of, write_checkpoint
 from dcscale.testing.models import tiny_config
-from dcscale.train.load import load_trained
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -44,9 +44,10 @@ def test_a_run_becomes_upstream_and_a_model_that_generates(tmp_path):
     assert "layers.*.attention.wqkv.weight  <-  blocks.*.attention.q.weight, blocks.*.attention.k.weight" in done.stdout
     assert done.stdout.endswith(f"wrote {tmp_path / 'theirs'}: 35 tensors\n")
     convert(tmp_path / "theirs", tmp_path / "ours", "dcscale")
-    first, again = (load_trained(folder, torch.device("cpu"), torch.float32) for folder in (source, tmp_path / "ours"))
-    assert again.tokenizer.eos_id == 256
-    texts = [generate(t.model, [t.tokenizer.encode("abc")], 5, temperature=0, top_p=1, seed=0) for t in (first, again)]
+    models = [open_trained(folder).load(torch.device("cpu"), torch.float32) for folder in (source, tmp_path / "ours")]
+    tokenizer = open_trained(tmp_path / "ours").tokenizer
+    assert tokenizer.eos_id == 256
+    texts = [generate(model, [tokenizer.encode("abc")], 5, temperature=0, top_p=1, seed=0) for model in models]
     assert texts[0] == texts[1]
 
 
@@ -56,7 +57,7 @@ def test_the_tokenizer_comes_along(tmp_path, upstream_of):
     folder.settings["eos_token_id"] = 1
     Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a")).save(str(folder.folder / "tokenizer.json"))
     convert(folder.write(), tmp_path / "ours", "dcscale")
-    assert load_trained(tmp_path / "ours", torch.device("cpu")).tokenizer.eos_id == 1
+    assert open_trained(tmp_path / "ours").tokenizer.eos_id == 1
     convert(tmp_path / "ours", tmp_path / "theirs", "upstream")
     assert (tmp_path / "theirs/tokenizer.json").read_text() == (folder.folder / "tokenizer.json").read_text()
     (folder.folder / "tokenizer.json").unlink()
@@ -81,7 +82,7 @@ def test_options_reach_the_conversion(tmp_path, call, upstream_of):
     code, told, _ = call(upstream_of().folder, tmp_path / "ours", "--to", "dcscale", *words)
     assert code == 0
     assert "merged, as asked, though the merged copies equal the originals" in told
-    config = load_trained(tmp_path / "ours", torch.device("cpu")).config
+    config = open_trained(tmp_path / "ours").config
     assert (config.train.precision, config.model.compose.gelu, config.model.windows) == ("bf16", "tanh", [9, None])
 
 

@@ -1,4 +1,4 @@
-"""tools/generate.py on a run's checkpoints, as a user would call it, and what load_trained refuses."""
+"""tools/generate.py on a run's checkpoints, as a user would call it, and what is refused."""
 
 import importlib.util
 import json
@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dcscale.checkpoint import CheckpointError
+from dcscale.convert import ConversionError
+from dcscale.data import DataError
+from dcscale.inference import open_trained
 from dcscale.models import generate
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import WORDS, make_shards, tiny_config, train_all
-from dcscale.train.load import load_trained
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "generate.py"
@@ -60,11 +61,12 @@ def call(capsys):
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
 def test_the_checkpoint_alone_writes_what_the_training_run_wrote(runs, name):
     summary = json.loads((runs / name / "summary.json").read_text())
-    trained = load_trained(runs / name, torch.device("cpu"))
+    trained = open_trained(runs / name)
     assert trained.step == 8
-    assert next(trained.model.parameters()).dtype == (torch.bfloat16 if name == "zero3" else torch.float32)
+    model = trained.load(torch.device("cpu"))
+    assert next(model.parameters()).dtype == (torch.bfloat16 if name == "zero3" else torch.float32)
     prompts = [trained.tokenizer.encode(text) for text in ("heads ", "a")]
-    written = generate(trained.model, prompts, 12, temperature=0.8, top_p=0.95, seed=0, stop_id=256)
+    written = generate(model, prompts, 12, temperature=0.8, top_p=0.95, seed=0, stop_id=256)
     assert summary["sample"] == "heads " + trained.tokenizer.decode(written[0])
 
 
@@ -74,7 +76,8 @@ def test_the_tool(runs, call):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("----\n") == 2
     assert "----\nheads " in result.stdout
-    assert "step-00000008 (step 8)" in result.stderr
+    assert "is: dcscale training checkpoint " in result.stderr
+    assert "step-00000008 (step 8)\n" in result.stderr
     assert re.search(r"^20 tokens in [0-9.]+ s, [0-9.,]+ tokens/s$", result.stderr, re.MULTILINE)
     assert call(*words)[:2] == (0, result.stdout)
     _, _, told = call(runs / "zero1" / "checkpoints" / "step-00000004", "--prompt", "heads ", "--new-tokens", 4)
@@ -92,13 +95,19 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     diverged = tmp_path / "diverged" / "step-00000008"
     shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", diverged)
     overwrite_weights(diverged, float("nan"))
+    huge = shutil.copytree(diverged, tmp_path / "huge" / "step-00000008")
+    overwrite_weights(huge, 1e15)
     for words, message in (
-        ([tmp_path, "--prompt", "a"], "holds no checkpoint"),
+        ([tmp_path, "--prompt", "a"], "is nothing that can be converted"),
         ([runs / "zero1", "--prompt", ""], "prompt 0 is empty"),
         ([runs / "zero1", "--prompt", "a", "--new-tokens", "0"], "new_tokens is 0"),
         ([runs / "zero1", "--prompt", "a", "--device", "abacus"], "--device: 'abacus' cannot be used: Expected one of"),
         ([runs / "zero1", "--prompt", "a", "--device", "meta"], "--device: 'meta' cannot be used: "),
-        ([diverged, "--prompt", "a"], "the model's logits are not finite"),
+        (
+            [diverged, "--prompt", "a"],
+            "has values that are not finite:\n  - embedding.weight  <-  embedding.weight: 8224 NaN",
+        ),
+        ([huge, "--prompt", "a"], "the model's logits are not finite"),
     ):
         code, written, told = call(*words)
         assert (code, written) == (2, "")
@@ -109,10 +118,10 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     ("change", "message"),
     [
         (lambda f: (f / "weights" / "model-00001.safetensors").unlink(), "model-00001.safetensors is missing"),
-        (lambda f: edit_state(f, "tokenizer", None), "has no entry for the tokenizer"),
+        (lambda f: edit_state(f, "tokenizer", None), r"has no tokenizer\.json: name one with --tokenizer, or 'byte'"),
         (
             lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text().replace("dim: 32", "dim: 64")),
-            r"does not fit the model: embedding\.weight has shape \(257, 32\), the model wants \(257, 64\)",
+            r"embedding\.weight has shape \[257, 32\], the config wants \[257, 64\]",
         ),
     ],
 )
@@ -120,8 +129,8 @@ def test_a_checkpoint_that_is_not_whole(runs, tmp_path, change, message):
     folder = tmp_path / "step-00000008"
     shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", folder)
     change(folder)
-    with pytest.raises(CheckpointError, match=message):
-        load_trained(folder, torch.device("cpu"))
+    with pytest.raises((ConversionError, DataError), match=message):
+        assert open_trained(folder).tokenizer
 
 
 def test_a_tokenizer_json_comes_with_the_checkpoint(tmp_path):
@@ -147,19 +156,21 @@ def test_a_tokenizer_json_comes_with_the_checkpoint(tmp_path):
     shutil.rmtree(shards)  # the checkpoint must be enough
     file.unlink()
 
-    trained = load_trained(run, torch.device("cpu"))
-    assert (trained.checkpoint / "tokenizer.json").read_bytes() == definition
+    trained = open_trained(run)
+    assert (trained.folder / "tokenizer.json").read_bytes() == definition
     prompt = trained.tokenizer.encode("heads are")
     assert prompt == library.encode("heads are").ids
     assert len(prompt) < len("heads are")  # no byte tokens
     assert trained.tokenizer.eos_id == library.token_to_id("<|endoftext|>")
-    (written,) = generate(trained.model, [prompt], 12, temperature=0.8, top_p=0.95, seed=0, stop_id=0)
+    (written,) = generate(
+        trained.load(torch.device("cpu")), [prompt], 12, temperature=0.8, top_p=0.95, seed=0, stop_id=0
+    )
     summary = json.loads((run / "summary.json").read_text())
     assert summary["sample"] == "heads are" + trained.tokenizer.decode(written)
 
-    (trained.checkpoint / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
-        load_trained(run, torch.device("cpu"))
+    (trained.folder / "tokenizer.json").unlink()
+    with pytest.raises(ConversionError, match=r"tokenizer\.json is missing"):
+        open_trained(run)
 
 
 def overwrite_weights(folder, value):

@@ -180,6 +180,8 @@ def test_logits_at_chosen_positions():
     ids = random_ids(model.config, 3, 7)
     at = torch.tensor([6, 0, 3])
     torch.testing.assert_close(model(ids, logits_at_B=at), model(ids)[torch.arange(3), at])
+    several = torch.tensor([[6, 0], [3, 3], [1, 5]])
+    torch.testing.assert_close(model(ids, logits_at_B=several), model(ids)[torch.arange(3)[:, None], several])
 
 
 def test_bfloat16_model_gives_float32_logits_and_loss_close_to_float32():
@@ -302,6 +304,7 @@ IDS = torch.zeros(2, 5, dtype=torch.int64)
         ({"document_ids_BT": IDS[:1]}, r"document_ids .* is torch.int64 \[1, 5\]"),
         ({"document_ids_BT": IDS.bool()}, r"document_ids .* is torch.bool"),
         ({"logits_at_B": IDS[:, 0], "targets_BT": IDS}, "logits_at and targets were both given"),
+        ({"logits_at_B": IDS[None]}, r"logits_at .* each of the 2 rows, but is torch.int64 \[1, 2, 5\]"),
         ({"logits_at_B": IDS[0]}, r"logits_at .* each of the 2 rows, but is torch.int64 \[5\]"),
         ({"logits_at_B": IDS[:, 0].int()}, r"logits_at must be torch.int64 .* is torch.int32"),
     ],

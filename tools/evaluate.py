@@ -1,0 +1,164 @@
+"""Measure what a trained model predicts: loss on token shards, perplexity of texts, accuracy on in-context tasks.
+
+    python tools/evaluate.py runs/mine --shards data/mine/validation
+    python tools/evaluate.py downloads/DCFormer-2.8B --text book.txt --context 2048 --stride 512
+    python tools/evaluate.py models/mine --jsonl synthetic_dataset.jsonl --output results.json
+
+The path is a run's folder (its newest whole checkpoint is used), a checkpoint, or any other folder that
+tools/convert_checkpoint.py reads, which is taken as it is. --shards, --text and --jsonl may be given together.
+
+  loss              nats/token, mean over the predicted tokens
+  perplexity        exp(loss), a token: comparable between models of one tokenizer only
+  bits/byte         loss / ln 2 / (mean bytes of text a token): comparable between tokenizers
+  token accuracy    of the answers' tokens, the part that is the likeliest, given all before it
+  answer accuracy   of the answers, the part of which all tokens are
+
+--shards gives the number that validation gives in training. --text takes a file as one document and predicts each of
+its tokens but the first once, in windows of C = --context tokens that are S = --stride tokens apart: the first window
+predicts all of its tokens, each further one its last S, from C - S + 1 tokens or more. --jsonl reads objects with
+task_id and texts, in which answers are marked: "... a kind of [ fruit ]" (format: dcscale/inference/marks.py). The same
+command on the same machine gives the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcscale.bench.record import check_output, facts
+from dcscale.files import write_json
+from dcscale.inference import evaluate_shards, evaluate_tasks, evaluate_text, open_shards, read_tasks, read_text
+from dcscale.inference.options import add_model_options, dtype_of, open_model
+from dcscale.inference.report import ACCURACIES, LOSSES, accuracy_rows, table
+from dcscale.observe import Progress, printable
+
+
+def whole_number(text: str) -> int:
+    """Of 1 or more."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
+    return int(text)
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    parser.add_argument("--shards", nargs="+", default=[], metavar="FOLDER", help="token shards, or their address")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="UTF-8 text, a document each")
+    parser.add_argument("--jsonl", nargs="+", type=Path, default=[], metavar="FILE", help="tasks with marked answers")
+    parser.add_argument(
+        "--context",
+        type=whole_number,
+        metavar="TOKENS",
+        help="tokens that the model sees at once: a sequence of --shards, a window of --text, at most a text of "
+        "--jsonl (default: the length it was trained with)",
+    )
+    parser.add_argument(
+        "--stride", type=whole_number, metavar="TOKENS", help="of --text (default: half of the context)"
+    )
+    parser.add_argument(
+        "--sequences", type=whole_number, metavar="N", help="of each --shards, spread evenly (default: all)"
+    )
+    parser.add_argument(
+        "--document-mask",
+        action=argparse.BooleanOptionalAction,
+        help="attention and targets of --shards stop at document bounds (default: as trained)",
+    )
+    parser.add_argument(
+        "--batch-size", type=whole_number, default=8, metavar="N", help="sequences, windows, texts at once (default 8)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
+    return parser
+
+
+def progress(name: str, unit: str) -> Callable[[int, int], None]:
+    """Shows on stderr what is done of a file or folder."""
+    bars: list[Progress] = []
+
+    def told(done: int, total: int) -> None:
+        if not bars:
+            bars.append(Progress(total, 0, unit, file=sys.stderr))
+        bars[0].show(done, {"of": printable(name)})
+        if done == total:
+            bars[0].close()
+
+    return told
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole result, as JSON has it. All input is opened before the model is loaded."""
+    trained = open_model(options)
+    config, vocab_size = trained.config, trained.config.model.vocab_size
+    context = options.context or config.data.sequence_length
+    stride = options.stride or max(1, context // 2)
+    mask = config.data.document_mask if options.document_mask is None else options.document_mask
+    known = trained.conversion.state.get("tokenizer")
+    streams = [
+        open_shards(root, vocab_size=vocab_size, context=context, document_mask=mask, trained_with=known)
+        for root in options.shards
+    ]
+    texts = [
+        read_text(path, trained.tokenizer, vocab_size=vocab_size, context=context, stride=stride)
+        for path in options.text
+    ]
+    files = [
+        (str(path), read_tasks(path, trained.tokenizer, vocab_size=vocab_size, context=context))
+        for path in options.jsonl
+    ]
+    model = trained.load(options.device, dtype_of(options))
+    size, many = options.batch_size, options.sequences
+    losses = [
+        evaluate_shards(model, stream, batch_size=size, sequences=many, told=progress(str(stream.source), "sequence"))
+        for stream in streams
+    ]
+    losses += [evaluate_text(model, text, batch_size=size, told=progress(text.name, "token")) for text in texts]
+    tasks = [
+        (name, evaluate_tasks(model, samples, batch_size=size, told=progress(name, "text"))) for name, samples in files
+    ]
+    return {
+        "path": str(options.path),
+        "source": trained.words[0],
+        "notes": trained.conversion.notes,
+        "step": trained.step,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(options.device),
+        "settings": {
+            "context": context,
+            "stride": stride,
+            "sequences": many,
+            "document_mask": mask,
+            "batch_size": size,
+            "tokenizer": options.tokenizer,
+        },
+        "losses": [asdict(row) for row in losses],
+        "accuracies": accuracy_rows(tasks),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = arguments_parser()
+    options = parser.parse_args(arguments)
+    if not (options.shards or options.text or options.jsonl):
+        parser.error("name what to measure by --shards, --text or --jsonl")
+    check_output(parser, options.output)
+    try:
+        result = measure(options)
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for columns, rows in ((LOSSES, result["losses"]), (ACCURACIES, result["accuracies"])):
+        if rows:
+            print(*table(columns, rows), sep="\n")
+    if options.output is not None:
+        write_json(options.output, {**facts(sys.argv, torch.device(options.device).type), **result})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
