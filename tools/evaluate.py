@@ -29,13 +29,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dcscale.bench.record import check_output, facts
 from dcscale.files import write_json
 from dcscale.inference import evaluate_shards, evaluate_tasks, evaluate_text, open_shards, read_tasks, read_text
 from dcscale.inference.options import add_model_options, dtype_of, open_model
-from dcscale.inference.report import ACCURACIES, LOSSES, accuracy_rows, table
+from dcscale.inference.report import accuracy_rows, result_lines
 from dcscale.observe import Progress, printable
 
 
@@ -149,14 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     check_output(parser, options.output)
     try:
         result = measure(options)
-    except (ValueError, FloatingPointError) as error:
+        print(*result_lines(result), sep="\n")
+        if options.output is not None:
+            write_json(options.output, {**facts(sys.argv, options.device.type), **result})
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for columns, rows in ((LOSSES, result["losses"]), (ACCURACIES, result["accuracies"])):
-        if rows:
-            print(*table(columns, rows), sep="\n")
-    if options.output is not None:
-        write_json(options.output, {**facts(sys.argv, torch.device(options.device).type), **result})
     return 0
 
 

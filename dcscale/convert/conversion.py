@@ -88,6 +88,8 @@ class Conversion:
         with torch.device("meta"):
             model = DCFormer(self.config.model)
         model = model.to(dtype or DTYPES[self.config.train.precision]).to_empty(device=device)
+        if self.config.model.tied_embeddings:
+            model.output.weight = model.embedding.weight  # to_empty has given each a memory of its own
         model = model.eval().requires_grad_(False)
         parameters = dict(model.named_parameters())
         problems: list[str] = []
@@ -237,5 +239,5 @@ def _state(found: Found, settings: Mapping[str, Any]) -> tuple[dict[str, Any], l
     elif type(eos) is int and beyond.get("tokenizer") == "byte":
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
     else:
-        return state, [f"no {_TOKENIZER} with an eos_token_id: texts need one, named by --tokenizer"]
+        return state, [f"no {_TOKENIZER} with an eos_token_id: texts need a tokenizer, named by --tokenizer"]
     return state, []

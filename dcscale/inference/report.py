@@ -9,8 +9,8 @@ from typing import Any
 from dcscale.inference.tasks import Accuracy
 from dcscale.observe import printable
 
-LOSSES = ("name", "tokens", "loss", "perplexity", "bits_per_byte")
-ACCURACIES = ("name", "task", "texts", "answers", "answer_accuracy", "tokens", "token_accuracy")
+_LOSSES = ("name", "tokens", "loss", "perplexity", "bits_per_byte")
+_ACCURACIES = ("name", "task", "texts", "answers", "answer_accuracy", "tokens", "token_accuracy")
 
 
 def accuracy_rows(files: Sequence[tuple[str, Mapping[str, Accuracy]]]) -> list[dict[str, Any]]:
@@ -33,12 +33,27 @@ def _row(name: str | None, task: str | None, counts: Accuracy) -> dict[str, Any]
     return {"name": name, "task": task, **asdict(counts), **accuracies}
 
 
-def table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Lines of aligned columns; None is shown as ``-``."""
+def result_lines(result: Mapping[str, Any]) -> list[str]:
+    """The tables of a result, and what a person should know of its figures."""
+    lines = []
+    for columns, rows in ((_LOSSES, result["losses"]), (_ACCURACIES, result["accuracies"])):
+        if rows:
+            lines += _table(columns, rows)
+    for row in result["accuracies"]:
+        if row["name"] is not None and row["task"] is None and row["texts_in_pieces"]:
+            lines.append(
+                f"{printable(row['name'])}: {row['texts_in_pieces']:,} of {row['texts']:,} texts were tokenised in "
+                "pieces, as a token reached across a mark"
+            )
+    return lines
+
+
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
     cells = [[column.replace("_", " ") for column in columns]]
     cells += [[_cell(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in cells]
+    sides = [str.ljust if column in ("name", "task") else str.rjust for column in columns]
+    return ["  ".join(side(text, width) for side, text, width in zip(sides, row, widths)) for row in cells]
 
 
 def _cell(value: str | float | None) -> str:

@@ -42,6 +42,17 @@ def test_bytes_round_trip():
     assert [tokens.tolist() for tokens in tokenizer.encode_documents(["ä", ""])] == [[0xC3, 0xA4, 256], [256]]
 
 
+def test_the_characters_that_tokens_stand_for(tokenizer_json):
+    assert load_tokenizer("byte").encode_with_places("aö") == ([97, 0xC3, 0xB6], [(0, 1), (1, 2), (1, 2)])
+    tokenizer = load_tokenizer(tokenizer_json)
+    ids, places = tokenizer.encode_with_places(TEXT)
+    assert ids == tokenizer.encode(TEXT)
+    assert any(end > begin + 1 for begin, end in places)
+    for token, (begin, end) in zip(ids, places):
+        text = tokenizer.decode([token])
+        assert text == TEXT[begin:end] or "\ufffd" in text  # a part of a letter
+
+
 def test_bytes_that_are_no_text_are_shown_as_replacement():
     assert load_tokenizer("byte").decode([104, 0xC3, 300, 105]) == "h\ufffd\ufffdi"
 

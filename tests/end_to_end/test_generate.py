@@ -1,6 +1,5 @@
 """tools/generate.py on a run's checkpoints, as a user would call it, and what is refused."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -42,20 +41,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys):
-    """Calls the tool in this process: its exit code, what it wrote, and what it told on stderr."""
-    specification = importlib.util.spec_from_file_location("generate_tool", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
-
-    def in_this_process(*words):
-        try:
-            code = tool.main([str(word) for word in words])
-        except SystemExit as exit:  # argparse's way to refuse
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return in_this_process
+def call(caller):
+    return caller("generate")
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dcscale.observe import Console, printable
+from dcscale.observe import Console, Progress, printable
 
 
 class Terminal(io.StringIO):
@@ -32,6 +32,13 @@ def test_without_a_terminal_progress_is_lines_with_facts_and_time_left(capsys):
     assert lines[0].startswith("step 5/10 | loss 2.5 | ")
     assert lines[0].endswith("left")
     assert lines[1].startswith("step 10/10 | loss 2.0 | 00:00 left")
+
+
+def test_the_lines_go_where_they_are_wanted(capsys):
+    Progress(total=10, done=0, unit="token", file=sys.stderr).show(10, {})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("token 10/10 | ")
 
 
 def test_a_terminal_shows_a_bar_with_facts_and_time_left(monkeypatch, capsys):

@@ -1,0 +1,80 @@
+"""Loss of a text by a sliding window, against the model asked for one token at a time."""
+
+import math
+
+import pytest
+import torch
+
+from dcscale.data import ByteTokenizer, DataError
+from dcscale.inference import evaluate_text, read_text
+from dcscale.testing.models import lively_model, tiny_config
+
+TEXT = "Köpfe werden gemischt, und "
+IDS = list(TEXT.encode())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model(tiny_config(vocab_size=257))
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def one_by_one(model, context, stride):
+    """The mean loss, each token from the first window that predicts it."""
+    total = 0.0
+    for token in range(1, len(IDS)):
+        window = 0
+        while window * stride + context < token:
+            window += 1
+        given = IDS[window * stride : token]
+        assert len(given) >= (context - stride + 1 if window else 1)
+        with torch.no_grad():
+            logits = model(torch.tensor([given]))[0, -1]
+        total -= float(logits.log_softmax(-1)[IDS[token]])
+    return total / (len(IDS) - 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize(("context", "stride"), [(9, 4), (9, 9), (9, 1), (8, 3), (27, 5), (26, 5), (100, 50), (1, 1)])
+def test_each_token_is_predicted_once(model, path, context, stride, batch_size):
+    text = read_text(path, ByteTokenizer(), vocab_size=257, context=context, stride=stride)
+    told = []
+    found = evaluate_text(model, text, batch_size=batch_size, told=lambda *done: told.append(done))
+    assert found.tokens == len(IDS) - 1
+    assert found.loss == pytest.approx(one_by_one(model, context, stride), rel=1e-12)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))  # a byte is a token
+    assert (told[0], told[-1]) == ((0, len(IDS) - 1), (len(IDS) - 1, len(IDS) - 1))
+
+
+def test_texts_that_are_refused(path, tmp_path):
+    def read(path, vocab_size=257, context=8, stride=4):
+        return read_text(path, ByteTokenizer(), vocab_size=vocab_size, context=context, stride=stride)
+
+    for stride in (0, 9):
+        with pytest.raises(DataError, match=f"stride is {stride}, but must be from 1 to the context, 8"):
+            read(path, stride=stride)
+    with pytest.raises(DataError, match=r"text\.txt: the tokenizer gives token 195, but the model has 128 tokens"):
+        read(path, vocab_size=128)
+    with pytest.raises(DataError, match=r"absent: cannot be read as UTF-8 text: .*No such file"):
+        read(tmp_path / "absent")
+    path.write_bytes(b"\xff\xff")
+    with pytest.raises(DataError, match=r"text\.txt: cannot be read as UTF-8 text: .*0xff"):
+        read(path)
+    path.write_text("a")
+    with pytest.raises(DataError, match=r"text\.txt: has 1 tokens, but two are needed"):
+        read(path)
+
+
+@pytest.mark.parametrize(("scale", "loss"), [(math.nan, "nan"), (1e9, r"\d+.*")])
+def test_a_broken_model_is_told(path, scale, loss):
+    model = lively_model(tiny_config(vocab_size=257))
+    model.norm.weight.data.mul_(scale)
+    text = read_text(path, ByteTokenizer(), vocab_size=257, context=8, stride=4)
+    with pytest.raises(FloatingPointError, match=rf"text\.txt: the loss is {loss} nats/token: the model's weights"):
+        evaluate_text(model, text, batch_size=2)
