@@ -1,6 +1,5 @@
 """tools/bench_attention.py as a user would call it, on shapes that take no time."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,26 +17,15 @@ TINY = ["--device", "cpu", "--heads", "2", "--head-dim", "16", "--kinds", "dense
 
 
 @pytest.fixture(scope="module")
-def tool():
-    specification = importlib.util.spec_from_file_location("bench_attention_tool", TOOL)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("bench_attention")
 
 
 @pytest.fixture
-def call(tool, monkeypatch, capsys):
-    """Calls the tool in this process, with little time for times: its exit code, what it wrote, and its errors."""
+def call(tool, monkeypatch, caller):
+    """Calls the tool in this process, with little time for times."""
     monkeypatch.setattr(tool, "SECONDS_OF_TIMES", {"cpu": 0.1, "quick": 0.1})
-
-    def in_this_process(*words):
-        try:
-            code = tool.main([str(word) for word in words])
-        except SystemExit as exit:  # argparse's way to refuse
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return in_this_process
+    return caller(tool)
 
 
 @pytest.fixture(scope="module")

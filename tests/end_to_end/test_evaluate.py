@@ -19,8 +19,8 @@ TASK = {"task_id": "ends", "texts": "heads are [ composed ] by small [ matrices 
 
 
 @pytest.fixture
-def call(caller):
-    return caller("evaluate")
+def call(caller, load_tool):
+    return caller(load_tool("evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,10 @@ def test_an_upstream_folder_gives_the_figures_of_its_model(upstream, files, call
     assert re.search(r"^- +- +8 +16 +0\.\d{4} +128 +0\.\d{4}$", tables[0], re.MULTILINE)
 
 
-def test_generate_takes_an_upstream_folder(upstream, caller):
+def test_generate_takes_an_upstream_folder(upstream, caller, load_tool):
+    call = caller(load_tool("generate"))
     words = ["--prompt", "heads", "--prompt", "a", "--new-tokens", 5, "--temperature", 0, "--dtype", "fp32"]
-    ours, theirs = (caller("generate")(upstream / name, *words) for name in ("ours", "theirs"))
+    ours, theirs = (call(upstream / name, *words) for name in ("ours", "theirs"))
     assert ours[0] == theirs[0] == 0
     assert ours[1] == theirs[1]
     assert "is: upstream DCFormer folder " in theirs[2]
@@ -135,14 +136,14 @@ def test_texts_that_were_tokenised_in_pieces_are_told(upstream, files, call):
     assert written.endswith(f"{files / 'tasks.jsonl'}: {told}\n")
 
 
-def test_a_result_that_cannot_be_written_is_told_below_the_table(upstream, files, caller, monkeypatch):
+def test_a_result_that_cannot_be_written_is_told_below_the_table(upstream, files, caller, load_tool, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dcscale.files.write_json", full_disk)
-    code, written, told = caller("evaluate")(
-        upstream / "ours", "--text", files / "text.txt", "--output", files / "out.json"
-    )
+    tool = load_tool("evaluate")
+    monkeypatch.setattr(tool, "write_json", full_disk)
+    words = [upstream / "ours", "--text", files / "text.txt", "--output", files / "out.json"]
+    code, written, told = caller(tool)(*words)
     assert code == 2
     assert "perplexity" in written
     assert told.endswith("error: No space left on device\n")

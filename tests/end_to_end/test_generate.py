@@ -41,8 +41,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def call(caller):
-    return caller("generate")
+def call(caller, load_tool):
+    return caller(load_tool("generate"))
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
