@@ -14,10 +14,10 @@ tools/convert_checkpoint.py reads, which is taken as it is. --shards, --text and
   answer accuracy   of the answers, the part of which all tokens are
 
 --shards gives the number that validation gives in training. --text takes a file as one document and predicts each of
-its tokens but the first once, in windows of C = --context tokens that are S = --stride tokens apart: the first window
-predicts all of its tokens, each further one its last S, from C - S + 1 tokens or more. --jsonl reads objects with
-task_id and texts, in which answers are marked: "... a kind of [ fruit ]" (format: dcscale/inference/marks.py). The same
-command on the same machine gives the same figures.
+its tokens but the first (with --begin-id: all) once, in windows of C = --context tokens that are S = --stride tokens
+apart: the first window predicts all of its tokens, each further one its last S, from C - S + 1 tokens or more. --jsonl
+reads objects with task_id and texts, in which answers are marked: "... a kind of [ fruit ]" (format:
+dcscale/inference/marks.py). The same command on the same machine gives the same figures.
 """
 
 from __future__ import annotations
@@ -32,16 +32,9 @@ from typing import Any
 from dcscale.bench.record import check_output, facts
 from dcscale.files import write_json
 from dcscale.inference import evaluate_shards, evaluate_tasks, evaluate_text, open_shards, read_tasks, read_text
-from dcscale.inference.options import add_model_options, dtype_of, open_model
+from dcscale.inference.options import add_model_options, dtype_of, open_model, whole_number
 from dcscale.inference.report import accuracy_rows, result_lines
 from dcscale.observe import Progress, printable
-
-
-def whole_number(text: str) -> int:
-    """Of 1 or more."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
-    return int(text)
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -101,14 +94,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         open_shards(root, vocab_size=vocab_size, context=context, document_mask=mask, trained_with=known)
         for root in options.shards
     ]
-    texts = [
-        read_text(path, trained.tokenizer, vocab_size=vocab_size, context=context, stride=stride)
-        for path in options.text
-    ]
-    files = [
-        (str(path), read_tasks(path, trained.tokenizer, vocab_size=vocab_size, context=context))
-        for path in options.jsonl
-    ]
+    shared = {"vocab_size": vocab_size, "context": context, "begin_id": options.begin_id}
+    texts = [read_text(path, trained.tokenizer, stride=stride, **shared) for path in options.text]
+    files = [(str(path), read_tasks(path, trained.tokenizer, **shared)) for path in options.jsonl]
     model = trained.load(options.device, dtype_of(options))
     size, many = options.batch_size, options.sequences
     losses = [
@@ -133,6 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "document_mask": mask,
             "batch_size": size,
             "tokenizer": options.tokenizer,
+            "begin_id": options.begin_id,
         },
         "losses": [asdict(row) for row in losses],
         "accuracies": accuracy_rows(tasks),

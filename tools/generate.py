@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trained = open_model(options)
         tokenizer = trained.tokenizer
-        prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
+        given = [] if options.begin_id is None else [options.begin_id]
+        prompts = [given + tokenizer.encode(prompt) for prompt in options.prompt]
         model = trained.load(options.device, dtype_of(options))
         begin = time.perf_counter()
         written = generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,15 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def whole_number(text: str, least: int = 1) -> int:
+    """A number of ``least`` or more."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of {least} or more")
+    return int(text)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds them; :func:`open_model` reads those that find the model, ``--device`` and :func:`dtype_of` the others."""
+    """Adds them; :func:`open_model` reads those that find the model, :func:`dtype_of` one of the others."""
     parser.add_argument(
         "path",
         type=Path,
@@ -37,6 +45,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--eos-token", metavar="NAME", help="the tokenizer's token that ends a document, where that is not clear"
     )
     parser.add_argument(
+        "--begin-id",
+        type=partial(whole_number, least=0),
+        metavar="ID",
+        help="token to put before every text, for a model that was trained so: Llama's beginning-of-text (default: "
+        "none, as in dcscale's training)",
+    )
+    parser.add_argument(
         "--device",
         type=usable_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -47,11 +62,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_model(options: argparse.Namespace) -> Trained:
-    """The model that was named, not loaded yet; tells on stderr what it is. Raises what :func:`open_trained` does."""
+    """The model that was named, not loaded yet; tells on stderr what it is.
+
+    Raises:
+        ValueError: see :func:`open_trained`; or the model does not have the token of ``--begin-id``.
+    """
     trained = open_trained(
         options.path, tokenizer=options.tokenizer, eos_token=options.eos_token, **source_options(options)
     )
     print(f"{options.path} is: {trained.words[0]}", *trained.words[1:], sep="\n", file=sys.stderr)
+    vocab_size = trained.config.model.vocab_size
+    if options.begin_id is not None and options.begin_id >= vocab_size:
+        raise ValueError(f"--begin-id is {options.begin_id}, but must be below the model's {vocab_size} tokens")
     return trained
 
 

@@ -6,7 +6,7 @@ Axes in names: B texts, T tokens, N answer tokens of a text, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -44,12 +44,15 @@ class Accuracy:
         return Accuracy(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
-def read_tasks(path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int) -> list[TokenSample]:
+def read_tasks(
+    path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int, begin_id: int | None = None
+) -> list[TokenSample]:
     """The samples of a file in tokens.
 
     Args:
         vocab_size: the model's.
         context: tokens that the model sees at once; no text may need more.
+        begin_id: token to put before each text.
 
     Raises:
         DataError: the file, or a line in it, is not as the format has it, or too long, or does not fit the tokenizer.
@@ -58,6 +61,9 @@ def read_tasks(path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: in
     for sample in read_samples(path):
         tokens = tokenise(sample, tokenizer)
         check_ids(tokens.ids, vocab_size, sample.where)
+        if begin_id is not None:
+            answers = [range(answer.start + 1, answer.stop + 1) for answer in tokens.answers]
+            tokens = replace(tokens, ids=[begin_id, *tokens.ids], answers=answers)
         if (needed := tokens.answers[-1].stop - 1) > context:
             raise DataError(
                 f"{sample.where}: takes {needed} tokens up to its last answer, but the context is {context}: raise "

@@ -2,7 +2,7 @@
 
 With a context of C tokens and a stride of S, window number i has tokens i * S to i * S + C - 1 as inputs. The first
 window's predictions all count, of each further one the last S: those that have at least C - S + 1 tokens before them.
-The text's first token is given, not predicted.
+The text's first token is given, not predicted, unless another token is put before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Text:
 
     name: str
     ids: list[int]
-    text_bytes: int
+    """The first is given."""
+    text_bytes_per_token: float
     context: int
     stride: int
 
@@ -43,16 +44,19 @@ class Text:
             begin += self.stride
 
 
-def read_text(path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int, stride: int) -> Text:
+def read_text(
+    path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int, stride: int, begin_id: int | None = None
+) -> Text:
     """A file of UTF-8 text, which is one document; its end is no token.
 
     Args:
         vocab_size: the model's.
         context: C, tokens that the model sees at once.
         stride: S, tokens by which windows are apart; 1 to C.
+        begin_id: token to put before the text.
 
     Raises:
-        DataError: the file cannot be read, is no text, or has less than two tokens; or an argument is out of range.
+        DataError: the file cannot be read, is no text, or has nothing to predict; or an argument is out of range.
     """
     if not 1 <= stride <= context:
         raise DataError(f"stride is {stride}, but must be from 1 to the context, {context}")
@@ -62,10 +66,11 @@ def read_text(path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise DataError(f"{path}: has {len(ids)} tokens, but two are needed: the first is given, not predicted")
+    given = [] if begin_id is None else [begin_id]
+    if len(given + ids) < 2:
+        raise DataError(f"{path}: has {len(ids)} tokens, but one is needed beside the first, which is not predicted")
     check_ids(ids, vocab_size, str(path))
-    return Text(str(path), ids, len(content), context, stride)
+    return Text(str(path), given + ids, len(content) / len(ids), context, stride)
 
 
 @torch.no_grad()
@@ -90,4 +95,4 @@ def evaluate_text(model: DCFormer, text: Text, *, batch_size: int, told: Told = 
         total += model(padded(inputs, 0, device), padded(targets, IGNORED, device))
         done += sum(target != IGNORED for row in targets for target in row)
         told(done, tokens)
-    return losses(text.name, float(total), tokens, text.text_bytes / len(text.ids))
+    return losses(text.name, float(total), tokens, text.text_bytes_per_token)

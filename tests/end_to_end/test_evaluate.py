@@ -78,7 +78,7 @@ def test_the_loss_on_shards_is_that_of_validation(trained, tmp_path, call, step)
 
 def test_an_upstream_folder_gives_the_figures_of_its_model(upstream, files, call):
     words = ["--text", files / "text.txt", "--jsonl", files / "tasks.jsonl", files / "tasks.jsonl", "--batch-size", 3]
-    words += ["--context", 60, "--stride", 20, "--output", files / "out.json"]
+    words += ["--context", 60, "--stride", 20, "--begin-id", 256, "--output", files / "out.json"]
     results, tables = [], []
     for name in ("ours", "theirs"):
         code, written, told = call(upstream / name, *words, "--dtype", "fp32")
@@ -96,7 +96,8 @@ def test_an_upstream_folder_gives_the_figures_of_its_model(upstream, files, call
     assert theirs["command"]
     assert theirs["machine"]["device"] == "cpu"
 
-    assert theirs["losses"][0]["tokens"] == 38 * 3 - 1
+    assert theirs["losses"][0]["tokens"] == 38 * 3
+    assert theirs["settings"]["begin_id"] == 256
     counts = [(row["task"], row["texts"], row["answers"], row["tokens"]) for row in theirs["accuracies"]]
     of_file = [("ends", 3, 6, 48), ("x", 1, 2, 16), (None, 4, 8, 64)]
     assert counts == [*of_file, *of_file, (None, 8, 16, 128)]
@@ -111,6 +112,7 @@ def test_generate_takes_an_upstream_folder(upstream, caller, load_tool):
     assert ours[0] == theirs[0] == 0
     assert ours[1] == theirs[1]
     assert "is: upstream DCFormer folder " in theirs[2]
+    assert call(upstream / "ours", *words, "--begin-id", 256)[1] != ours[1]
 
 
 def test_options_of_the_source_reach_it(upstream, files, call):
@@ -157,6 +159,8 @@ def test_what_is_refused(upstream, files, tmp_path, call):
         ([tmp_path / "absent", "--text", text], "absent is no folder"),
         ([model, "--text", text, "--gelu", "erf"], "gelu is only for upstream folders"),
         ([model, "--text", text, "--batch-size", "0"], "--batch-size: '0' must be a whole number of 1 or more"),
+        ([model, "--text", text, "--begin-id", "-1"], "--begin-id: '-1' must be a whole number of 0 or more"),
+        ([model, "--text", text, "--begin-id", "257"], "--begin-id is 257, but must be below the model's 257 tokens"),
         ([model, "--text", text, "--context", "ten"], "--context: 'ten' must be a whole number of 1 or more"),
         ([model, "--text", text, "--context", "8", "--stride", "9"], "stride is 9, but must be from 1 to the context"),
         ([model, "--text", text, "--device", "abacus"], "--device: 'abacus' cannot be used: "),

@@ -73,6 +73,13 @@ def test_counts_of_texts_of_different_lengths(model, tasks, batch_size):
     assert (whole.answer_accuracy, whole.token_accuracy) == (4 / 8, 9 / 13)
 
 
+def test_a_token_before_each_text(model, tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({"task_id": "t", "texts": text_with_answers(model, [60, 5], [[1, 1], [1]])[1:]}) + "\n")
+    texts = read_tasks(path, Letters(), vocab_size=61, context=100, begin_id=60)
+    assert evaluate_tasks(model, texts, batch_size=1)["t"].tokens_right == 3
+
+
 def test_texts_that_are_refused(tasks):
     with pytest.raises(DataError, match=r"tasks.jsonl, line 3: takes 14 tokens up to its last answer, but the context"):
         read_tasks(tasks, Letters(), vocab_size=61, context=13)

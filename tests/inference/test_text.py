@@ -67,8 +67,20 @@ def test_texts_that_are_refused(path, tmp_path):
     with pytest.raises(DataError, match=r"text\.txt: cannot be read as UTF-8 text: .*0xff"):
         read(path)
     path.write_text("a")
-    with pytest.raises(DataError, match=r"text\.txt: has 1 tokens, but two are needed"):
+    with pytest.raises(DataError, match=r"text\.txt: has 1 tokens, but one is needed beside the first"):
         read(path)
+
+
+def test_a_token_before_the_text(model, path):
+    settings = {"vocab_size": 257, "context": 100, "stride": 100}
+    found = evaluate_text(model, read_text(path, ByteTokenizer(), begin_id=256, **settings), batch_size=1)
+    ids = torch.tensor([[256, *IDS]])
+    with torch.no_grad():
+        logits = model(ids[:, :-1])
+    expected = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])
+    assert found.tokens == len(IDS)
+    assert found.loss == pytest.approx(float(expected), rel=1e-12)
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
 
 
 @pytest.mark.parametrize(("scale", "loss"), [(math.nan, "nan"), (1e9, r"\d+.*")])
