@@ -8,23 +8,23 @@ from typing import Any
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Adds them; :func:`source_options` reads them."""
-    group = parser.add_argument_group("what an upstream source's files do not tell")
+    group = parser.add_argument_group("what the source's files do not tell")
     group.add_argument(
         "--from-copies",
         choices=("merged", "original"),
-        help="take dw_m, qkw_m or dw1, dd, qkw (default: the trained ones, found by their values)",
+        help="upstream: take dw_m, qkw_m or dw1, dd, qkw (default: the trained ones, found by their values)",
     )
     group.add_argument(
         "--gelu",
         choices=("tanh", "erf"),
-        help="of the compose projection (default: erf if trained by upstream's PyTorch code, else tanh)",
+        help="upstream: of the compose projection (default: erf if trained by upstream's PyTorch code, else tanh)",
     )
     group.add_argument(
         "--local-keys",
         type=int,
         metavar="N",
-        help="keys a query of a local layer sees, itself included (default: window_size, one more if trained by "
-        "upstream's PyTorch code)",
+        help="upstream: keys a query of a local layer sees, itself included (default: window_size, one more if trained "
+        "by upstream's PyTorch code)",
     )
 
 
