@@ -81,8 +81,8 @@ def test_what_the_tool_writes_cannot_steer_the_terminal(runs, call):
 def test_errors_of_the_tool(runs, tmp_path, call):
     diverged = tmp_path / "diverged" / "step-00000008"
     shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", diverged)
-    overwrite_weights(diverged, float("nan"))
     huge = shutil.copytree(diverged, tmp_path / "huge" / "step-00000008")
+    overwrite_weights(diverged, float("nan"))
     overwrite_weights(huge, 1e15)
     for words, message in (
         ([tmp_path, "--prompt", "a"], "is nothing that can be converted"),
