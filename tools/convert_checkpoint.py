@@ -1,11 +1,13 @@
-"""Convert a model between dcscale and upstream's DCFormer and DCPythia (Caiyun-AI/DCFormer).
+"""Convert a model between dcscale and upstream's DCFormer and DCPythia (Caiyun-AI/DCFormer), or make a DCFormer of a
+plain Transformer (Pythia, Llama, Qwen, Mistral), whose compose begins at the identity.
 
     python tools/convert_checkpoint.py runs/mine models/mine --to dcscale --dtype bf16
     python tools/convert_checkpoint.py downloads/DCFormer-2.8B models/dcformer-2.8b --to dcscale
+    python tools/convert_checkpoint.py downloads/pythia-410m models/dcpythia-410m --to dcscale
     python tools/convert_checkpoint.py models/mine exported/mine --to upstream --dry-run
 
-The source is a run, a checkpoint, a model folder, or an upstream folder with config.json and safetensors or .bin
-files; the tool finds out and says which. Nothing is unpickled but tensors.
+The source is a run, a checkpoint, a model folder, or a folder of upstream or of the transformers library with
+config.json and safetensors or .bin files; the tool finds out and says which. Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations
@@ -32,12 +34,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", choices=FORMATS, required=True, help="what DST becomes")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the result's tensors (default: as in SRC)")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; write nothing")
+    parser.add_argument("--seed", type=int, help="plain SRC: of the new compose weights (default: 0)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="plain SRC: settings of the result, such as compose.rank=1, 'windows=[256,null]' or attention=mha: those "
+        "of model.* in tools/check_config.py --reference",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model folder")
     add_source_options(parser)
     options = parser.parse_args(arguments)
     try:
         check_target(options.source, options.target, options.overwrite)
-        conversion = prepare(options.source, options.to, dtype=options.dtype, **source_options(options))
+        conversion = prepare(
+            options.source,
+            options.to,
+            dtype=options.dtype,
+            seed=options.seed,
+            model=options.model,
+            **source_options(options),
+        )
         print(f"{options.source} is: {conversion.found.words}", *conversion.lines(), sep="\n")
         if options.dry_run:
             print("dry run: nothing was written, and no values were checked")

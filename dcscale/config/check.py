@@ -54,6 +54,10 @@ RANGES: dict[str, Range] = {
     "model.qk_norm_eps": _POSITIVE,
     "model.rope_base": Range(1, open_low=True),
     "model.rope_fraction": Range(0, 1, open_low=True),
+    "model.rope_scaling.factor": Range(1),
+    "model.rope_scaling.low_freq_factor": _POSITIVE,
+    "model.rope_scaling.high_freq_factor": _POSITIVE,
+    "model.rope_scaling.original_length": _COUNT,
     "model.windows": _COUNT,
     "data.sequence_length": Range(2),
     "data.shuffle_shards": _COUNT,
@@ -189,6 +193,14 @@ def _rope_rotates_pairs(config: Config) -> Findings:
         even = sorted({max(2, count - count % 2), max(2, count + count % 2)})
         fixes = [f"{_fraction(n, head_dim)} for {n} dimensions" for n in even if n <= head_dim]
         yield "model.rope_fraction", rule, f"use {' or '.join(fixes)}" if fixes else "use a head_dim from 2"
+
+
+@_rule("model.rope_scaling.kind", "model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor")
+def _rope_scaling_goes_from_low_to_high(config: Config) -> Findings:
+    scaling = config.model.rope_scaling
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        rule = f"must be above model.rope_scaling.low_freq_factor = {scaling.low_freq_factor}"
+        yield "model.rope_scaling.high_freq_factor", rule, "Llama 3 has 1 and 4"
 
 
 @_rule("model.ffn", "model.ffn_dim", "model.multi_gate")

@@ -54,8 +54,8 @@ def load_config(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> L
     return merge.finish()
 
 
-def from_dict(values: Mapping[str, Any], source: str = "dictionary") -> Config:
-    """The inverse of :func:`config_to_dict`; a key that is not there keeps its default.
+def from_dict(values: Mapping[str, Any], source: str = "dictionary", overrides: Iterable[str] = ()) -> Config:
+    """The inverse of :func:`config_to_dict`; a key that is not there keeps its default. ``key=value`` comes last.
 
     Raises:
         ConfigError: unknown keys and wrong types, said to be in ``source``.
@@ -64,6 +64,8 @@ def from_dict(values: Mapping[str, Any], source: str = "dictionary") -> Config:
         raise ValueError(f"{source} is no mapping of sections but {values!r}")
     merge = _Merge()
     merge.section("", dialect.nodes(_escape(values)), source)
+    for override in overrides:
+        merge.override(override)
     return merge.finish().config
 
 
@@ -72,9 +74,20 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def to_yaml(config: Config) -> str:
-    """The config as YAML text that :func:`load_config` reads back to an equal one."""
-    return dialect.dump(_escape(config_to_dict(config)))
+def to_yaml(config: Config, paths: Iterable[str] | None = None) -> str:
+    """The config as YAML text that :func:`load_config` reads back to an equal one.
+
+    ``paths``: the sections and fields that are written, such as ``model`` and ``train.precision``; None writes all.
+    """
+    everything = config_to_dict(config)
+    chosen: dict[str, Any] = {}
+    for path in everything if paths is None else paths:
+        section, _, name = path.partition(".")
+        if name:
+            chosen.setdefault(section, {})[name] = everything[section][name]
+        else:
+            chosen[section] = everything[section]
+    return dialect.dump(_escape(chosen))
 
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

@@ -44,6 +44,27 @@ class ComposeConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """How the rotary frequencies were stretched to reach further than they were trained for."""
+
+    kind: str = "none"
+    """``none``; ``linear`` divides all frequencies by ``factor``; ``llama3`` divides those of wavelengths above
+    original_length / low_freq_factor, leaves those below original_length / high_freq_factor, and goes over between."""
+
+    factor: float = 1.0
+    """Divisor of the stretched frequencies."""
+
+    low_freq_factor: float = 1.0
+    """``llama3``: periods that a wavelength fits into ``original_length``, up to which it is stretched wholly."""
+
+    high_freq_factor: float = 4.0
+    """``llama3``: periods from which it is left as it is; above ``low_freq_factor``."""
+
+    original_length: int = 8192
+    """``llama3``: tokens a sequence had before the stretch."""
+
+
+@dataclass
 class ModelConfig:
     """The network. Presets with the published sizes are in ``configs/model/``."""
 
@@ -104,6 +125,9 @@ class ModelConfig:
     bias: bool = False
     """Biases in the attention and feed-forward matrices (DCPythia: true)."""
 
+    qkv_bias: bool = False
+    """Biases in the query, key and value matrices also where ``bias`` is false (as in Qwen2)."""
+
     parallel_residual: bool = False
     """Attention and feed-forward both read the block's input (DCPythia: true)."""
 
@@ -112,6 +136,9 @@ class ModelConfig:
 
     rope_fraction: float = 1.0
     """Leading part of each head that is rotated, in (0, 1]; fraction * head_dim is rounded down and must be even."""
+
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """Settings of the stretched rotary frequencies."""
 
     windows: list[int | None] = field(default_factory=lambda: [256, None])
     """Keys a query sees, itself included, per layer; null sees all.
@@ -429,6 +456,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.compose.gelu": ("tanh", "erf"),
     "model.ffn": ("swiglu", "gelu"),
     "model.norm": ("rmsnorm", "layernorm"),
+    "model.rope_scaling.kind": ("none", "linear", "llama3"),
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "block"),
     "schedule.kind": ("cosine", "wsd", "constant"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, seal
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
-from dcscale.convert import upstream, upstream_config
+from dcscale.convert import upcycle, upcycle_config, upstream, upstream_config
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.folder import check_target, new_folder
 from dcscale.convert.formats import Found, detect
@@ -73,7 +73,9 @@ class Conversion:
                 write_json(folder / "config.json", self.settings)
             else:
                 write_json(folder / STATE, self.state)
-                write_atomically(folder / CONFIG, to_yaml(self.config))
+                # Of a model that others trained, only the model is known: the rest is for a run to say.
+                known = None if self.found.kind == "dcscale" else ("model", "data.sequence_length", "train.precision")
+                write_atomically(folder / CONFIG, to_yaml(self.config, known))
                 seal(folder)
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> DCFormer:
@@ -120,6 +122,8 @@ def prepare(
     truth: str | None = None,
     gelu: str | None = None,
     local_keys: int | None = None,
+    seed: int | None = None,
+    model: Sequence[str] | None = None,
 ) -> Conversion:
     """Finds out what ``source`` is and how it becomes ``target``, one of ``FORMATS``.
 
@@ -127,19 +131,29 @@ def prepare(
         dtype: of the result, ``fp32`` or ``bf16``; None keeps the source's.
         truth: ``original`` or ``merged`` instead of what upstream's tensors say, see :func:`upstream.find_truth`.
         gelu, local_keys: instead of what is known of an upstream folder, see :func:`read_upstream`.
+        seed: of the compose weights that a plain Transformer gets; None is 0.
+        model: ``key=value`` of the model that a plain Transformer becomes, see :func:`upcycle_config.read_config`.
 
     Raises:
         ConversionError: it cannot be; everything in the way is listed.
     """
     found = detect(source)
-    if found.kind == "upstream":
-        if target == "upstream":
-            raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
-        return _from_upstream(found, dtype, truth, gelu, local_keys)
-    given = {"truth": truth, "gelu": gelu, "local_keys": local_keys}
-    if any(value is not None for value in given.values()):
+    if found.kind == target == "upstream":
+        raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
+    options = {
+        "upstream": {"truth": truth, "gelu": gelu, "local_keys": local_keys},
+        "transformers": {"seed": seed, "model": model},
+    }
+    for kind, given in options.items():
         names = ", ".join(name for name, value in given.items() if value is not None)
-        raise ConversionError(f"{names} is only for upstream folders, but the source is a {found.words}")
+        if names and kind != found.kind:
+            raise ConversionError(f"{names} is only for {kind} folders, but the source is a {found.words}")
+    if found.kind == "upstream":
+        return _from_upstream(found, dtype, truth, gelu, local_keys)
+    if found.kind == "transformers":
+        if target != "dcscale":
+            raise ConversionError(f"{found.words} becomes a model of dcscale first: convert it to dcscale")
+        return _from_transformers(found, dtype, seed or 0, model or ())
     return _from_dcscale(found, target, dtype)
 
 
@@ -188,9 +202,7 @@ def _from_upstream(
     truth = truth or decided
     notes = [f"trained tensors of compose: {truth}, " + (why if truth == decided else f"as asked, though {why}")]
     settings = found.settings
-    layers = settings.get("n_layer")
-    if type(layers) is int and layers > len(files.shapes):
-        raise ConversionError(f"n_layer is {layers}, but {files.source} has only {len(files.shapes)} tensors")
+    _check_layers("n_layer", settings, files)
     if truth == "merged" and gelu is None:
         gelu = "erf"
         notes.append("GELU of the compose projection: erf, as in upstream's PyTorch code (--gelu says otherwise)")
@@ -201,9 +213,7 @@ def _from_upstream(
             f"windows: {local_keys} keys, as upstream's PyTorch training shows one more than window_size "
             "(--local-keys says otherwise)"
         )
-    tied = _tied(settings, files)
-    if settings.get("tie_word_embeddings") is True and not tied:
-        notes.append("tie_word_embeddings is set, but output.weight differs from the embedding: they are not tied here")
+    tied = _tied(settings, files, "tok_embeddings.weight", "output.weight", notes)
     read = upstream_config.read_upstream(settings, tied=tied, gelu=gelu, local_keys=local_keys)
     query_wise = settings.get("query_wise") is True
     plan = upstream.plan_import(read.config.model, files.shapes, truth or "original", query_wise)
@@ -213,30 +223,69 @@ def _from_upstream(
             f"{files.source} does not say whether dw1, dd, qkw or dw_m, qkw_m were trained: {why}; say so with "
             "--from-copies merged or original"
         )
+    byte = settings.get("dcscale", {}).get("tokenizer") == "byte"
+    return _import(found, files, read.config, plan, dtype, [*notes, *read.notes], byte)
+
+
+def _from_transformers(found: Found, dtype: str | None, seed: int, model: Sequence[str]) -> Conversion:
+    files, settings, notes = open_tensors(found.folder), found.settings, []
+    family = settings["model_type"]
+    _check_layers("num_hidden_layers", settings, files)
+    embedding, output = (
+        f"{upcycle.source_module(part, family, files.shapes)}.weight" for part in ("embedding", "output")
+    )
+    tied = _tied(settings, files, embedding, output, notes)
+    read = upcycle_config.read_config(settings, tied=tied, overrides=model)
+    plan = upcycle.plan_upcycle(read.config.model, family, read.biases, files.dtypes, seed)
+    check_names(plan, files)
+    if read.config.model.attention == "dcmha":
+        notes.append("compose begins at the identity")
+    return _import(found, files, read.config, plan, dtype, [*notes, *read.notes])
+
+
+def _import(
+    found: Found,
+    files: TensorFiles,
+    config: Config,
+    plan: Plan,
+    dtype: str | None,
+    notes: list[str],
+    byte: bool = False,
+) -> Conversion:
+    """The conversion to a model folder. ``byte``: its tokens are bytes."""
     common = DTYPES[dtype] if dtype else None
-    types = {common} if common else set(files.dtypes.values())
-    config = read.config
+    types = {common} if common else {files.dtypes[source] for recipe in plan.recipes for source in recipe.sources}
     config.train.precision = "bf16" if types == {torch.bfloat16} else "fp32"
-    state, tokenizer_notes = _state(found, settings)
-    notes += [*read.notes, *tokenizer_notes]
-    return Conversion(found, files, "dcscale", config, plan, common, state, None, notes)
+    state, tokenizer_notes = _state(found, byte)
+    return Conversion(found, files, "dcscale", config, plan, common, state, None, [*notes, *tokenizer_notes])
 
 
-def _tied(settings: Mapping[str, Any], files: TensorFiles) -> bool:
+def _check_layers(key: str, settings: Mapping[str, Any], files: TensorFiles) -> None:
+    layers = settings.get(key)
+    if type(layers) is int and layers > len(files.shapes):
+        raise ConversionError(f"{key} is {layers}, but {files.source} has only {len(files.shapes)} tensors")
+
+
+def _tied(settings: Mapping[str, Any], files: TensorFiles, embedding: str, output: str, notes: list[str]) -> bool:
     if settings.get("tie_word_embeddings") is not True:
         return False
-    if "output.weight" not in files.shapes or "tok_embeddings.weight" not in files.shapes:
+    if output not in files.shapes or embedding not in files.shapes:
         return True
-    return torch.equal(files.read("output.weight"), files.read("tok_embeddings.weight"))
+    if torch.equal(files.read(output), files.read(embedding)):
+        return True
+    notes.append(f"tie_word_embeddings is set, but {output} differs from the embedding: they are not tied here")
+    return False
 
 
-def _state(found: Found, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state of a model that upstream trained: nothing but its tokenizer is known."""
+def _state(found: Found, byte: bool) -> tuple[dict[str, Any], list[str]]:
+    """The state of a model that others trained: nothing but its tokenizer is known."""
     state: dict[str, Any] = {"format": STATE_FORMAT, "step": 0, "tokens": 0}
-    eos, beyond = settings.get("eos_token_id"), settings.get("dcscale", {})
+    eos = found.settings.get("eos_token_id")
+    if isinstance(eos, list) and eos:  # the first ends a document, the others a turn of a conversation
+        eos = eos[0]
     if type(eos) is int and (found.folder / _TOKENIZER).is_file():
         state["tokenizer"] = {"spec": _TOKENIZER, "eos_id": eos}
-    elif type(eos) is int and beyond.get("tokenizer") == "byte":
+    elif type(eos) is int and byte:
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
     else:
         return state, [f"no {_TOKENIZER} with an eos_token_id: texts need a tokenizer, named by --tokenizer"]

@@ -10,18 +10,22 @@ from typing import Any
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER
 from dcscale.convert.errors import ConversionError
-from dcscale.convert.upstream_config import FAMILIES
+from dcscale.convert.upcycle_config import FAMILIES as TRANSFORMERS
+from dcscale.convert.upstream_config import FAMILIES as UPSTREAM
+
+_FAMILIES = f"{', '.join(UPSTREAM)} (upstream) and {', '.join(TRANSFORMERS)} (transformers)"
 
 
 @dataclass(frozen=True)
 class Found:
-    """``kind``: ``dcscale`` or ``upstream``; ``folder``: where its parts lie; ``words``: what to tell a person."""
+    """``kind``: ``dcscale``, ``upstream`` or ``transformers`` (a plain Transformer of that library); ``folder``: where
+    its parts lie; ``words``: what to tell a person."""
 
     kind: str
     folder: Path
     words: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Content of upstream's config.json."""
+    """Content of config.json, where the source is not dcscale's."""
 
 
 def detect(path: Path) -> Found:
@@ -47,10 +51,12 @@ def detect(path: Path) -> Found:
         except (OSError, ValueError) as error:
             raise ConversionError(f"{config} cannot be read: {error}") from error
         family = settings.get("model_type") if isinstance(settings, dict) else None
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise ConversionError(f"{config} has model_type {family!r}: only {' and '.join(FAMILIES)} can be converted")
-        return Found("upstream", path, f"upstream {FAMILIES[family]} folder {path}", settings)
+        if isinstance(family, str) and family in UPSTREAM:
+            return Found("upstream", path, f"upstream {UPSTREAM[family]} folder {path}", settings)
+        if isinstance(family, str) and family in TRANSFORMERS:
+            return Found("transformers", path, f"{TRANSFORMERS[family]} folder {path}, of transformers", settings)
+        raise ConversionError(f"{config} has model_type {family!r}: only {_FAMILIES} can be converted")
     raise ConversionError(
         f"{path} is nothing that can be converted: looked for {MARKER} (a dcscale checkpoint or model folder), "
-        f"checkpoints/step-XXXXXXXX (a dcscale run), and config.json with model_type {' or '.join(FAMILIES)} (upstream)"
+        f"checkpoints/step-XXXXXXXX (a dcscale run), and config.json with model_type {_FAMILIES}"
     )

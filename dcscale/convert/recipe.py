@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcscale.convert.errors import ConversionError
-from dcscale.convert.tensors import TensorFiles
+from dcscale.convert.tensors import WEIGHT_DTYPES, TensorFiles
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
 
 
 def check_names(plan: Plan, files: TensorFiles) -> None:
-    """Raises ConversionError with every missing, unknown and misshapen tensor."""
+    """Raises ConversionError with every missing, unknown and misshapen tensor, and those that are no weights."""
     needed = dict.fromkeys(source for recipe in plan.recipes for source in recipe.sources)
     problems = [f"{name} is missing" for name in needed if name not in files.shapes]
     for name, shape in files.shapes.items():
@@ -57,6 +57,9 @@ def check_names(plan: Plan, files: TensorFiles) -> None:
             problems.append(f"{name} has shape {list(shape)}, the config wants {list(plan.expected[name])}")
         if name not in needed and name not in plan.left_out:
             problems.append(f"{name} {list(shape)} has no place in the model")
+        if name in needed and files.dtypes[name] not in WEIGHT_DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+            problems.append(f"{name} is {files.dtypes[name]}: weights must be floating point, {allowed}")
     _raise(problems, f"the tensors of {files.source} do not fit its config")
 
 

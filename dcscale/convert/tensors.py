@@ -14,6 +14,9 @@ from torch import Tensor
 from dcscale.checkpoint.weights import INDEX
 from dcscale.convert.errors import ConversionError
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be stored as."""
+
 NAMES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """Files that hold or list a folder's tensors; the first that is there counts, as it does for transformers."""
 
@@ -119,8 +122,4 @@ def open_tensors(folder: Path) -> TensorFiles:
         if outside:
             raise ConversionError(f"{source} names {outside[0]!r}: its files must lie beside it")
         files = [folder / name for name in sorted(names)]
-    opened = (_TorchFiles if ".bin" in source.name else _Safetensors)(source, files)
-    odd = [f"{name} ({dtype})" for name, dtype in opened.dtypes.items() if not dtype.is_floating_point]
-    if odd:
-        raise ConversionError(f"{source}: weights must be floating point, but these are not: {', '.join(odd)}")
-    return opened
+    return (_TorchFiles if ".bin" in source.name else _Safetensors)(source, files)

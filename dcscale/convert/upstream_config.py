@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from typing import Any
 
-from dcscale.config import Config, ConfigError, check_config, from_dict
+from dcscale.config import Config
 from dcscale.config.schema import ComposeConfig, ModelConfig
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.settings import checked_config
 
 FAMILIES = {"dcformer": "DCFormer", "dcpythia": "DCPythia"}
 """``model_type`` and the name of the class."""
@@ -121,14 +123,7 @@ def read_upstream(
         **{name: beyond[name] for name in _BEYOND if name in beyond},
         "compose": compose,
     }
-    try:
-        config = from_dict({"model": model, "data": {"sequence_length": max(2, s["block_size"])}}, "upstream's config")
-    except ConfigError as error:
-        raise ConversionError(f"its config cannot be used: {error}") from error
-    problems = [problem for problem in check_config(config) if problem.path.startswith("model.")]
-    if problems:
-        raise ConversionError(f"its config cannot be used: {ConfigError(problems)}")
-    return UpstreamConfig(family, config, notes)
+    return UpstreamConfig(family, checked_config(model, s["block_size"], "upstream's config"), notes)
 
 
 def write_upstream(config: Config) -> UpstreamConfig:
@@ -141,13 +136,14 @@ def write_upstream(config: Config) -> UpstreamConfig:
     family = "dcpythia" if model.norm == "layernorm" else "dcformer"
     wanted: dict[str, Any] = {"compose.rank": 2} if model.attention == "dcmha" else {}
     wanted |= {"kv_heads": (None, model.heads), "head_dim": (None, model.dim / model.heads)}
+    wanted |= {"qkv_bias": (model.bias, False), "rope_scaling.kind": "none"}
     if family == "dcformer":
         wanted |= {"ffn": "swiglu", "bias": False, "parallel_residual": False, "rope_fraction": 1.0}
     else:
         wanted |= {"ffn": "gelu"}
     problems = []
     for name, allowed in wanted.items():
-        value = model.compose.rank if name == "compose.rank" else getattr(model, name)
+        value = attrgetter(name)(model)
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
         if value not in choices:
             problems.append(f"model.{name} is {value!r}, upstream's {FAMILIES[family]} has {choices[-1]!r} only")

@@ -11,7 +11,7 @@ heads, D head width, F frequencies of the rotary table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -140,10 +140,17 @@ class DecodingCache:
         """Memory of all layers."""
         return sum(layer.bytes for layer in self.layers)
 
-    def rope(self, tokens: int, dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin) for the next ``tokens`` positions: [T, F], or [B, T, F] where there is padding."""
+    def rope(
+        self,
+        tokens: int,
+        dim: int,
+        base: float,
+        device: torch.device,
+        scale: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`rope_table` for the next ``tokens`` positions: [T, F], or [B, T, F] where there is padding."""
         first = self.length - self._most_padding
-        cos, sin = rope_table(self._most_padding + tokens, dim, base, device, offset=first)
+        cos, sin = rope_table(self._most_padding + tokens, dim, base, device, offset=first, scale=scale)
         if self.padding_B is None:
             return cos, sin
         entry_BT = (self._most_padding - self.padding_B)[:, None] + torch.arange(tokens, device=device)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dcscale.config.schema import CHOICES, ModelConfig
+from dcscale.config.schema import CHOICES, ModelConfig, RopeScalingConfig
 from dcscale.models.blocks import Block, make_norm
 from dcscale.models.cache import DecodingCache
 from dcscale.models.dcmha import rotary_dim
-from dcscale.ops import cross_entropy_sum, identity_distance, rope_table
+from dcscale.ops import cross_entropy_sum, identity_distance, llama3_frequencies, rope_table
 
 
 class OutputHead(nn.Module):
@@ -104,11 +104,12 @@ class DCFormer(nn.Module):
         """
         _check_inputs(input_ids_BT, targets_BT, document_ids_BT, logits_at_B)
         rotary = (input_ids_BT.shape[1], rotary_dim(self.config), self.config.rope_base, input_ids_BT.device)
+        scale = partial(_scaled_frequencies, self.config.rope_scaling)
         if cache is None:
-            rope, layers = rope_table(*rotary), [None] * len(self.blocks)
+            rope, layers = rope_table(*rotary, scale=scale), [None] * len(self.blocks)
         else:
             _check_cache(cache, len(self.blocks), len(input_ids_BT), document_ids_BT)
-            rope, layers = cache.rope(*rotary), cache.layers
+            rope, layers = cache.rope(*rotary, scale), cache.layers
             document_ids_BT = cache.document_ids(input_ids_BT.shape[1], input_ids_BT.device)
         x_BTE = self.embedding(input_ids_BT)
         for block, layer in zip(self.blocks, layers):
@@ -147,6 +148,14 @@ class DCFormer(nn.Module):
         return distances
 
 
+def _scaled_frequencies(scaling: RopeScalingConfig, inverse_F: Tensor) -> Tensor:
+    if scaling.kind == "llama3":
+        return llama3_frequencies(
+            inverse_F, scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length
+        )
+    return inverse_F / scaling.factor if scaling.kind == "linear" else inverse_F
+
+
 def _check_settings(config: ModelConfig, recompute: str, loss_chunk: int) -> None:
     values = {
         "model.attention": config.attention,
@@ -154,6 +163,7 @@ def _check_settings(config: ModelConfig, recompute: str, loss_chunk: int) -> Non
         "model.compose.gelu": config.compose.gelu,
         "model.ffn": config.ffn,
         "model.norm": config.norm,
+        "model.rope_scaling.kind": config.rope_scaling.kind,
         "train.recompute": recompute,
     }
     for name, value in values.items():

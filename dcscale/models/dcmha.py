@@ -117,9 +117,10 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.backend = config.backend
         self.scratch_bytes = config.scratch_mib * 2**20
-        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=config.bias)
-        self.k = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
-        self.v = nn.Linear(config.dim, kv_heads * self.head_dim, bias=config.bias)
+        qkv_bias = config.bias or config.qkv_bias
+        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=qkv_bias)
+        self.k = nn.Linear(config.dim, kv_heads * self.head_dim, bias=qkv_bias)
+        self.v = nn.Linear(config.dim, kv_heads * self.head_dim, bias=qkv_bias)
         self.out = nn.Linear(config.heads * self.head_dim, config.dim, bias=config.bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:

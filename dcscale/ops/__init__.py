@@ -3,7 +3,7 @@
 from dcscale.ops.attention import attention
 from dcscale.ops.compose import ComposeWeights, choose_backend, compose_attention, identity_distance
 from dcscale.ops.loss import bits_per_byte, cross_entropy_sum
-from dcscale.ops.rope import apply_rope, rope_table
+from dcscale.ops.rope import apply_rope, llama3_frequencies, rope_table
 
 __all__ = [
     "ComposeWeights",
@@ -14,5 +14,6 @@ __all__ = [
     "compose_attention",
     "cross_entropy_sum",
     "identity_distance",
+    "llama3_frequencies",
     "rope_table",
 ]

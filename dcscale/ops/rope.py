@@ -5,23 +5,48 @@ Axes in names: B batch, T tokens, H heads, D head width, F frequencies (half of 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def rope_table(
-    length: int, dim: int, base: float, device: torch.device | str | None = None, offset: int = 0
+    length: int,
+    dim: int,
+    base: float,
+    device: torch.device | str | None = None,
+    offset: int = 0,
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) of ``position * base ** (-2 i / dim)``, float32 [length, dim / 2], from position ``offset`` on.
 
+    ``scale`` makes of these frequencies (radians a token, float64 [dim / 2]) those that are used instead.
     The angles are computed in float64: in float32 those of late positions would be off by up to 1e-3 at 10^4 tokens.
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"dim is {dim}, expected an even number of rotated dimensions, at least 2")
     inverse_F = base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / -dim)
+    if scale is not None:
+        inverse_F = scale(inverse_F)
     positions_T = torch.arange(offset, offset + length, dtype=torch.float64, device=device)
     angles_TF = torch.outer(positions_T, inverse_F)
     return angles_TF.cos().float(), angles_TF.sin().float()
+
+
+def llama3_frequencies(
+    inverse_F: Tensor, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
+) -> Tensor:
+    """The frequencies of Llama 3.1 for those of plain RoPE, in radians a token.
+
+    With p = original_length / wavelength, a frequency is divided by ``factor`` up to p = low_freq_factor, kept from
+    p = high_freq_factor, and goes over linearly in p between (Llama 3.1's ``apply_scaling``, also transformers' type
+    ``llama3``).
+    """
+    periods_F = original_length * inverse_F / (2 * math.pi)
+    kept_F = ((periods_F - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return inverse_F * (kept_F + (1 - kept_F) / factor)
 
 
 def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:

@@ -76,6 +76,10 @@ BROKEN = [
         "model.head_dim=1",
         "rotates 1 of the 1 dimensions of a head, which must be an even number from 2; use a head_dim from",
     ),
+    (
+        "model.rope_scaling={kind: llama3, factor: 8, low_freq_factor: 4}",
+        "model.rope_scaling.high_freq_factor = 4.0: must be above model.rope_scaling.low_freq_factor = 4.0; Llama 3",
+    ),
     # Feed-forward network.
     (
         "model.ffn_dim=5632; model.multi_gate=43",
@@ -322,7 +326,7 @@ def test_a_world_without_ranks_is_refused(world_size: int) -> None:
 # Of every number, the values next to its bounds: what is refused, and what is not.
 COUNTS = (
     "model.scratch_mib model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim "
-    "model.multi_gate model.windows "
+    "model.multi_gate model.windows model.rope_scaling.original_length "
     "data.shuffle_shards data.slots data.read_threads data.cache_bytes "
     "train.steps train.stop_after train.global_batch_size train.micro_batch_size "
     "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens checkpoint.keep_last "
@@ -335,7 +339,8 @@ FROM_ZERO = (
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clip optimizer.weight_decay samples.temperature"
 POSITIVE = (
     "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops "
-    "data.timeout_seconds data.retry_seconds data.give_up_seconds"
+    "data.timeout_seconds data.retry_seconds data.give_up_seconds "
+    "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
 )
 BOUNDS = {
     **dict.fromkeys(COUNTS.split(), ([0, -1, 2**63], [1, 2**63 - 1])),
@@ -346,6 +351,7 @@ BOUNDS = {
     "model.vocab_size": ([1, 2**31], [2, 2**31 - 1]),
     "model.rope_base": ([1.0, math.inf], [1.001, 500000.0]),
     "model.rope_fraction": ([0.0, 1.001], [1e-9, 1.0]),
+    "model.rope_scaling.factor": ([0.999, math.inf], [1.0, 32.0]),
     "data.sequence_length": ([1], [2]),
     "data.max_skipped": ([-1e-9, 1.001, math.nan], [0.0, 1.0]),
     "train.seed": ([-1, 2**63], [0, 2**63 - 1]),

@@ -49,7 +49,7 @@ TENSORS = {
     "infinite": (lambda t: t["output.weight"][0].fill_(torch.inf), "output.weight .* 0 NaN and 32 infinite of 1952"),
     "integer": (
         lambda t: t.update({"norm.weight": torch.ones(32, dtype=torch.int32)}),
-        r"must be floating point, but these are not: norm.weight \(torch.int32\)",
+        "norm.weight is torch.int32: weights must be floating point, float16, bfloat16, float32, float64",
     ),
     "no tensor of many layers": (
         lambda t: t.clear() or t.update(a=torch.ones(1)),
@@ -86,8 +86,11 @@ def test_every_misfit_is_listed_at_once(tmp_path, upstream_of):
 
 
 SETTINGS = {
-    "unknown family": ({"model_type": "llama"}, "model_type 'llama': only dcformer and dcpythia"),
-    "no family": ({"model_type": ["dcformer"]}, "only dcformer and dcpythia can be converted"),
+    "unknown family": (
+        {"model_type": "gemma"},
+        "model_type 'gemma': only dcformer, dcpythia .* and llama, .*, gpt_neox .* can be converted",
+    ),
+    "no family": ({"model_type": ["dcformer"]}, "only dcformer, dcpythia .* can be converted"),
     "text": ({"n_head": "4"}, "n_head is '4', but must be a whole number from 1"),
     "zero": ({"n_layer": 0}, "n_layer is 0, but must be a whole number from 1"),
     "many layers": ({"n_layer": 10**9}, "n_layer is 1000000000, but .* has only 35 tensors"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dcscale.config.schema import ComposeConfig
+from dcscale.config.schema import ComposeConfig, RopeScalingConfig
 from dcscale.models import cache as cache_module
 from dcscale.models.cache import LEAST_ROOM, LayerCache
 from dcscale.ops import ComposeWeights
@@ -15,6 +15,7 @@ MODELS = {
     "reference": {"backend": "reference"},
     "windows of one and more than the text": {"layers": 3, "windows": [1, 100, 2]},
     "pythia": PYTHIA,
+    "stretched frequencies": {"rope_scaling": RopeScalingConfig("llama3", 4.0, original_length=16)},
     "grouped queries": {"kv_heads": 2, "multi_gate": 8, "qk_norm": False},
     "twin": {"attention": "mha"},
     "twin with grouped queries": {"attention": "mha", "kv_heads": 1, "tied_embeddings": True},

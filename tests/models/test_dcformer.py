@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcscale.config.schema import ComposeConfig
+from dcscale.config.schema import ComposeConfig, RopeScalingConfig
 from dcscale.models import DCFormer, initialize
 from dcscale.ops import identity_distance
 from dcscale.testing.models import lively_model, random_ids, tiny_config
@@ -321,6 +321,7 @@ def test_wrong_inputs_are_refused(inputs, message):
         ({"backend": "fast"}, "model.backend is 'fast'"),
         ({"ffn": "relu"}, "model.ffn is 'relu'"),
         ({"norm": "none"}, "model.norm is 'none'"),
+        ({"rope_scaling": RopeScalingConfig("yarn")}, "model.rope_scaling.kind is 'yarn'"),
         ({"compose": ComposeConfig(gelu="sigmoid")}, "model.compose.gelu is 'sigmoid'"),
         ({"windows": []}, r"model.windows is \[\]"),
         ({"windows": [4, 0]}, r"model.windows is \[4, 0\]"),

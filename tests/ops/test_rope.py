@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dcscale.ops import apply_rope, rope_table
+from dcscale.ops import apply_rope, llama3_frequencies, rope_table
 
 
 def random_heads(*shape, dtype=torch.float64):
@@ -52,6 +52,17 @@ def test_lengths_are_kept_and_gradients_flow():
     table = tuple(t.double() for t in rope_table(4, 6, 10.0))
     torch.testing.assert_close(apply_rope(x, *table).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
     assert torch.autograd.gradcheck(lambda y: apply_rope(y, *table), x)
+
+
+def test_frequencies_of_llama_3():
+    """Long wavelengths are stretched, short ones kept, and the way between is without jumps; values by hand."""
+    # Periods that fit into the original length: 64, 4 (the last kept), 2.5 (half-way), 1 (the first stretched), 0.01.
+    periods = torch.tensor([64, 4, 2.5, 1, 0.01], dtype=torch.float64)
+    frequencies = periods * 2 * torch.pi / 8192
+    stretched = llama3_frequencies(frequencies, 8.0, 1.0, 4.0, 8192) / frequencies
+    torch.testing.assert_close(stretched, torch.tensor([1, 1, 0.5625, 0.125, 0.125], dtype=torch.float64))
+    cos, sin = rope_table(3, 4, 100.0, scale=lambda inverse: inverse / 2)
+    torch.testing.assert_close((cos[2], sin[2]), tuple(part[1] for part in rope_table(3, 4, 100.0)))
 
 
 @pytest.mark.parametrize("dim", [0, 3, -2])
