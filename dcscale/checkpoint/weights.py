@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -68,38 +69,71 @@ class _ShardWriter:
             write_json(self._folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": self._shard_of})
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fills every parameter of ``model`` from ``folder``, converting to the parameter's type and device.
+class Weights:
+    """The tensors of a folder that :func:`save_weights` has written, read one at a time.
+
+    Args:
+        folder: where they lie.
+        shapes: of all tensors that must be there, by name.
+
+    Raises:
+        CheckpointError: a name, shape or file does not fit; all such names are listed.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]):
+        self._folder = folder
+        index = folder / INDEX
+        try:
+            self._shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error}") from error
+        problems = [f"{name} is missing" for name in shapes if name not in self._shard_of]
+        problems += [f"{name} is unknown to the model" for name in self._shard_of if name not in shapes]
+        by_shard: dict[str, list[str]] = {}
+        for name, shard in self._shard_of.items():
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index} names the file {shard!r} outside its folder")
+            by_shard.setdefault(shard, []).append(name)
+        for shard, names in by_shard.items():
+            with self._open(shard) as file:
+                for name in names:
+                    shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(shapes.get(name, ()))
+                    if name in shapes and shape != wanted:
+                        problems.append(f"{name} has shape {shape}, the model wants {wanted}")
+        if problems:
+            raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(problems))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU."""
+        with self._open(self._shard_of[name]) as file:
+            return file.get_tensor(name)
+
+    @contextmanager
+    def _open(self, shard: str) -> Iterator[safe_open]:
+        try:
+            with safe_open(self._folder / shard, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"weights in {self._folder} cannot be read: {error}") from error
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module,
+    weights: Weights | Path,
+    gather: Callable[[list[nn.Parameter]], AbstractContextManager] = lambda parameters: nullcontext(),
+) -> None:
+    """Fills every parameter of ``model``, converting to the parameter's type and device.
+
+    ``weights`` may be their folder. ``gather(parameters)`` gives a context in which these parameters' full data is
+    present and may be written: for ZeRO-3, where all ranks call this.
 
     Raises:
         CheckpointError: a name, shape or file does not fit; all such names are listed and nothing is loaded.
     """
-    index = folder / INDEX
-    try:
-        shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}") from error
     parameters = dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in parameters if name not in shard_of]
-    problems += [f"{name} is unknown to the model" for name in shard_of if name not in parameters]
-    by_shard: dict[str, list[str]] = {}
-    for name, shard in shard_of.items():
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names the file {shard!r} outside its folder")
-        by_shard.setdefault(shard, []).append(name)
-    try:
-        for shard, names in by_shard.items():
-            with safe_open(folder / shard, framework="pt") as file:
-                for name in names:
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if name in parameters and shape != tuple(parameters[name].shape):
-                        problems.append(f"{name} has shape {shape}, the model wants {tuple(parameters[name].shape)}")
-        if problems:
-            raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(problems))
-        with torch.no_grad():
-            for shard, names in by_shard.items():
-                with safe_open(folder / shard, framework="pt") as file:
-                    for name in names:
-                        parameters[name].copy_(file.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"weights in {folder} cannot be read: {error}") from error
+    if isinstance(weights, Path):
+        weights = Weights(weights, {name: parameter.shape for name, parameter in parameters.items()})
+    for name, parameter in parameters.items():
+        with gather([parameter]):
+            parameter.copy_(weights.read(name))

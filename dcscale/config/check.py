@@ -109,6 +109,7 @@ _NEEDS_TEXT = {
     "data.validation": f"{_SHARDS}, or null for none",
     "data.cache": "name a folder on a local disk, or null for none",
     "checkpoint.resume": "the default is auto",
+    "checkpoint.init_from": "name a model folder or a checkpoint, or null for random weights",
 }
 """Text that must not be empty, and what to do about it."""
 
@@ -289,6 +290,14 @@ def _validation_has_data(config: Config) -> Findings:
     if config.validation.interval > 0 and config.data.validation is None:
         fix = "set data.validation to a folder of held-out shards, or this to 0"
         yield "validation.interval", "needs data.validation, which is null", fix
+
+
+@_rule("checkpoint.resume", "checkpoint.init_from")
+def _weights_have_one_origin(config: Config) -> Findings:
+    resume = config.checkpoint.resume
+    if config.checkpoint.init_from is not None and resume not in ("auto", "never"):
+        rule = f"is for a run that begins, but checkpoint.resume = {show(resume)} is gone on from"
+        yield "checkpoint.init_from", rule, "set one of them, or checkpoint.resume=auto"
 
 
 @_rule("samples.interval", "samples.prompts")

@@ -36,6 +36,9 @@ class TrainState:
     branched_from: str | None = None
     """The checkpoint that ``checkpoint.resume`` named when this run began, if it did."""
 
+    initial_weights: str | None = None
+    """The checkpoint or model folder that ``checkpoint.init_from`` named when this run began, if it did."""
+
     first_loss: float | None = None
     """Loss of step 1, nats a token."""
 

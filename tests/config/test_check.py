@@ -80,6 +80,12 @@ BROKEN = [
         "model.rope_scaling={kind: llama3, factor: 8, low_freq_factor: 4}",
         "model.rope_scaling.high_freq_factor = 4.0: must be above model.rope_scaling.low_freq_factor = 4.0; Llama 3",
     ),
+    # Beginning.
+    (
+        "checkpoint.resume=runs/a; checkpoint.init_from=models/b",
+        'checkpoint.init_from = "models/b": is for a run that begins, but checkpoint.resume = "runs/a" is gone on from',
+    ),
+    ("checkpoint.init_from=''", 'checkpoint.init_from = "": must not be empty; name a model folder or a checkpoint'),
     # Feed-forward network.
     (
         "model.ffn_dim=5632; model.multi_gate=43",

@@ -1,0 +1,88 @@
+"""Weights that a new run begins with, where ``checkpoint.init_from`` names some."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcscale.checkpoint import CheckpointError, Weights, find_checkpoint
+from dcscale.checkpoint.contents import read_config, read_state
+from dcscale.checkpoint.layout import CONFIG, WEIGHTS
+from dcscale.config import Config, differences
+from dcscale.data.manifest import TokenizerInfo
+from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer
+from dcscale.models import DCFormer
+from dcscale.train.resume import MODEL_FIELDS_WITHOUT_WEIGHT
+
+_WITHOUT_MEANING = (*MODEL_FIELDS_WITHOUT_WEIGHT, "model.compose.gate_init")
+"""Settings of the model that say nothing about what weights mean that are there already."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """``source``: the checkpoint or model folder; ``warnings``: in what it and the run differ that may be meant."""
+
+    source: Path
+    weights: Weights
+    warnings: list[str]
+
+
+def initial_weights(config: Config, tokenizer: TokenizerInfo) -> InitialWeights:
+    """What ``checkpoint.init_from`` names, for the model of ``config`` and data of ``tokenizer``; none is read yet.
+
+    Raises:
+        CheckpointError: it is not there or damaged, its weights do not fit the model, or its tokens mean other texts.
+    """
+    try:
+        source = find_checkpoint(Path(config.checkpoint.init_from))
+        there, state = read_config(source), read_state(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.init_from: {error}") from error
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in DCFormer(config.model).named_parameters()}
+    try:
+        weights = Weights(source / WEIGHTS, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"checkpoint.init_from: {error}. Begin with the settings under model in {source / CONFIG}"
+        ) from error
+    warnings = [
+        f"{path} is {value} in {source} and {here} here: the weights fit, but were trained with the former"
+        for path, value, here in differences(there, config)
+        if path.startswith("model.") and path not in _WITHOUT_MEANING
+    ]
+    known = state.get("tokenizer") or {}
+    fingerprint = _fingerprint(source, known)
+    if fingerprint is None:
+        warnings.append(f"{source} does not say which tokenizer it was trained with: it should be that of the data")
+    elif fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"checkpoint.init_from: {source} was trained with another tokenizer (SHA-256 {fingerprint[:16]}...) than "
+            f"that of the data ({tokenizer.fingerprint[:16]}...): the same token would mean another text. Make the "
+            f"shards with tools/make_shards.py --tokenizer {_spec(source, known)}"
+        )
+    elif known["eos_id"] != tokenizer.eos_id:
+        warnings.append(
+            f"a document ends with token {known['eos_id']} for {source}, with {tokenizer.eos_id} in the data"
+        )
+    return InitialWeights(source, weights, warnings)
+
+
+def _spec(source: Path, known: dict[str, Any]) -> str:
+    return "byte" if known.get("spec") == "byte" else str(source / TOKENIZER_NAME)
+
+
+def _fingerprint(source: Path, known: dict[str, Any]) -> str | None:
+    """Of the tokenizer that the model's state names, as in manifests of shards; None where there is none."""
+    if not known:
+        return None
+    if known["spec"] == "byte":
+        return ByteTokenizer.fingerprint
+    try:
+        return hashlib.sha256((source / TOKENIZER_NAME).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint.init_from: {source / TOKENIZER_NAME} cannot be read: {error}") from error
