@@ -61,6 +61,7 @@ ONE_HOME = {
     "fsspec": "dcscale/data/sources/objects.py",
     "braceexpand": "dcscale/data/sources/patterns.py",
     "flash_attn": "dcscale/ops/flash.py",
+    "tensorstore": "dcscale/convert/maxtext_files.py",
     "matplotlib": "dcscale/bench/attention/plot.py",
 }
 """Libraries that one file of the package may import, beside the benchmarks that measure them."""

@@ -4,10 +4,12 @@ plain Transformer (Pythia, Llama, Qwen, Mistral), whose compose begins at the id
     python tools/convert_checkpoint.py runs/mine models/mine --to dcscale --dtype bf16
     python tools/convert_checkpoint.py downloads/DCFormer-2.8B models/dcformer-2.8b --to dcscale
     python tools/convert_checkpoint.py downloads/pythia-410m models/dcpythia-410m --to dcscale
+    python tools/convert_checkpoint.py maxtext/run models/dcformer --to dcscale --maxtext-config dcformer_pp_405m.yml
     python tools/convert_checkpoint.py models/mine exported/mine --to upstream --dry-run
 
-The source is a run, a checkpoint, a model folder, or a folder of upstream or of the transformers library with
-config.json and safetensors or .bin files; the tool finds out and says which. Nothing is unpickled but tensors.
+The source is a run, a checkpoint, a model folder, a folder of upstream or of the transformers library with config.json
+and safetensors or .bin files, or an Orbax checkpoint of upstream's JAX training (MaxText); the tool finds out and says
+which. Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations

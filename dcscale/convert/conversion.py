@@ -21,10 +21,11 @@ from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, seal
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
-from dcscale.convert import upcycle, upcycle_config, upstream, upstream_config
+from dcscale.convert import maxtext, upcycle, upcycle_config, upstream, upstream_config
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.folder import check_target, new_folder
 from dcscale.convert.formats import Found, detect
+from dcscale.convert.maxtext_files import MaxTextFiles
 from dcscale.convert.recipe import Plan, Recipe, check_left_out, check_names, non_finite, table
 from dcscale.convert.tensors import TensorFiles, open_tensors
 from dcscale.files import write_atomically, write_json
@@ -124,6 +125,7 @@ def prepare(
     local_keys: int | None = None,
     seed: int | None = None,
     model: Sequence[str] | None = None,
+    maxtext_config: Path | None = None,
 ) -> Conversion:
     """Finds out what ``source`` is and how it becomes ``target``, one of ``FORMATS``.
 
@@ -132,6 +134,7 @@ def prepare(
         truth: ``original`` or ``merged`` instead of what upstream's tensors say, see :func:`upstream.find_truth`.
         gelu, local_keys: instead of what is known of an upstream folder, see :func:`read_upstream`.
         seed: of the compose weights that a plain Transformer gets; None is 0.
+        maxtext_config: YAML of the MaxText run; None looks for config.yml in its folders.
         model: ``key=value`` of the model that a plain Transformer becomes, see :func:`upcycle_config.read_config`.
 
     Raises:
@@ -142,6 +145,7 @@ def prepare(
         raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
     options = {
         "upstream": {"truth": truth, "gelu": gelu, "local_keys": local_keys},
+        "maxtext": {"maxtext_config": maxtext_config},
         "transformers": {"seed": seed, "model": model},
     }
     for kind, given in options.items():
@@ -150,9 +154,11 @@ def prepare(
             raise ConversionError(f"{names} is only for {kind} folders, but the source is a {found.words}")
     if found.kind == "upstream":
         return _from_upstream(found, dtype, truth, gelu, local_keys)
+    if found.kind != "dcscale" and target != "dcscale":
+        raise ConversionError(f"{found.words} becomes a model of dcscale first: convert it to dcscale")
+    if found.kind == "maxtext":
+        return _from_maxtext(found, dtype, maxtext_config)
     if found.kind == "transformers":
-        if target != "dcscale":
-            raise ConversionError(f"{found.words} becomes a model of dcscale first: convert it to dcscale")
         return _from_transformers(found, dtype, seed or 0, model or ())
     return _from_dcscale(found, target, dtype)
 
@@ -241,6 +247,22 @@ def _from_transformers(found: Found, dtype: str | None, seed: int, model: Sequen
     if read.config.model.attention == "dcmha":
         notes.append("compose begins at the identity")
     return _import(found, files, read.config, plan, dtype, [*notes, *read.notes])
+
+
+def _from_maxtext(found: Found, dtype: str | None, config: Path | None) -> Conversion:
+    places = [folder / "config.yml" for folder in (found.folder, *found.folder.parents[:3])]
+    config = config or next((place for place in places if place.is_file()), None)
+    if config is None:
+        raise ConversionError(
+            f"{found.words} does not say its windows: name the YAML config of its run, such as upstream's "
+            f"dcformer_pp_405m.yml, with --maxtext-config (looked for {', '.join(map(str, places))})"
+        )
+    settings = maxtext.read_settings(config)
+    files = MaxTextFiles(found.folder, settings["param_scan_axis"])
+    read, notes = maxtext.read_model(files, settings)
+    plan = maxtext.plan_maxtext(read.model, settings["num_layers_per_block"])
+    check_names(plan, files)
+    return _import(found, files, read, plan, dtype, [f"settings are those in {config}", *notes])
 
 
 def _import(

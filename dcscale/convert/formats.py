@@ -10,6 +10,7 @@ from typing import Any
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.maxtext_files import find_state
 from dcscale.convert.upcycle_config import FAMILIES as TRANSFORMERS
 from dcscale.convert.upstream_config import FAMILIES as UPSTREAM
 
@@ -18,8 +19,8 @@ _FAMILIES = f"{', '.join(UPSTREAM)} (upstream) and {', '.join(TRANSFORMERS)} (tr
 
 @dataclass(frozen=True)
 class Found:
-    """``kind``: ``dcscale``, ``upstream`` or ``transformers`` (a plain Transformer of that library); ``folder``: where
-    its parts lie; ``words``: what to tell a person."""
+    """``kind``: ``dcscale``, ``upstream``, ``maxtext`` or ``transformers`` (a plain Transformer of that library);
+    ``folder``: where its parts lie; ``words``: what to tell a person."""
 
     kind: str
     folder: Path
@@ -44,6 +45,8 @@ def detect(path: Path) -> Found:
         trained = any((folder / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER))
         words = "dcscale training checkpoint" if trained else "dcscale model folder"
         return Found("dcscale", folder, f"{words} {folder}")
+    if (state := find_state(path)) is not None:
+        return Found("maxtext", state, f"MaxText checkpoint {state}")
     config = path / "config.json"
     if config.is_file():
         try:
@@ -58,5 +61,6 @@ def detect(path: Path) -> Found:
         raise ConversionError(f"{config} has model_type {family!r}: only {_FAMILIES} can be converted")
     raise ConversionError(
         f"{path} is nothing that can be converted: looked for {MARKER} (a dcscale checkpoint or model folder), "
-        f"checkpoints/step-XXXXXXXX (a dcscale run), and config.json with model_type {_FAMILIES}"
+        f"checkpoints/step-XXXXXXXX (a dcscale run), params.*/.zarray or manifest.ocdbt (MaxText), and "
+        f"config.json with model_type {_FAMILIES}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -26,8 +27,19 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="upstream: keys a query of a local layer sees, itself included (default: window_size, one more if trained "
         "by upstream's PyTorch code)",
     )
+    group.add_argument(
+        "--maxtext-config",
+        type=Path,
+        metavar="FILE.yml",
+        help="MaxText: the config of its run (default: config.yml in its folders)",
+    )
 
 
 def source_options(options: argparse.Namespace) -> dict[str, Any]:
     """They, as :func:`dcscale.convert.prepare` takes them."""
-    return {"truth": options.from_copies, "gelu": options.gelu, "local_keys": options.local_keys}
+    return {
+        "truth": options.from_copies,
+        "gelu": options.gelu,
+        "local_keys": options.local_keys,
+        "maxtext_config": options.maxtext_config,
+    }

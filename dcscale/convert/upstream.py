@@ -216,13 +216,14 @@ def _import_qkv(name: str, layer: str, part: str, kind: str, config: ModelConfig
     return Recipe(name, (f"{prefix}wqkv.{kind}",), f"rows {rows[0]} to {rows[1] - 1}", rows)
 
 
-def _branch_numbers(config: ModelConfig) -> list[int]:
+def branch_numbers(config: ModelConfig) -> list[int]:
+    """Indices on upstream's axis C of the branches that are on."""
     return [BRANCHES.index(branch) for branch in active_branches(config.compose)]
 
 
 def _import_compose(name: str, layer: str, kind: str, config: ModelConfig, truth: str, query_wise: bool) -> Recipe:
     prefix = f"layers.{layer}.attention.dyn_w_proj."
-    branches, heads = _branch_numbers(config), config.heads
+    branches, heads = branch_numbers(config), config.heads
     # Branches that are taken, or whose values do not matter.
     free = torch.tensor([i in branches or (query_wise and side == "key") for i, (_, side) in enumerate(BRANCHES)])
     k = 2 * _RANK * heads
@@ -261,7 +262,7 @@ def _export_compose(layer: str, config: ModelConfig, dtype: torch.dtype) -> list
     e, h, c, k = config.dim, config.heads, len(BRANCHES), 2 * _RANK * config.heads
     own, prefix = f"blocks.{layer}.attention.compose.", f"layers.{layer}.attention.dyn_w_proj."
     dcmha = config.attention == "dcmha"
-    branches = _branch_numbers(config) if dcmha else []
+    branches = branch_numbers(config) if dcmha else []
     low_rank, gates = dcmha and config.compose.low_rank, dcmha and config.compose.gates
 
     def spread(shape: tuple[int, ...], axis: int, *tensors: Tensor) -> Tensor:
