@@ -138,7 +138,7 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
             f"decoder.layers.0.self_attention_0.query.kernel [E, H, D] and decoder.layers.0.mlp_0.wi_0.kernel [E, F]; "
             f"it holds {', '.join(names) or 'no parameters'}"
         )
-    groups = 1 + max(int(match[1]) for name in files.shapes if (match := re.match(r"decoder\.layers\.(\d+)\.", name)))
+    groups = len({name.split(".")[2] for name in files.shapes if name.startswith("decoder.layers.")})
     key = files.shapes.get("decoder.layers.0." + _NAMES["attention.k"].format(0), query)
     vocab_size, dim = embedding
     _, heads, head_dim = query

@@ -24,6 +24,7 @@ OCDBT = "manifest.ocdbt"
 _ITEMS = ("state", "default")
 """Names that MaxText gives to what a step's folder holds."""
 
+_MOST_LAYERS = 1000
 _PARAMETERS = re.compile(r"params\.(?:params\.)?((?:token_embedder|decoder)\..+)")
 _SCANNED, _NUMBERED = re.compile(r"decoder\.layers\.(.+)"), re.compile(r"decoder\.layers_(\d+)\.(.+)")
 
@@ -124,6 +125,11 @@ class MaxTextFiles(TensorFiles):
             if axis >= len(shape):
                 raise ConversionError(
                     f"{array} in {self.source} has shape {list(shape)}, without the axis {axis} of scanned layers"
+                )
+            if shape[axis] > _MOST_LAYERS:
+                raise ConversionError(
+                    f"{array} in {self.source} has shape {list(shape)}, with more than {_MOST_LAYERS} layers on axis "
+                    f"{axis}: is that param_scan_axis?"
                 )
             for layer in range(shape[axis]):
                 rest = (*shape[:axis], *shape[axis + 1 :])

@@ -1,12 +1,16 @@
 """Folders to convert."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 
 from dcscale.convert import convert
 from dcscale.testing.convert import UpstreamFolder, write_checkpoint
 from dcscale.testing.models import tiny_config
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +33,12 @@ def upstream_of(tmp_path, made):
         return UpstreamFolder(shutil.copytree(folders[key], tmp_path / f"given{number}"))
 
     return make
+
+
+@pytest.fixture
+def call(capsys):
+    """Calls the tool in this process: its exit code, what it wrote, and what it told on stderr."""
+    specification = importlib.util.spec_from_file_location("convert_tool", TOOL)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    return lambda *words: (tool.main([str(word) for word in words]), *capsys.readouterr())

@@ -256,6 +256,12 @@ def test_a_database_that_is_damaged(tmp_path):
         prepare(run, "dcscale")
 
 
+def test_an_axis_that_is_not_one_of_layers(run):
+    run.write(PREFIX + "mlp_0.wo.kernel", np.zeros((24, 1001, 1), np.float32))
+    with pytest.raises(ConversionError, match="with more than 1000 layers on axis 1: is that param_scan_axis"):
+        prepare(run.folder, "dcscale")
+
+
 def test_other_formats_of_zarr_are_refused(run):
     (run.state / "params.other").mkdir()
     (run.state / "params.other" / "zarr.json").write_text("{}")

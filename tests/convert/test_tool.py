@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +19,6 @@ from dcscale.testing.convert import tensors_of, write_checkpoint
 from dcscale.testing.models import tiny_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-
-
-@pytest.fixture
-def call(capsys):
-    """Calls the tool in this process: its exit code, what it wrote, and what it told on stderr."""
-    specification = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
-    return lambda *words: (tool.main([str(word) for word in words]), *capsys.readouterr())
 
 
 def files_below(folder):

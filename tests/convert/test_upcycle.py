@@ -15,6 +15,7 @@ from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.config.schema import RopeScalingConfig
 from dcscale.convert import ConversionError, convert, prepare, upcycle_config
 from dcscale.models import DCFormer
+from dcscale.ops import rope_table
 from dcscale.testing.convert import tensors_of
 
 SIZES = {
@@ -113,6 +114,20 @@ def test_the_logits_are_those_of_the_source(name, tmp_path, source):
     twin = convert(folder, tmp_path / "twin", "dcscale", model=["attention=mha"])
     torch.testing.assert_close(logits_of(tmp_path / "twin"), logits, atol=2e-5, rtol=0)
     assert not [recipe for recipe in twin.plan.recipes if ".compose." in recipe.name]
+    with torch.no_grad():
+        composed, plain = (model_of(tmp_path / kind).double()(IDS) for kind in ("ours", "twin"))
+    torch.testing.assert_close(composed, plain, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_nothing_but_rounding_is_between_them(tmp_path, source, monkeypatch):
+    """In float64, with the same table of RoPE and a softmax of that type, both of which transformers has in float32."""
+    convert(source("pythia")[0], tmp_path / "ours", "dcscale")
+    model, theirs = model_of(tmp_path / "ours").double(), lively("pythia").double()
+    theirs.set_attn_implementation("sdpa")
+    cos, sin = (torch.cat([part, part], dim=-1)[None].double() for part in rope_table(IDS.shape[1], 2, 10000.0))
+    monkeypatch.setattr(theirs.gpt_neox.rotary_emb, "forward", lambda *_, **__: (cos, sin))
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-9, rtol=0)
 
 
 def test_what_the_settings_become(tmp_path, source):
@@ -272,6 +287,26 @@ def test_types_and_the_tokenizer(tmp_path, changed):
     convert(folder.folder, tmp_path / "wide", "dcscale", dtype="fp32")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "wide").values()} == {torch.float32}
     assert read_config(tmp_path / "wide").train.precision == "fp32"
+
+
+def test_the_tool_shows_the_mapping_and_takes_the_options(tmp_path, call, source):
+    folder = source("pythia")[0]
+    words = ["--seed", "5", "--model", "compose.rank=1", "compose.post=false", "--model", "windows=[16,null]"]
+    code, told, _ = call(folder, tmp_path / "ours", "--to", "dcscale", *words)
+    assert code == 0
+    for line in (
+        f"{folder} is: GPT-NeoX folder {folder}, of transformers",
+        "note: compose begins at the identity",
+        "blocks.*.attention.compose.dw1  <-  made here  (new, seed 5)  x 3",
+        "blocks.*.attention.compose.dd  <-  made here  (zero: gates of 0)  x 3",
+    ):
+        assert f"{line}\n" in told
+    assert "blocks.*.attention.k.weight  <-  gpt_neox.layers.*.attention.query_key_value.weight" in told
+    model = read_config(tmp_path / "ours").model
+    assert (model.compose.rank, model.compose.post, model.windows) == (1, False, [16, None])
+    code, _, told = call(folder, tmp_path / "other", "--to", "dcscale", "--model", "layers=2")
+    assert code == 2
+    assert "error: --model layers=2: only attention, backend, scratch_mib, windows and compose.* may be chosen" in told
 
 
 def test_the_config_says_only_what_is_known(tmp_path, source):
