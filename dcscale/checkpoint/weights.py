@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -118,22 +118,13 @@ class Weights:
 
 
 @torch.no_grad()
-def load_weights(
-    model: nn.Module,
-    weights: Weights | Path,
-    gather: Callable[[list[nn.Parameter]], AbstractContextManager] = lambda parameters: nullcontext(),
-) -> None:
-    """Fills every parameter of ``model``, converting to the parameter's type and device.
-
-    ``weights`` may be their folder. ``gather(parameters)`` gives a context in which these parameters' full data is
-    present and may be written: for ZeRO-3, where all ranks call this.
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fills every parameter of ``model`` from ``folder``, converting to the parameter's type and device.
 
     Raises:
         CheckpointError: a name, shape or file does not fit; all such names are listed and nothing is loaded.
     """
     parameters = dict(model.named_parameters())
-    if isinstance(weights, Path):
-        weights = Weights(weights, {name: parameter.shape for name, parameter in parameters.items()})
+    weights = Weights(folder, {name: parameter.shape for name, parameter in parameters.items()})
     for name, parameter in parameters.items():
-        with gather([parameter]):
-            parameter.copy_(weights.read(name))
+        parameter.copy_(weights.read(name))

@@ -161,7 +161,10 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
     }
     notes = []
     if not compose:
-        notes.append("pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are left out")
+        notes.append(
+            "pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are left out (upstream's "
+            "dcformer_pp_2b8.yml says so: set both to true if the run composed)"
+        )
     elif not (s["pre_compose"] and s["post_compose"]):
         off = "post" if s["pre_compose"] else "pre"
         notes.append(f"{off}_compose is false: the parts of dyn_w_proj for it are left out")

@@ -46,7 +46,7 @@ _LLAMA = {
 _QWEN = {**_LLAMA, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 _KNOWN: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA, "head_dim": None, "attention_bias": False, "mlp_bias": False},
-    "qwen2": _QWEN,
+    "qwen2": {**_QWEN, "head_dim": None},
     "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
     "mistral": {
         **_LLAMA,
@@ -228,9 +228,9 @@ def _rope(family: str, s: Mapping[str, Any]) -> dict[str, Any]:
         )
     scaling: dict[str, Any] = {"kind": _ROPE_TYPES[kind]}
     if kind != "default":
-        scaling["factor"] = _number(given, "factor", kind)
+        scaling["factor"] = _required(given, "factor", kind)
     if kind == "llama3":
-        scaling |= {key: _number(given, key, kind) for key in ("low_freq_factor", "high_freq_factor")}
+        scaling |= {key: _required(given, key, kind) for key in ("low_freq_factor", "high_freq_factor")}
         scaling["original_length"] = given.get("original_max_position_embeddings", s["max_position_embeddings"])
     return {
         "rope_base": parameters.get("rope_theta", s[base]),
@@ -239,7 +239,7 @@ def _rope(family: str, s: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(given: Mapping[str, Any], key: str, kind: str) -> Any:
+def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
     if key not in given:
         raise ConversionError(f"its RoPE of type {kind!r} has no {key}: {dict(given)!r}")
     return given[key]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dcscale.checkpoint import CheckpointError, Weights, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
@@ -16,6 +18,7 @@ from dcscale.config import Config, differences
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer
 from dcscale.models import DCFormer
+from dcscale.parallel.fragments import MASTER, SavedState
 from dcscale.train.resume import MODEL_FIELDS_WITHOUT_WEIGHT
 
 _WITHOUT_MEANING = (*MODEL_FIELDS_WITHOUT_WEIGHT, "model.compose.gate_init")
@@ -23,12 +26,29 @@ _WITHOUT_MEANING = (*MODEL_FIELDS_WITHOUT_WEIGHT, "model.compose.gate_init")
 
 
 @dataclass(frozen=True)
-class InitialWeights:
-    """``source``: the checkpoint or model folder; ``warnings``: in what it and the run differ that may be meant."""
+class InitialWeights(SavedState):
+    """The state of a run that has not made a step, for :meth:`dcscale.parallel.Engine.load`.
+
+    Its float32 weights are those of the source, also where the model computes in bfloat16.
+    """
 
     source: Path
+    """The checkpoint or model folder."""
     weights: Weights
     warnings: list[str]
+    """In what the source and the run differ that may be meant."""
+    steps: int = 0
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """They were checked when ``weights`` was made."""
+
+    def fill(self, targets: Mapping[tuple[str, str], tuple[int, Tensor]]) -> None:
+        """Copies weights; moments are zero."""
+        for (name, kind), (start, target) in targets.items():
+            if kind != MASTER:
+                target.zero_()
+            elif target.numel():
+                target.copy_(self.weights.read(name).flatten()[start : start + target.numel()])
 
 
 def initial_weights(config: Config, tokenizer: TokenizerInfo) -> InitialWeights:
@@ -70,6 +90,16 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo) -> InitialWeights:
             f"a document ends with token {known['eos_id']} for {source}, with {tokenizer.eos_id} in the data"
         )
     return InitialWeights(source, weights, warnings)
+
+
+def beginning_changes(began_with: str | None, init_from: str | None) -> list[str]:
+    """In words, that a run which goes on began with other weights than ``checkpoint.init_from`` names now."""
+    if init_from is None:
+        return []
+    if began_with is not None and Path(init_from).resolve() in (Path(began_with), *Path(began_with).parents):
+        return []
+    there = "random weights" if began_with is None else f"the weights of {began_with}"
+    return [f"this run began with {there}; checkpoint.init_from is only read when a run begins"]
 
 
 def _spec(source: Path, known: dict[str, Any]) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dcscale.checkpoint import load_weights
 from dcscale.checkpoint.fragments import Fragments
 from dcscale.checkpoint.layout import OPTIMIZER
 from dcscale.config import Config, to_yaml
@@ -30,7 +28,7 @@ from dcscale.models import DCFormer, count_flops, count_parameters, initialize
 from dcscale.observe import Console
 from dcscale.parallel import Engine, Environment, decided_by_main, on_every_rank
 from dcscale.parallel.deepspeed_config import accumulation_steps
-from dcscale.train.beginning import initial_weights
+from dcscale.train.beginning import beginning_changes, initial_weights
 from dcscale.train.hooks import (
     ComposeDistance,
     DataEpochs,
@@ -64,7 +62,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
     checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
-    state = TrainState(data_identity=stream.identity)
+    state, saved = TrainState(data_identity=stream.identity), None
     if checkpoint is not None:
         content = decided_by_main(lambda: read_state(checkpoint))
         state = decided_by_main(lambda: check_fits(checkpoint, content, config, stream.identity, stream.tokenizer))
@@ -75,27 +73,24 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
             console.line(f"warning    {change}, as checkpoint.allow_data_change lets them be")
         state.data_identity = stream.identity
         data.loader.skip([shard["sha256"] for shard in state.skipped])
-    begin = partial(initialize, config=config.model, seed=config.train.seed)
-    if config.checkpoint.init_from is not None:
-        if checkpoint is None:
-            initial = on_every_rank(lambda: initial_weights(config, stream.tokenizer))
-            begin = partial(load_weights, weights=initial.weights)
-            state.initial_weights = str(initial.source.resolve())
-            console.line(f"beginning  with the weights of {initial.source}")
-            for warning in initial.warnings:
-                console.line(f"warning    {warning}")
-        elif state.initial_weights is None:
-            console.line("warning    this run began with random weights: checkpoint.init_from is not read any more")
+        for warning in beginning_changes(state.initial_weights, config.checkpoint.init_from):
+            console.line(f"warning    {warning}")
+    elif config.checkpoint.init_from is not None:
+        saved = on_every_rank(lambda: initial_weights(config, stream.tokenizer))
+        state.initial_weights = str(saved.source.resolve())
+        console.line(f"beginning  with the weights of {saved.source}")
+        for warning in saved.warnings:
+            console.line(f"warning    {warning}")
     engine = Engine(
         config,
         environment,
         build_model=lambda: _build_model(config),
-        initialize=lambda model, gather: begin(model, gather=gather),
+        initialize=lambda model, gather: initialize(model, config.model, config.train.seed, gather=gather),
         build_optimizer=lambda model: build_optimizer(
             model, config.optimizer, fused=environment.device.type == "cuda" or config.parallel.offload_optimizer
         ),
     )
-    if checkpoint is not None:
+    if saved is not None:
         engine.load(saved)
 
     decided_by_main(lambda: _start_folder(run, config))

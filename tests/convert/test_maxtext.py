@@ -145,7 +145,7 @@ def test_what_is_composed(run, tmp_path):
         assert torch.equal(whole[name], everything[name][part])
     run.settings(pre_compose=False, post_compose=False)
     done = convert(run.folder, tmp_path / "none", "dcscale")
-    assert "pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are left out" in done.notes
+    assert "pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are left out" in done.notes[1]
     assert sum("left out: decoder.layers.*.self_attention_" in line for line in done.lines()) == 6
     assert read_config(tmp_path / "none").model.attention == "mha"
 

@@ -37,7 +37,7 @@ SOURCES = {
     "biases": ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
     "attention biases": ("llama", {**GROUPED, "attention_bias": True}),
     "qwen2": ("qwen2", {**GROUPED, "rope_parameters": {"rope_theta": 1e6}}),
-    "qwen2 sliding": ("qwen2", {**GROUPED, **SLIDING, "tie_word_embeddings": True}),
+    "qwen2 sliding": ("qwen2", {**GROUPED, **SLIDING, "tie_word_embeddings": True, "head_dim": 12}),
     "qwen3": ("qwen3", {**GROUPED, "head_dim": 16, "rms_norm_eps": 1e-3}),
     "qwen3 sliding": ("qwen3", {**GROUPED, **SLIDING, "head_dim": 8, "attention_bias": True}),
     "mistral": ("mistral", {**GROUPED, "sliding_window": 5}),
@@ -240,6 +240,13 @@ def test_rope_as_version_4_of_transformers_writes_it(name, tmp_path, source, cha
         folder.settings["rope_scaling"] = {"type" if kind == "linear" else "rope_type": kind, **rope} if rope else None
     convert(folder.write(), tmp_path / "ours", "dcscale")
     torch.testing.assert_close(logits_of(tmp_path / "ours"), source(name)[1], atol=2e-5, rtol=0)
+
+
+def test_sharded_safetensors(tmp_path, source):
+    lively("qwen3").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    convert(tmp_path / "sharded", tmp_path / "ours", "dcscale")
+    torch.testing.assert_close(logits_of(tmp_path / "ours"), source("qwen3")[1], atol=2e-5, rtol=0)
 
 
 def test_files_as_old_versions_wrote_them(tmp_path, source, changed):

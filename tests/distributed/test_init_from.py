@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from dcscale.checkpoint.fragments import Fragments
 from dcscale.convert import convert
 from dcscale.data import BatchLoader
 from dcscale.observe import read_metrics
+from dcscale.parallel.fragments import MASTER
 from dcscale.testing.convert import tensors_of
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_shards, tiny_config, train_all
@@ -38,9 +40,9 @@ def runs(tmp_path_factory):
     source.save_pretrained(root / "source")
     convert(root / "source", root / "model", "dcscale")
 
-    def config(stage, steps):
+    def config(stage, steps, *more, name=None):
         return tiny_config(
-            root / f"zero{stage}",
+            root / (name or f"zero{stage}"),
             shards,
             f"checkpoint.init_from={root / 'model'}",
             f"parallel.zero_stage={stage}",
@@ -52,9 +54,15 @@ def runs(tmp_path_factory):
             "model.qk_norm=false",
             "model.windows=[null]",
             "log.compose_interval=0",
+            *more,
         )
 
-    run_distributed(train_all, 2, [*(config(stage, 2) for stage in STAGES), config(RESUMED, 3)])
+    still = ("train.precision=bf16", "optimizer.learning_rate=1e-12")
+    run_distributed(
+        train_all,
+        2,
+        [*(config(stage, 2) for stage in STAGES), config(RESUMED, 3), config(2, 1, *still, name="still")],
+    )
     return root, source, config(0, 2)
 
 
@@ -96,3 +104,13 @@ def test_the_run_remembers_where_it_began_and_goes_on_from_its_own_weights(runs)
         assert state["initial_weights"] == str((root / "model").resolve())
         assert state["step"] == step
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_no_weight_is_rounded_on_the_way_to_the_optimizer(runs):
+    """The float32 weights of a bfloat16 run are the source's own; this run has as good as not moved them."""
+    root, *_ = runs
+    masters = Fragments(root / "still" / "checkpoints" / "step-00000001" / "optimizer")
+    for name, weight in tensors_of(root / "model").items():
+        target = torch.empty(weight.numel())
+        masters.fill({(name, MASTER): (0, target)})
+        torch.testing.assert_close(target, weight.flatten(), atol=1e-8, rtol=1e-6)

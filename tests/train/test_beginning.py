@@ -13,7 +13,7 @@ from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from dcscale.testing.convert import write_checkpoint
 from dcscale.testing.runs import tiny_config
-from dcscale.train.beginning import initial_weights
+from dcscale.train.beginning import beginning_changes, initial_weights
 
 BYTES = TokenizerInfo("byte", ByteTokenizer.fingerprint, 257, 256)
 
@@ -98,3 +98,13 @@ def test_an_unknown_tokenizer_is_told(begin, tmp_path):
     assert begin().warnings == [
         f"{tmp_path / 'model'} does not say which tokenizer it was trained with: it should be that of the data"
     ]
+
+
+def test_a_run_that_goes_on_says_if_it_began_otherwise(tmp_path):
+    began = str(tmp_path / "run" / "checkpoints" / "step-00000007")
+    for same in (began, str(tmp_path / "run"), None):
+        assert beginning_changes(began, same) == []
+    assert beginning_changes(None, "models/a") == [
+        "this run began with random weights; checkpoint.init_from is only read when a run begins"
+    ]
+    assert "began with the weights of " + began in beginning_changes(began, str(tmp_path / "other"))[0]
