@@ -2,11 +2,10 @@
 
 from dcscale.checkpoint.layout import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.lifecycle import save_checkpoint
-from dcscale.checkpoint.weights import Weights, load_weights, save_weights
+from dcscale.checkpoint.weights import load_weights, save_weights
 
 __all__ = [
     "CheckpointError",
-    "Weights",
     "checkpoints_of",
     "find_checkpoint",
     "load_weights",

@@ -292,14 +292,6 @@ def _validation_has_data(config: Config) -> Findings:
         yield "validation.interval", "needs data.validation, which is null", fix
 
 
-@_rule("checkpoint.resume", "checkpoint.init_from")
-def _weights_have_one_origin(config: Config) -> Findings:
-    resume = config.checkpoint.resume
-    if config.checkpoint.init_from is not None and resume not in ("auto", "never"):
-        rule = f"is for a run that begins, but checkpoint.resume = {show(resume)} is gone on from"
-        yield "checkpoint.init_from", rule, "set one of them, or checkpoint.resume=auto"
-
-
 @_rule("samples.interval", "samples.prompts")
 def _samples_have_prompts(config: Config) -> Findings:
     prompts = config.samples.prompts
@@ -372,6 +364,14 @@ def _schedule_fits_steps(config: Config) -> Findings:
         after = f" less the {decay} steps of decay" if decay else ""
         rule = f"must be at most train.steps = {steps}{after}"
         yield "schedule.warmup_steps", rule, f"use at most {steps - decay}, or more steps"
+
+
+@_rule("checkpoint.resume", "checkpoint.init_from")
+def _weights_have_one_origin(config: Config) -> Findings:
+    resume = config.checkpoint.resume
+    if config.checkpoint.init_from is not None and resume not in ("auto", "never"):
+        rule = f"is for a run that begins, but checkpoint.resume = {show(resume)} is gone on from"
+        yield "checkpoint.init_from", rule, "set one of them, or checkpoint.resume=auto"
 
 
 @_rule("run.name")

@@ -398,13 +398,13 @@ class CheckpointConfig:
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one;
     or the path of a checkpoint."""
 
-    init_from: str | None = None
-    """Model folder, checkpoint or run whose weights a new run begins with; its optimizer, schedule and data begin anew.
-    Only read when the run begins: one that goes on has weights of its own. null: random weights, by ``train.seed``."""
-
     allow_data_change: bool = False
     """Go on with other data, or another order, than the checkpoint was made with. The first sequence of the new order
     that is used has the number of sequences used so far; what was read before may come again."""
+
+    init_from: str | None = None
+    """Model folder, checkpoint or run whose weights a new run begins with; its optimizer, schedule and data begin anew.
+    Only read when the run begins: one that goes on has weights of its own. null: random weights, by ``train.seed``."""
 
 
 @dataclass

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcscale.checkpoint import CheckpointError, Weights, find_checkpoint
+from dcscale.checkpoint import CheckpointError, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import CONFIG, WEIGHTS
+from dcscale.checkpoint.weights import Weights
 from dcscale.config import Config, differences
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer
@@ -61,7 +62,9 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo) -> InitialWeights:
         source = find_checkpoint(Path(config.checkpoint.init_from))
         there, state = read_config(source), read_state(source)
     except CheckpointError as error:
-        raise CheckpointError(f"checkpoint.init_from: {error}") from error
+        raise CheckpointError(
+            f"checkpoint.init_from: {error}. A model of others is converted first, by tools/convert_checkpoint.py"
+        ) from error
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in DCFormer(config.model).named_parameters()}
     try:
