@@ -46,8 +46,18 @@ _KNOWN: dict[str, Any] = {
     "param_scan_axis": 1,
     "query_wise": True,
     "key_wise": True,
+    "vocab_size": None,
+    "head_dim": None,
+    "base_emb_dim": None,
+    "base_num_query_heads": None,
+    "base_mlp_dim": None,
+    "base_num_decoder_layers": None,
+    "scan_layers": True,
+    "global_parameter_scale": 1,
 }
-"""Settings that are read, with what stands for those that are not there; None where they must be."""
+"""Settings that are read, with what stands for those that are not there."""
+
+_NEEDED = ("normalization_layer_epsilon", "window_size", "pre_compose", "post_compose")
 
 _NAMES = {
     "embedding": "token_embedder.embedding",
@@ -85,7 +95,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must hold upstream's settings, but is a {type(content).__name__}")
     s = {key: content.get(key, default) for key, default in _KNOWN.items()}
-    problems = [f"{key} is not there" for key in ("window_size", "pre_compose", "post_compose") if key not in content]
+    problems = [f"{key} is not there" for key in _NEEDED if key not in content]
     wanted = {
         "decoder_block": "dcformer",
         "mlp_activations": ["silu", "linear"],
@@ -139,9 +149,10 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
             f"it holds {', '.join(names) or 'no parameters'}"
         )
     groups = len({name.split(".")[2] for name in files.shapes if name.startswith("decoder.layers.")})
-    key = files.shapes.get("decoder.layers.0." + _NAMES["attention.k"].format(0), query)
+    key = files.shapes.get("decoder.layers.0." + _NAMES["attention.k"].format(0), ())
     vocab_size, dim = embedding
     _, heads, head_dim = query
+    _check_sizes(s, vocab_size, dim, heads, head_dim, hidden[1], groups * group)
     compose = s["pre_compose"] or s["post_compose"]
     model = {
         "attention": "dcmha" if compose else "mha",
@@ -149,12 +160,12 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
         "layers": groups * group,
         "dim": dim,
         "heads": heads,
-        "kv_heads": None if key[1] == heads else key[1],
+        "kv_heads": key[1] if len(key) == 3 and key[1] != heads else None,
         "head_dim": None if head_dim * heads == dim else head_dim,
         "ffn_dim": hidden[1],
-        "norm_eps": s["normalization_layer_epsilon"] or 1e-6,
+        "norm_eps": s["normalization_layer_epsilon"],
         "qk_norm": "decoder.layers.0." + _NAMES["attention.q_norm"].format(0) in files.shapes,
-        "qk_norm_eps": s["normalization_layer_epsilon"] or 1e-6,
+        "qk_norm_eps": s["normalization_layer_epsilon"],
         "windows": s["window_size"],
         "tied_embeddings": s["logits_via_embedding"],
         "compose": {"pre": s["pre_compose"], "post": s["post_compose"]} if compose else {},
@@ -174,6 +185,22 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
     if files.others:
         notes.append(f"{len(files.others)} arrays that are no parameters (optimizer, step) are not read")
     return checked_config(model, s["max_target_length"], "upstream's config"), notes
+
+
+def _check_sizes(
+    s: Mapping[str, Any], vocab_size: int, dim: int, heads: int, head_dim: int, ffn_dim: int, layers: int
+) -> None:
+    """Raises ConversionError if the config is not that of the arrays: its windows would be another model's."""
+    sizes = {"vocab_size": vocab_size, "head_dim": head_dim}
+    if s["global_parameter_scale"] == 1:
+        sizes |= {"base_emb_dim": dim, "base_num_query_heads": heads, "base_mlp_dim": ffn_dim}
+        # Layers that are not scanned are so many groups in upstream's code.
+        sizes |= {"base_num_decoder_layers": layers} if s["scan_layers"] else {}
+    wrong = [
+        f"{key} is {s[key]!r} there, {here} in the arrays" for key, here in sizes.items() if s[key] not in (None, here)
+    ]
+    if wrong:
+        raise ConversionError("the YAML config is that of another model: " + "; ".join(wrong))
 
 
 def plan_maxtext(config: ModelConfig, group: int) -> Plan:

@@ -182,6 +182,11 @@ SETTINGS = {
     "another group": ({"num_layers_per_block": 1, "window_size": [6]}, "self_attention_1.* has no place in the model"),
     "axis": ({"param_scan_axis": -1}, "param_scan_axis is -1, but must be a whole number from 0"),
     "axis beyond": ({"param_scan_axis": 2}, "without the axis 2 of scanned layers"),
+    "another model": (
+        {"base_emb_dim": 32, "vocab_size": 50256, "base_num_decoder_layers": 24},
+        "that of another model: vocab_size is 50256 there, 31 in the arrays; base_emb_dim is 32 .*; base_num_decoder",
+    ),
+    "no epsilon": ({"normalization_layer_epsilon": "gone"}, "normalization_layer_epsilon is not there"),
     "epsilon": ({"normalization_layer_epsilon": "small"}, "model.norm_eps"),
     "window": ({"window_size": [0, None]}, r"model.windows\[0\] = 0"),
 }
@@ -193,6 +198,11 @@ def test_settings_that_are_refused(name, run):
     run.settings(**changes)
     with pytest.raises(ConversionError, match=message):
         prepare(run.folder, "dcscale")
+
+
+def test_sizes_that_a_scale_multiplies_are_not_compared(run):
+    run.settings(global_parameter_scale=2, base_emb_dim=8, base_num_decoder_layers=4, vocab_size=31)
+    assert prepare(run.folder, "dcscale").config.model.dim == 16
 
 
 def test_a_config_that_is_none(run, tmp_path):
