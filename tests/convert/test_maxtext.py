@@ -231,6 +231,14 @@ def test_arrays_that_are_refused_are_all_named(run):
         assert part in str(error.value)
 
 
+def test_a_type_that_torch_has_not(run):
+    run.write("params.decoder.decoder_norm.scale", np.ones(16), "float8_e4m3b11fnuz")
+    with pytest.raises(
+        ConversionError, match="decoder_norm.scale .* has the type float8_e4m3b11fnuz, which torch has not"
+    ):
+        prepare(run.folder, "dcscale")
+
+
 def test_another_tree_is_refused_with_its_names(run):
     (run.state / "params.token_embedder.embedding").rename(run.state / "params.decoder.wte")
     with pytest.raises(ConversionError, match="not hold upstream's DCFormer: .*it holds decoder.decoder_norm.*wte"):
