@@ -10,6 +10,7 @@ from torch import nn
 
 from dcscale.checkpoint.fragments import Fragments
 from dcscale.checkpoint.layout import OPTIMIZER
+from dcscale.checkpoint.lifecycle import point_latest_at, set_aside
 from dcscale.config import Config, to_yaml
 from dcscale.data import (
     Access,
@@ -41,7 +42,7 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state, spread_changes
+from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, read_state, spread_changes
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -60,7 +61,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     stream = data.stream
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
-    checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
+    checkpoint, damaged = good_checkpoint_to_resume(config, environment.rank, environment.world_size)
     state = TrainState(data_identity=stream.identity)
     if checkpoint is not None:
         content = decided_by_main(lambda: read_state(checkpoint))
@@ -82,7 +83,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     if checkpoint is not None:
         engine.load(saved)
 
-    decided_by_main(lambda: _start_folder(run, config))
+    for place, problem in decided_by_main(lambda: _start_folder(run, config, checkpoint, damaged)):
+        console.line(f"warning    {problem}; the checkpoint is set aside as {place}")
     hooks: list[Hook] = [
         Throughput(
             count_flops(config.model, config.data.sequence_length).total,
@@ -97,7 +99,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         hooks.append(ComposeDistance(config.log.compose_interval))
     if data.samples is not None:
         hooks.append(data.samples)
-    hooks.append(Saving(config.checkpoint.interval))
+    hooks.append(Saving(config.checkpoint.interval, config.checkpoint.on_error))
     for hook in hooks:
         if hook.name in state.hooks:
             hook.load_state_dict(state.hooks[hook.name])
@@ -112,8 +114,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         hooks,
         run,
         data.tokenizer_files,
+        checkpoint,
     )
-    trainer.latest_checkpoint = checkpoint
     _announce(console, config, environment, stream, trainer)
     return trainer
 
@@ -197,9 +199,16 @@ def _loader(
     )
 
 
-def _start_folder(run: Path, config: Config) -> None:
+def _start_folder(
+    run: Path, config: Config, checkpoint: Path | None, damaged: dict[Path, str]
+) -> list[tuple[Path, str]]:
+    """Returns where damaged checkpoints are now, and what is wrong with them."""
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
+    moved = [(set_aside(other), problem) for other, problem in damaged.items()]
+    if moved and checkpoint is not None:
+        point_latest_at(checkpoint)
+    return moved
 
 
 def _build_model(config: Config) -> nn.Module:

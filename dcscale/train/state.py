@@ -48,6 +48,9 @@ class TrainState:
     pending: list[tuple[float, int]] = field(default_factory=list)
     """(loss sum in nats, targets) of the steps since the last logged one, so that a resumed run logs the same mean."""
 
+    validation_loss: float | None = None
+    """Of the model of this very step, nats a token; None if it was not validated."""
+
     hooks: dict[str, Any] = field(default_factory=dict)
     """State of the hooks, by their name."""
 

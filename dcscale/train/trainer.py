@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dcscale.checkpoint import save_checkpoint
+from dcscale.checkpoint import Checkpoints
+from dcscale.checkpoint.layout import CONFIG
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError, SkippedShard
 from dcscale.parallel import Engine, NonFiniteError
@@ -42,6 +43,7 @@ class Trainer:
         hooks: features, called in order.
         run: the run's folder.
         tokenizer_files: what is needed to load the data's tokenizer, by name; every checkpoint holds a copy.
+        checkpoint: the one that ``state`` is of, if it is of one.
     """
 
     def __init__(
@@ -54,13 +56,14 @@ class Trainer:
         hooks: Sequence[Hook],
         run: Path,
         tokenizer_files: Mapping[str, bytes],
+        checkpoint: Path | None = None,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
         self.hooks, self.run = hooks, run
         self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         self.latest_batch: Batch | None = None
-        self.latest_checkpoint: Path | None = None
+        self.checkpoints = Checkpoints(engine, run, config.checkpoint, checkpoint, state.branched_from)
         self._reporter, self._tokenizer_files = reporter, tokenizer_files
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
@@ -71,6 +74,7 @@ class Trainer:
         Raises:
             DataError: the data of one rank failed; raised on all ranks, after a checkpoint of what was done.
             NonFiniteError: a gradient is infinite or not a number; its update was not made.
+            CheckpointError: a checkpoint could not be written by one rank; raised on all ranks.
         """
         train = self.config.train
         batches = self.loader.steps(self.state.sequences)
@@ -109,6 +113,7 @@ class Trainer:
         except DataError as error:
             if self.state.step > 0:
                 self.save()
+                self.checkpoints.wait()
             raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
         assert step is not None, "the training data is endless"
         return step
@@ -140,6 +145,7 @@ class Trainer:
         try:
             grad_norm = self.engine.update(lr)
         except NonFiniteError as error:
+            self.checkpoints.wait()
             self._sum_losses()
             loss = self.state.pending[-1][0] / max(targets, 1)
             raise NonFiniteError(
@@ -148,6 +154,7 @@ class Trainer:
                 "the data of this step"
             ) from error
         self.state.step += 1
+        self.state.validation_loss = None
         self.state.sequences += self.config.train.global_batch_size
         self.state.tokens += self.tokens_per_step
         return lr, grad_norm
@@ -181,9 +188,15 @@ class Trainer:
     def close(self) -> None:
         """Stops reading ahead and closes the reporter's files."""
         self.loader.close()
+        self.checkpoints.close()
         self._reporter.close()
 
     # -- for hooks -----------------------------------------------------------------------------------------------
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return self.checkpoints.latest
 
     def take_times(self) -> tuple[float, float, int]:
         """Seconds spent in steps, part of them spent waiting for data, and steps, since the last call."""
@@ -195,12 +208,20 @@ class Trainer:
         """Sends a record to file, board and terminal."""
         self._reporter.record(record)
 
+    def warn(self, text: str) -> None:
+        """Tells the person at the terminal of something that should not be."""
+        self._reporter.warn(text)
+
     def report_text(self, tag: str, markdown: str) -> None:
         """Shows text in TensorBoard."""
         self._reporter.text(tag, markdown, self.state.step)
 
     def save(self) -> None:
-        """Writes a checkpoint of the last finished step."""
+        """Begins to write a checkpoint of the last finished step; :attr:`checkpoints` says how it goes.
+
+        Raises:
+            CheckpointError: on every rank, if one could not be written: this or an earlier one.
+        """
         self._sum_losses()
         self.state.hooks = {hook.name: hook.state_dict() for hook in self.hooks}
         state = self.state.to_json(
@@ -210,12 +231,5 @@ class Trainer:
             global_batch_size=self.config.train.global_batch_size,
             tokenizer=dataclasses.asdict(self.loader.tokenizer),
         )
-        self.latest_checkpoint = save_checkpoint(
-            self.engine,
-            self.run,
-            self.state.step,
-            state,
-            to_yaml(without_secrets(self.config)),
-            self.config.checkpoint.keep_last,
-            copies=self._tokenizer_files,
-        )
+        files = {CONFIG: to_yaml(without_secrets(self.config)).encode(), **self._tokenizer_files}
+        self.checkpoints.save(self.state.step, state, files)

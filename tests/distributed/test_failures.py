@@ -263,11 +263,19 @@ def test_what_a_later_start_finds(shards, tmp_path):
     board.Reload()
     assert [event.step for event in board.Scalars("loss/validation")] == [3, 6, 8]
 
-    # A damaged checkpoint is passed over, and does not count among those that are kept.
-    next((run / "checkpoints" / "step-00000008" / "weights").glob("*.safetensors")).unlink()
-    later = [tiny_config(run, shards, *base, rules, "train.stop_after=7", "checkpoint.keep_last=1")]
-    assert run_distributed(_train_each, 1, later) == [[str(run / "checkpoints" / "step-00000007")]]
-    assert find_checkpoint(run).name == "step-00000007"
+    # A damaged checkpoint is named; where asked, it is set aside, and does not count among those that are kept.
+    part = run / "checkpoints" / "step-00000008" / "optimizer" / "rank-00000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    stop = [*base, rules, "train.stop_after=7", "checkpoint.keep_last=1"]
+    later = [tiny_config(run, shards, *stop), tiny_config(run, shards, *stop, "checkpoint.on_damaged=previous")]
+    ((refused, went_back),) = run_distributed(_train_each, 1, later)
+    assert f"the newest checkpoint is damaged: {part} has the SHA-256" in refused
+    assert went_back == str(run / "checkpoints" / "step-00000007")
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left == ["latest", "set-aside-step-00000008", "step-00000007"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000007\n"
 
 
 def _clip_after_resume(configs):
