@@ -4,14 +4,20 @@ RUN/checkpoints/
   latest                     name of the newest checkpoint
   step-00000100/
     COMPLETE                 written last: {"format", "files": {name: {"bytes", "sha256"}}}
-    state.json               step, tokens, data position, versions: see dcscale.train.state
+    state.json               step, tokens, data position, validation loss, hooks' states, versions, git revision: see
+                             dcscale.train.state
     config.yaml              the resolved config
     tokenizer.json           the tokenizer, where it is not the bytes
     optimizer/               float32 weights and the optimizer's moments, each rank its part: see
                              dcscale.checkpoint.fragments
     weights/                 the model alone: safetensors shards and their index
+    probe.safetensors        a few tokens and the logits the model made of them: see dcscale.checkpoint.probe
 
-A *model folder*, as tools/convert_checkpoint.py writes it, is the same without optimizer/, under any name.
+No random states are in it, because training draws from no generator that has one: initial weights, the data's order and
+samples are functions of the seed, a name and a number, and the model has no dropout.
+
+A *model folder*, as tools/convert_checkpoint.py writes it, is the same without optimizer/ and
+probe.safetensors, under any name.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ FORMAT_OF_SIZES = 1
 STATE_FORMAT = 1
 MARKER = "COMPLETE"
 STATE, CONFIG, OPTIMIZER, WEIGHTS, LATEST = "state.json", "config.yaml", "optimizer", "weights", "latest"
+PROBE = "probe.safetensors"
 OLD_OPTIMIZER = "deepspeed"
 """Where checkpoints once had pickles of DeepSpeed in place of ``OPTIMIZER``: they are not loaded any more."""
 TEMPORARY_PREFIX = ".unfinished-"

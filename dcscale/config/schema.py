@@ -390,6 +390,10 @@ class CheckpointConfig:
     """Go on with other data, or another order, than the checkpoint was made with. The first sequence of the new order
     that is used has the number of sequences used so far; what was read before may come again."""
 
+    allow_other_logits: bool = False
+    """Go on though the loaded model's logits of the checkpoint's probe batch differ by more than rounding from the
+    saved ones. They are only reported where the type or the kind of device is another one."""
+
 
 @dataclass
 class LogConfig:

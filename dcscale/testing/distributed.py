@@ -13,6 +13,9 @@ import torch.multiprocessing as multiprocessing
 
 from dcscale.parallel import free_port
 
+WARM = ["dcscale.testing.runs", "dcscale.observe.board", "deepspeed.runtime.zero.muon.original_muon"]
+"""Modules that take long to import: the last one has all of DeepSpeed and of torch.compile behind it."""
+
 
 def _child(function: Callable, rank: int, world_size: int, port: int, answers: Any, arguments: tuple) -> None:
     os.environ.update(
@@ -42,7 +45,7 @@ def start_ranks(
     """
     context = multiprocessing.get_context("forkserver" if warm and not torch.cuda.is_available() else "spawn")
     if warm:
-        multiprocessing.set_forkserver_preload(["deepspeed", "dcscale.observe.board", "dcscale.testing.runs"])
+        multiprocessing.set_forkserver_preload(WARM)
     answers = context.Queue()
     port = free_port()
     processes = [

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.fragments import Fragments
-from dcscale.checkpoint.layout import OPTIMIZER
+from dcscale.checkpoint.layout import OPTIMIZER, STATE
 from dcscale.checkpoint.lifecycle import point_latest_at, set_aside
+from dcscale.checkpoint.probe import read_probe
 from dcscale.config import Config, to_yaml
 from dcscale.data import (
     Access,
@@ -117,7 +119,28 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         checkpoint,
     )
     _announce(console, config, environment, stream, trainer)
+    if checkpoint is not None:
+        _check_probe(trainer, checkpoint, console)
     return trainer
+
+
+def _check_probe(trainer: Trainer, checkpoint: Path, console: Console) -> None:
+    saved = on_every_rank(lambda: read_probe(checkpoint))
+    if saved is None:
+        console.line(f"warning    {checkpoint} has no probe batch, so what its model computes was not checked")
+        return
+    here = trainer.probe((saved.input_ids_BT, saved.positions_B))
+    problems = [text for text in trainer.engine.of_all_ranks(saved.difference(here)) if text is not None]
+    if not problems:
+        return
+    said = f"{problems[0]}, on {len(problems)} of {trainer.environment.world_size} ranks"
+    if saved.comparable(here) and not trainer.config.checkpoint.allow_other_logits:
+        raise CheckpointError(
+            f"{checkpoint} was loaded, but its model does not compute what it did when it was saved: {said}. Go on "
+            f"with the code that wrote it ({STATE} names it), or, if the change is meant, set "
+            "checkpoint.allow_other_logits=true"
+        )
+    console.line(f"warning    {checkpoint}: {said}")
 
 
 class _Data(NamedTuple):

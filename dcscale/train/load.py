@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 
 from dcscale.checkpoint import CheckpointError, find_checkpoint, load_weights
 from dcscale.checkpoint.contents import read_config, read_state
-from dcscale.checkpoint.layout import STATE, WEIGHTS
+from dcscale.checkpoint.layout import OPTIMIZER, STATE, WEIGHTS, damage
+from dcscale.checkpoint.probe import LIMITS, read_probe, take_probe
 from dcscale.config import Config
 from dcscale.data import Tokenizer
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer, HuggingFaceTokenizer
@@ -31,10 +33,14 @@ def load_trained(path: Path, device: torch.device, dtype: torch.dtype | None = N
     ``dtype`` None is the type it was trained in. Only safetensors, JSON and YAML are read: nothing is unpickled.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or its parts do not fit together.
+        CheckpointError: there is no whole checkpoint, a file's content has changed, its parts do not fit together, or
+            the model computes something else than when it was saved. In another type or on another kind of device
+            that is only a warning.
         DataError: its tokenizer cannot be loaded.
     """
     checkpoint = find_checkpoint(path)
+    if problem := damage(checkpoint, left_out=OPTIMIZER):
+        raise CheckpointError(f"the checkpoint is damaged: {problem}; name another one")
     config, state = read_config(checkpoint), read_state(checkpoint)
     try:
         spec, eos_id = state["tokenizer"]["spec"], state["tokenizer"]["eos_id"]
@@ -47,4 +53,17 @@ def load_trained(path: Path, device: torch.device, dtype: torch.dtype | None = N
         model = DCFormer(config.model)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint / WEIGHTS)
+    _check_probe(model, checkpoint, device, dtype)
     return Trained(model, tokenizer, config, checkpoint, state["step"])
+
+
+def _check_probe(model: DCFormer, checkpoint: Path, device: torch.device, dtype: torch.dtype) -> None:
+    saved = read_probe(checkpoint)
+    if saved is None or dtype not in LIMITS:
+        return
+    here = take_probe(model, (saved.input_ids_BT, saved.positions_B), dtype, device)
+    if problem := saved.difference(here):
+        text = f"{checkpoint}: the model does not compute what it did when it was saved: {problem}"
+        if saved.comparable(here):
+            raise CheckpointError(text)
+        warnings.warn(text, stacklevel=3)

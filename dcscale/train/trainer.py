@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from dcscale.checkpoint import Checkpoints
-from dcscale.checkpoint.layout import CONFIG
+from dcscale.checkpoint.layout import CONFIG, PROBE
+from dcscale.checkpoint.probe import Probe, probe_tokens, take_probe
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError, SkippedShard
 from dcscale.parallel import Engine, NonFiniteError
 from dcscale.train.batches import StepBatches, next_together
 from dcscale.train.hooks import Hook, Record, due
+from dcscale.train.provenance import git_revision
 from dcscale.train.report import Reporter, without_secrets
 from dcscale.train.schedule import learning_rate
 from dcscale.train.signals import StopSignals
@@ -65,6 +67,7 @@ class Trainer:
         self.latest_batch: Batch | None = None
         self.checkpoints = Checkpoints(engine, run, config.checkpoint, checkpoint, state.branched_from)
         self._reporter, self._tokenizer_files = reporter, tokenizer_files
+        self._revision = git_revision() if self.environment.is_main else None
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
 
@@ -216,6 +219,11 @@ class Trainer:
         """Shows text in TensorBoard."""
         self._reporter.text(tag, markdown, self.state.step)
 
+    def probe(self, tokens: tuple[torch.Tensor, torch.Tensor]) -> Probe:
+        """What the model makes of these tokens now; all ranks call it together."""
+        with self.engine.evaluating() as forward:
+            return take_probe(forward, tokens, self.engine.dtype, self.environment.device)
+
     def save(self) -> None:
         """Begins to write a checkpoint of the last finished step; :attr:`checkpoints` says how it goes.
 
@@ -230,6 +238,11 @@ class Trainer:
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
             tokenizer=dataclasses.asdict(self.loader.tokenizer),
+            git=self._revision,
         )
-        files = {CONFIG: to_yaml(without_secrets(self.config)).encode(), **self._tokenizer_files}
+        files = {
+            CONFIG: to_yaml(without_secrets(self.config)).encode(),
+            PROBE: self.probe(probe_tokens(self.config.model.vocab_size)).to_bytes(),
+            **self._tokenizer_files,
+        }
         self.checkpoints.save(self.state.step, state, files)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer
 
 
+WAIT_WORTH_TELLING = 1.0
+"""Seconds."""
+
+
 class Saving(Hook):
     """Must be the last hook, so that a checkpoint holds what the others did at its step.
 
@@ -34,10 +38,12 @@ class Saving(Hook):
             if trainer.checkpoints.busy:
                 start = time.perf_counter()
                 self._try(trainer, trainer.checkpoints.wait)
-                trainer.warn(
-                    f"step {trainer.state.step} waited {time.perf_counter() - start:.1f} s for the earlier checkpoint "
-                    "to be written: they come too fast for the disk (checkpoint.interval)"
-                )
+                waited = time.perf_counter() - start
+                if waited >= WAIT_WORTH_TELLING:
+                    trainer.warn(
+                        f"step {trainer.state.step} waited {waited:.1f} s for the earlier checkpoint to be written: "
+                        "they come too fast for the disk (checkpoint.interval)"
+                    )
             self._try(trainer, trainer.save)
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
