@@ -279,7 +279,7 @@ def test_damaged_checkpoints(tmp_path):
     marker = json.loads((source / "COMPLETE").read_text())
     with pytest.raises(ConversionError, match=r"blocks.2.attention.q.weight is missing"):
         prepare(source, "dcscale")
-    marker["files"]["config.yaml"] += 1
+    marker["files"]["config.yaml"]["bytes"] += 1
     (source / "COMPLETE").write_text(json.dumps(marker))
     with pytest.raises(ConversionError, match="config.yaml has .* bytes, .* were written"):
         prepare(source, "dcscale")

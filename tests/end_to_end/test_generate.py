@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dcscale.checkpoint import CheckpointError
+from dcscale.checkpoint.layout import seal
 from dcscale.models import generate
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import WORDS, make_shards, tiny_config, train_all
@@ -109,9 +110,9 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     ("change", "message"),
     [
         (lambda f: (f / "weights" / "model-00001.safetensors").unlink(), "model-00001.safetensors is missing"),
-        (lambda f: edit_state(f, "tokenizer", None), "has no entry for the tokenizer"),
+        (lambda f: edit_file(f / "state.json", '"tokenizer"', '"tokeniser"'), "has no entry for the tokenizer"),
         (
-            lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text().replace("dim: 32", "dim: 64")),
+            lambda f: edit_file(f / "config.yaml", "dim: 32", "dim: 64"),
             r"does not fit the model: embedding\.weight has shape \(257, 32\), the model wants \(257, 64\)",
         ),
     ],
@@ -166,19 +167,13 @@ def overwrite_weights(folder, value):
     """Sets every weight to ``value``."""
     for path in (folder / "weights").glob("*.safetensors"):
         save_file({name: torch.full_like(x, value) for name, x in load_file(path).items()}, path)
-        marker = folder / "COMPLETE"
-        content = json.loads(marker.read_text())
-        content["files"][str(path.relative_to(folder))] = path.stat().st_size
-        marker.write_text(json.dumps(content))
+    (folder / "probe.safetensors").unlink()
+    seal(folder)
 
 
-def edit_state(folder, key, value):
-    """Changes state.json and the size that the marker expects of it."""
-    path, marker = folder / "state.json", folder / "COMPLETE"
-    state = json.loads(path.read_text())
-    if value is None:
-        del state[key]
-    path.write_text(json.dumps(state))
-    content = json.loads(marker.read_text())
-    content["files"]["state.json"] = path.stat().st_size
-    marker.write_text(json.dumps(content))
+def edit_file(path, there, here):
+    """Changes a file of a checkpoint, and what the marker says of it."""
+    content = path.read_text()
+    assert there in content
+    path.write_text(content.replace(there, here))
+    seal(path.parent)
