@@ -13,7 +13,7 @@ import torch.multiprocessing as multiprocessing
 
 from dcscale.parallel import free_port
 
-WARM = ["dcscale.testing.runs", "dcscale.observe.board", "deepspeed.runtime.zero.muon.original_muon"]
+IMPORTED_ONCE = ["dcscale.testing.runs", "dcscale.observe.board", "deepspeed.runtime.zero.muon.original_muon"]
 """Modules that take long to import: the last one has all of DeepSpeed and of torch.compile behind it."""
 
 
@@ -35,17 +35,14 @@ def _child(function: Callable, rank: int, world_size: int, port: int, answers: A
         answers.put((rank, None, traceback.format_exc()))
 
 
-def start_ranks(
-    function: Callable, world_size: int, *arguments: Any, warm: bool = False
-) -> tuple[list[multiprocessing.Process], Any]:
+def start_ranks(function: Callable, world_size: int, *arguments: Any) -> tuple[list[multiprocessing.Process], Any]:
     """Starts ``function(*arguments)`` in ``world_size`` processes; also returns the queue of their answers.
 
-    ``warm`` takes them from a process that has imported DeepSpeed already, which saves most of a start; it ignores
-    changes of this process's environment. Where there are GPUs, which a fork cannot use, it does nothing.
+    They are forked from a process that has done nothing but imports, which are most of a start; their environment is
+    that of this process when it first called this. With GPUs, which a fork could not use, each starts from nothing.
     """
-    context = multiprocessing.get_context("forkserver" if warm and not torch.cuda.is_available() else "spawn")
-    if warm:
-        multiprocessing.set_forkserver_preload(WARM)
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
     answers = context.Queue()
     port = free_port()
     processes = [
@@ -57,18 +54,15 @@ def start_ranks(
     return processes, answers
 
 
-def run_distributed(
-    function: Callable, world_size: int, *arguments: Any, timeout: float = 300, warm: bool = False
-) -> list[Any]:
+def run_distributed(function: Callable, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
     """Calls ``function(*arguments)`` in ``world_size`` fresh processes and returns their results by rank.
 
-    ``function`` must be importable (defined at the top of a module) and results picklable. ``warm``: see
-    :func:`start_ranks`.
+    ``function`` must be importable (defined at the top of a module) and results picklable.
 
     Raises:
         AssertionError: a process failed or did not answer within ``timeout`` seconds; shows its traceback.
     """
-    processes, answers = start_ranks(function, world_size, *arguments, warm=warm)
+    processes, answers = start_ranks(function, world_size, *arguments)
     results: list[Any] = [None] * world_size
     try:
         for _ in processes:

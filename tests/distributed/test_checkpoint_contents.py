@@ -54,7 +54,7 @@ def shards(tmp_path_factory):
 def runs(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("runs")
     configs = [settings(folder / f"{stage}-{precision}", shards, stage, precision) for stage, precision in CASES]
-    same, _ = run_distributed(_train_two_steps, 2, configs, warm=True)
+    same, _ = run_distributed(_train_two_steps, 2, configs)
     return folder, dict(zip(CASES, same))
 
 
@@ -117,7 +117,7 @@ def test_the_probe_fits_after_a_change_of_ranks_stage_and_precision(runs, shards
         )
         for number, (stage, precision) in enumerate(CASES)
     ]
-    (said,) = run_distributed(_go_on_in_other_spreads, 1, branches, warm=True)
+    (said,) = run_distributed(_go_on_in_other_spreads, 1, branches)
     for text in said:
         assert "resuming   from" in text
         assert "probe batch" not in text
@@ -148,21 +148,21 @@ def wrong_optimizer(checkpoint):
 @pytest.mark.parametrize("case", [(1, "fp32"), (3, "bf16")])
 def test_a_model_that_computes_something_else_is_refused_on_all_ranks(runs, shards, tmp_path, case):
     run, checkpoint = damaged_copy(runs, tmp_path, case, wrong_optimizer)
-    for said in run_distributed(_go_on, 2, settings(run, shards, *case), warm=True):
+    for said in run_distributed(_go_on, 2, settings(run, shards, *case)):
         expected = (
             f"{checkpoint} was loaded, but its model does not compute what it did .* on 2 of 2 ranks.*allow_other"
         )
         assert re.search(expected, said), said
     allowed = settings(run, shards, *case, "checkpoint.allow_other_logits=true")
-    assert "the logits of its probe batch differ" in run_distributed(_go_on, 2, allowed, warm=True)[0]
+    assert "the logits of its probe batch differ" in run_distributed(_go_on, 2, allowed)[0]
     other_type = settings(run, shards, case[0], "bf16" if case[1] == "fp32" else "fp32")
-    said = run_distributed(_go_on, 2, other_type, warm=True)[0]
+    said = run_distributed(_go_on, 2, other_type)[0]
     assert re.search("warning .*the logits of its probe batch differ", said), said
 
 
 def test_a_checkpoint_without_a_probe_goes_on_with_a_warning(runs, shards, tmp_path):
     run, _ = damaged_copy(runs, tmp_path, (1, "fp32"), lambda folder: (folder / "probe.safetensors").unlink())
-    (said,) = run_distributed(_go_on, 1, settings(run, shards, 1, "fp32"), warm=True)
+    (said,) = run_distributed(_go_on, 1, settings(run, shards, 1, "fp32"))
     assert "has no probe batch, so what its model computes was not checked" in said
     assert load_trained(run, torch.device("cpu")).step == 2
 
@@ -204,4 +204,4 @@ def test_training_draws_from_no_generator_whose_state_would_have_to_be_saved(sha
     config = tiny_config(
         tmp_path / "run", shards, "samples.interval=2", "samples.new_tokens=4", "checkpoint.interval=2"
     )
-    assert run_distributed(_random_states, 1, config, warm=True) == [True]
+    assert run_distributed(_random_states, 1, config) == [True]

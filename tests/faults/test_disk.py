@@ -86,7 +86,7 @@ def _train(config, meddles, hide_what_is_free):
 
 def train(run, shards, *overrides, meddles=(), hide_what_is_free=False):
     config = tiny_config(run, shards, "checkpoint.interval=2", "validation.interval=0", *overrides)
-    return run_distributed(_train, 1, config, meddles, hide_what_is_free, warm=True)[0]
+    return run_distributed(_train, 1, config, meddles, hide_what_is_free)[0]
 
 
 FULL = {False: "bytes free, but the checkpoint takes", True: "No space left on device"}

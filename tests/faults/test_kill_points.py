@@ -88,7 +88,7 @@ def _die_everywhere(folder):
 
 
 def test_a_kill_at_every_operation_of_a_save(tmp_path):
-    (found,) = run_distributed(_die_everywhere, 1, tmp_path, warm=True)
+    (found,) = run_distributed(_die_everywhere, 1, tmp_path)
     # Until the folder has its name the old one is the newest; then there are latest, and the removal of the old.
     assert found == sorted(found)
     assert found.count(1) > 40

@@ -38,7 +38,7 @@ def killed(run, config, chance):
     """Starts two ranks, kills them a moment after they have begun to write a checkpoint; returns what is there then."""
     root = run / "checkpoints"
     before = {p.name for p in root.glob("*")} if root.exists() else set()
-    processes, _ = start_ranks(_train, 2, config, warm=True)
+    processes, _ = start_ranks(_train, 2, config)
     deadline = time.monotonic() + 120
     while not {p.name for p in root.glob("*")} - before - {"latest"}:
         assert time.monotonic() < deadline, "no checkpoint was begun"
@@ -65,8 +65,8 @@ def test_thirty_kills_around_saves_leave_the_losses_of_a_run_that_was_never_kill
     latest = (run / "checkpoints" / "latest").read_text().strip()
     assert damage(run / "checkpoints" / latest) is None
     stop = f"train.stop_after={last}"
-    run_distributed(_train, 2, settings(run, shards, stop), warm=True)
-    run_distributed(_train, 2, settings(tmp_path / "whole", shards, stop), warm=True)
+    run_distributed(_train, 2, settings(run, shards, stop))
+    run_distributed(_train, 2, settings(tmp_path / "whole", shards, stop))
 
     def exact(folder):
         return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(folder / "metrics.jsonl")]
