@@ -12,7 +12,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,9 +51,9 @@ class Checkpoints:
         self._engine, self._settings, self._spared = engine, settings, spared
         self._run, self._root = run, run / "checkpoints"
         self._is_main = engine.environment.is_main
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcscale-checkpoint")
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="dcscale-checkpoint")
         self._story: Generator[Callable[[], Any] | None, list[Any], None] | None = None
-        self._task: Future | None = None
+        self._task: futures.Future | None = None
         self.latest = latest
         """The newest checkpoint that is known to be whole."""
         self.write_seconds, self.written_bytes = 0.0, 0
@@ -98,7 +98,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns once no checkpoint is under way any more. Raises CheckpointError as :meth:`poll`."""
         while self._story is not None:
-            self._next_stage()
+            # No rank waits for another's disk within a collective, which has a time limit.
+            if self._task is not None:
+                futures.wait([self._task], timeout=1)
+            self.poll()
 
     def close(self) -> None:
         """Waits for this rank's thread only; a checkpoint under way stays unfinished."""

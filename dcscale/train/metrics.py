@@ -33,7 +33,9 @@ METRICS: dict[str, Metric] = {
     "data_wait": Metric("1", "part of that time rank 0 waited for data", "speed/data_wait"),
     "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on its GPU, or resident on a CPU", "memory/peak_gib"),
     "checkpoint_stall_seconds": Metric(
-        "s", "how long checkpoints held training up since the last record, on rank 0", "checkpoint/stall_seconds"
+        "s",
+        "how long checkpoints held training up since the last record, on rank 0, if they did",
+        "checkpoint/stall_seconds",
     ),
     "checkpoint_write_seconds": Metric(
         "s",

@@ -225,6 +225,26 @@ def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_the_old_one_stays(
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000002\n"
 
 
+def _saving_fails_but_training_goes_on(config):
+    trainer = build(config, BreakSaving())
+    return *failure(trainer.fit), trainer.state.step
+
+
+def test_where_it_is_told_to_training_goes_on_without_the_checkpoint(shards, tmp_path):
+    config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=2", "checkpoint.on_error=warn")
+    for kind, text, step in run_distributed(_saving_fails_but_training_goes_on, 2, config):
+        # But not without the last one, or nothing would be left of the run.
+        assert kind is CheckpointError
+        assert "step-00000008 was not written: rank 1: OSError: No space left on device" in text
+        assert step == 8
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r for r in records if "loss" in r][-1]["checkpoint_failures"] in (
+        1,
+        2,
+    )  # the one of step 6 may still have been under way
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+
+
 def _train_each(configs):
     results = []
     for config in configs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcscale.checkpoint import CheckpointError
@@ -20,8 +21,8 @@ WAIT_WORTH_TELLING = 1.0
 class Saving(Hook):
     """Must be the last hook, so that a checkpoint holds what the others did at its step.
 
-    With ``on_error`` = ``warn`` only the checkpoint at the end of a start must succeed. Adds to each record how long
-    saving held training up and how many checkpoints failed, and to the first one after a checkpoint what it took.
+    With ``on_error`` = ``warn`` only the checkpoint at the end of a start must succeed. Adds to a record how long
+    saving has held training up, what the newest checkpoint took, and how many could not be written.
     """
 
     name = "saving"
@@ -29,21 +30,19 @@ class Saving(Hook):
     def __init__(self, interval: int, on_error: str = "fail"):
         self._interval, self._on_error = interval, on_error
         self._stall_seconds, self._failures = 0.0, 0
-        self._recorded = None
+        self._recorded: Path | None = None
 
     def after_step(self, trainer: Trainer) -> None:
-        self._try(trainer, trainer.checkpoints.poll)
+        checkpoints = trainer.checkpoints
+        if checkpoints.busy:
+            self._try(trainer, checkpoints.poll)
         # The last step is saved in finish, after the others' last work.
         if due(trainer.state.step, self._interval) and trainer.state.step < trainer.config.train.steps:
-            if trainer.checkpoints.busy:
-                start = time.perf_counter()
-                self._try(trainer, trainer.checkpoints.wait)
-                waited = time.perf_counter() - start
-                if waited >= WAIT_WORTH_TELLING:
-                    trainer.warn(
-                        f"step {trainer.state.step} waited {waited:.1f} s for the earlier checkpoint to be written: "
-                        "they come too fast for the disk (checkpoint.interval)"
-                    )
+            if checkpoints.busy and (waited := self._try(trainer, checkpoints.wait)) >= WAIT_WORTH_TELLING:
+                trainer.warn(
+                    f"step {trainer.state.step} waited {waited:.1f} s for the earlier checkpoint to be written: they "
+                    "come too fast for the disk (checkpoint.interval)"
+                )
             self._try(trainer, trainer.save)
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
@@ -52,7 +51,8 @@ class Saving(Hook):
             trainer.save()
             trainer.checkpoints.wait()
 
-    def _try(self, trainer: Trainer, call: Callable[[], None]) -> None:
+    def _try(self, trainer: Trainer, call: Callable[[], None]) -> float:
+        """Calls, and treats a failure as configured; returns the seconds it took."""
         start = time.perf_counter()
         try:
             call()
@@ -61,11 +61,15 @@ class Saving(Hook):
                 raise
             self._failures += 1
             trainer.warn(f"{error}. Training goes on (checkpoint.on_error=warn)")
-        self._stall_seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._stall_seconds += seconds
+        return seconds
 
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
-        record["checkpoint_stall_seconds"], self._stall_seconds = self._stall_seconds, 0.0
-        record["checkpoint_failures"] = self._failures
+        if self._stall_seconds:
+            record["checkpoint_stall_seconds"], self._stall_seconds = self._stall_seconds, 0.0
+        if self._on_error == "warn":
+            record["checkpoint_failures"] = self._failures
         checkpoints = trainer.checkpoints
         if checkpoints.written_bytes and checkpoints.latest != self._recorded:
             self._recorded = checkpoints.latest
