@@ -1,6 +1,6 @@
 """How a checkpoint comes to be, beside training, so that a run always has a whole one, whatever is killed when.
 
-It is told in :meth:`Checkpoints._story`: the state is copied; a folder under a temporary name is reserved; each rank
+It is told in :meth:`Checkpoints._tell`: the state is copied; a folder under a temporary name is reserved; each rank
 writes its part into it; rank 0 reads back what all have written and adds the rest; the marker is written, the folder
 gets its name, ``latest`` names it; old checkpoints go. Each of these begins only when all ranks have told each other
 that the one before has succeeded; if it has failed on any, all know, and the earlier checkpoints stay.
@@ -27,6 +27,8 @@ from dcscale.files import sync_folder, sync_tree, write_atomically, write_json
 from dcscale.parallel import Engine, Snapshot
 
 T = TypeVar("T")
+Story = Generator[Callable[[], Any] | None, list[Any], None]
+"""Yields what this rank does in each stage, if anything; gets the results of all ranks, or their errors raised."""
 
 
 class Checkpoints:
@@ -52,7 +54,7 @@ class Checkpoints:
         self._run, self._root = run, run / "checkpoints"
         self._is_main = engine.environment.is_main
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="dcscale-checkpoint")
-        self._story: Generator[Callable[[], Any] | None, list[Any], None] | None = None
+        self._story: Story | None = None
         self._task: futures.Future | None = None
         self.latest = latest
         """The newest checkpoint that is known to be whole."""
@@ -109,16 +111,13 @@ class Checkpoints:
 
     # -- the story ---------------------------------------------------------------------------------------------
 
-    def _tell(
-        self, final: Path, state: dict[str, Any], files: Mapping[str, bytes]
-    ) -> Generator[Callable[[], Any] | None, list[Any], None]:
-        """Yields what this rank does in each stage; gets the results of all ranks, or their errors raised."""
+    def _tell(self, final: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> Story:
         temporary = self._root / (layout.TEMPORARY_PREFIX + final.name)
         start = time.perf_counter()
         try:
             copy: list[Snapshot] = []
             bytes_needed = sum(self._agree(lambda: self._copy_state(copy))) + sum(map(len, files.values()))
-            yield self._on_main(lambda: self._reserve(temporary, bytes_needed))
+            self._agree(self._on_main(lambda: self._reserve(temporary, bytes_needed)))
             parts = yield partial(_write_part, copy, temporary)
             (rest, *_) = yield self._on_main(lambda: self._write_rest(temporary, state, files))
             written = {name: file for part in [*parts, rest] for name, file in part.items()}
@@ -188,11 +187,11 @@ class Checkpoints:
     def _on_main(self, call: Callable[[], T]) -> Callable[[], T] | None:
         return call if self._is_main else None
 
-    def _agree(self, call: Callable[[], T]) -> list[T]:
-        """Calls on every rank and returns all results; if it fails on any, raises on all, in the ranks' words."""
+    def _agree(self, call: Callable[[], T] | None) -> list[T]:
+        """Calls on every rank that has a call, and returns all results; if any fails, raises on all, in their words."""
         result = error = None
         try:
-            result = call()
+            result = call() if call is not None else None
         except Exception as caught:  # told to every rank and raised below
             error = f"{type(caught).__name__}: {caught}"
         answers = self._engine.of_all_ranks((result, error))
@@ -205,7 +204,7 @@ class Checkpoints:
         story, task = self._story, self._task
         assert story is not None
         try:
-            results = self._agree(lambda: None if task is None else task.result())
+            results = self._agree(None if task is None else task.result)
         except CheckpointError as error:
             self._go_on(partial(story.throw, error))
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dcscale.checkpoint import Checkpoints
+from dcscale.checkpoint import CheckpointError, Checkpoints
 from dcscale.checkpoint.layout import CONFIG, PROBE
 from dcscale.checkpoint.probe import Probe, probe_tokens, take_probe
 from dcscale.config import Config, to_yaml
@@ -114,10 +114,14 @@ class Trainer:
             if step is not None and step.skipped:
                 self._give_up(step.skipped)
         except DataError as error:
+            reason = f"the data of step {self.state.step + 1} could not be read: {error}"
             if self.state.step > 0:
-                self.save()
-                self.checkpoints.wait()
-            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
+                try:
+                    self.save()
+                    self.checkpoints.wait()
+                except CheckpointError as failure:
+                    reason += f"; and {failure}"
+            raise DataError(reason) from error
         assert step is not None, "the training data is endless"
         return step
 
@@ -148,12 +152,16 @@ class Trainer:
         try:
             grad_norm = self.engine.update(lr)
         except NonFiniteError as error:
-            self.checkpoints.wait()
+            try:
+                self.checkpoints.wait()
+                newest = f"{self.latest_checkpoint}"
+            except CheckpointError as failure:
+                newest = f"{self.latest_checkpoint}, as {failure}"
             self._sum_losses()
             loss = self.state.pending[-1][0] / max(targets, 1)
             raise NonFiniteError(
                 f"step {self.state.step + 1}: {error}, loss {loss}; the update was not made. Newest checkpoint: "
-                f"{self.latest_checkpoint}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or look at "
+                f"{newest}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or look at "
                 "the data of this step"
             ) from error
         self.state.step += 1
