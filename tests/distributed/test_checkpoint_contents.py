@@ -17,7 +17,7 @@ from dcscale.checkpoint import CheckpointError, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, damage, read_marker, seal
 from dcscale.checkpoint.probe import read_probe
 from dcscale.observe import Console
-from dcscale.parallel import discover, start_distributed
+from dcscale.parallel import KINDS, discover, start_distributed
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_shards, tiny_config, train_here
 from dcscale.train import build_trainer
@@ -34,10 +34,23 @@ def _train_two_steps(configs):
     for config in configs:
         trainer, _ = train_here(config)
         weights = dict(trainer.engine.weights())
+        assert_snapshot_is_a_copy(trainer)
         if trainer.environment.is_main:
             saved = load_file(trainer.latest_checkpoint / "weights" / "model-00001.safetensors")
             same.append(saved.keys() == weights.keys() and all(saved[name].equal(weights[name]) for name in saved))
     return same
+
+
+def assert_snapshot_is_a_copy(trainer):
+    engine, batch = trainer.engine, trainer.latest_batch
+    snapshot = engine.snapshot()
+    before = {place: tensor.clone() for place, tensor in snapshot.tensors.items()}
+    engine.forward_backward((batch.input_ids, batch.targets, batch.document_ids), 0.1, last=True)
+    engine.update(0.1)
+    after = engine.snapshot().tensors
+    assert all(tensor.equal(before[place]) for place, tensor in snapshot.tensors.items())
+    for kind in KINDS:
+        assert not all(after[place].equal(before[place]) for place in before if place[1] == kind)
 
 
 def settings(run, shards, stage, precision, *more):
