@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -29,7 +30,7 @@ def superfluous(run: Path, settings: CheckpointConfig, spared: Collection[Path])
         kept.update(checkpoint for checkpoint in whole if step_of(checkpoint) % settings.keep_every == 0)
     if settings.keep_best is not None:
         losses = {checkpoint: read_state(checkpoint).get("validation_loss") for checkpoint in whole}
-        measured = [checkpoint for checkpoint in whole if losses[checkpoint] is not None]
+        measured = [checkpoint for checkpoint, loss in losses.items() if loss is not None and math.isfinite(loss)]
         kept.update(sorted(measured, key=losses.__getitem__)[: settings.keep_best])
     kept_places = {checkpoint.resolve() for checkpoint in [*kept, *spared]}
     return [checkpoint for checkpoint in whole if checkpoint.resolve() not in kept_places]

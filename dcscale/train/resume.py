@@ -74,6 +74,8 @@ def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = No
             )
         return existing[-1] if existing else None
     checkpoint = find_checkpoint(Path(resume))
+    if checkpoint in damaged:
+        raise CheckpointError(f"checkpoint.resume is damaged: {damaged[checkpoint]}; name another one")
     if not any((checkpoint / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER)):
         raise CheckpointError(
             f"checkpoint.resume is {checkpoint}, which holds a model without optimizer state ({OPTIMIZER}/): training "

@@ -79,34 +79,48 @@ class Trainer:
             NonFiniteError: a gradient is infinite or not a number; its update was not made.
             CheckpointError: a checkpoint could not be written by one rank; raised on all ranks.
         """
+        with StopSignals() as signals, signals.calling(self.loader.interrupt):
+            try:
+                return self._train(signals)
+            except DataError as error:
+                raise DataError(f"{error}{self._end_saving()}") from error
+
+    def _train(self, signals: StopSignals) -> Ending:
         train = self.config.train
         batches = self.loader.steps(self.state.sequences)
         ending = Ending.COMPLETED
-        with StopSignals() as signals, signals.calling(self.loader.interrupt):
-            while self.state.step < train.steps:
-                if train.stop_after is not None and self.state.step >= train.stop_after:
-                    ending = Ending.PAUSED
-                    break
-                start = time.perf_counter()
-                step = self._next_batches(batches, signals)
-                if step.stop:
-                    ending = Ending.SIGNALLED
-                    break
-                lr, grad_norm = self._step(step.micro_batches, step.targets)
-                if step.skipped:
-                    batches = self.loader.steps(self.state.sequences)
-                seconds = time.perf_counter() - start
-                self._seconds += seconds
-                self._waited += step.waited
-                self._timed_steps += 1
-                self.state.train_seconds += seconds
-                if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
-                    self._record(lr, grad_norm)
-                for hook in self.hooks:
-                    hook.after_step(self)
+        while self.state.step < train.steps:
+            if train.stop_after is not None and self.state.step >= train.stop_after:
+                ending = Ending.PAUSED
+                break
+            start = time.perf_counter()
+            step = self._next_batches(batches, signals)
+            if step.stop:
+                ending = Ending.SIGNALLED
+                break
+            lr, grad_norm = self._step(step.micro_batches, step.targets)
+            if step.skipped:
+                batches = self.loader.steps(self.state.sequences)
+            seconds = time.perf_counter() - start
+            self._seconds += seconds
+            self._waited += step.waited
+            self._timed_steps += 1
+            self.state.train_seconds += seconds
+            if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
+                self._record(lr, grad_norm)
             for hook in self.hooks:
-                hook.finish(self, ending is Ending.COMPLETED)
+                hook.after_step(self)
+        for hook in self.hooks:
+            hook.finish(self, ending is Ending.COMPLETED)
         return ending
+
+    def _end_saving(self) -> str:
+        """Waits for a checkpoint under way, before training fails; returns what to add to its failure, if anything."""
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as failure:
+            return f"; and {failure}"
+        return ""
 
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
@@ -114,14 +128,13 @@ class Trainer:
             if step is not None and step.skipped:
                 self._give_up(step.skipped)
         except DataError as error:
-            reason = f"the data of step {self.state.step + 1} could not be read: {error}"
+            also = self._end_saving()
             if self.state.step > 0:
                 try:
                     self.save()
-                    self.checkpoints.wait()
                 except CheckpointError as failure:
-                    reason += f"; and {failure}"
-            raise DataError(reason) from error
+                    also += f"; and {failure}"
+            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}{also}") from error
         assert step is not None, "the training data is endless"
         return step
 
@@ -152,17 +165,13 @@ class Trainer:
         try:
             grad_norm = self.engine.update(lr)
         except NonFiniteError as error:
-            try:
-                self.checkpoints.wait()
-                newest = f"{self.latest_checkpoint}"
-            except CheckpointError as failure:
-                newest = f"{self.latest_checkpoint}, as {failure}"
+            also = self._end_saving()
             self._sum_losses()
             loss = self.state.pending[-1][0] / max(targets, 1)
             raise NonFiniteError(
                 f"step {self.state.step + 1}: {error}, loss {loss}; the update was not made. Newest checkpoint: "
-                f"{newest}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or look at "
-                "the data of this step"
+                f"{self.latest_checkpoint}{also}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or "
+                "look at the data of this step"
             ) from error
         self.state.step += 1
         self.state.validation_loss = None

@@ -53,6 +53,13 @@ def test_what_is_spared_stays_under_any_spelling(run):
     assert kept(run, [spelled], keep_last=1) == [20, 80]
 
 
+def test_a_loss_that_is_no_number_is_not_the_best(run):
+    folder = run / "checkpoints" / step_name(20)
+    (folder / "state.json").write_text('{"format": 1, "validation_loss": NaN}')
+    seal(folder)
+    assert kept(run, keep_last=1, keep_best=3) == [10, 40, 60, 80]
+
+
 def test_a_damaged_one_takes_no_place_and_is_left(run):
     (run / "checkpoints" / step_name(80) / "COMPLETE").unlink()
     (run / "checkpoints" / step_name(60) / "state.json").write_text("cut")

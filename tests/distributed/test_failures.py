@@ -120,9 +120,12 @@ def _held_out_data_fail(config):
 
 
 def test_held_out_data_that_fail_on_one_rank_stop_all_with_its_words(shards, tmp_path):
-    for kind, text in run_distributed(_held_out_data_fail, 2, tiny_config(tmp_path / "run", shards)):
+    config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=3")
+    for kind, text in run_distributed(_held_out_data_fail, 2, config):
         assert kind is DataError
         assert text == "rank 1: shard-000000.tar is shorter than the manifest says"
+    # The checkpoint that was under way is there.
+    assert find_checkpoint(tmp_path / "run").name == "step-00000003"
 
 
 class Poison(Hook):

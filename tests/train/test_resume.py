@@ -108,6 +108,15 @@ def test_a_named_checkpoint_that_is_damaged_has_no_previous(config, tmp_path, on
         good_checkpoint_to_resume(branch, 0, 1)
 
 
+def test_a_named_checkpoint_of_the_run_itself_that_is_damaged(config, one_rank):
+    write(config, 2)
+    newer = write(config, 4)
+    flip(newer / "config.yaml")
+    config.checkpoint.resume, config.checkpoint.on_damaged = str(newer), "previous"
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume is damaged: .*config.yaml has .*; name another one"):
+        good_checkpoint_to_resume(config, 0, 1)
+
+
 def test_a_branch_whose_newest_checkpoint_is_damaged(config, tmp_path, one_rank):
     older = write(config, 2)
     settings = [f"checkpoint.resume={older}", "checkpoint.on_damaged=previous"]
