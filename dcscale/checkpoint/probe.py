@@ -5,6 +5,7 @@ Sizes and checksums tell whether files are those that were written; this tells w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,3 +99,20 @@ def read_probe(checkpoint: Path) -> Probe | None:
         return Probe(ids, positions, logits, types[said["dtype"]], said["device"])
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+
+
+def check_model(forward: Callable[..., Tensor], checkpoint: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Compares a loaded model with the probe of its checkpoint, if that has one and the type has a limit.
+
+    Raises:
+        CheckpointError: the model computes something else. With another type or kind of device it is only a warning.
+    """
+    saved = read_probe(checkpoint)
+    if saved is None or dtype not in LIMITS:
+        return
+    here = take_probe(forward, (saved.input_ids_BT, saved.positions_B), dtype, device)
+    if problem := saved.difference(here):
+        text = f"{checkpoint}: the model does not compute what it did when it was saved: {problem}"
+        if saved.comparable(here):
+            raise CheckpointError(text)
+        warnings.warn(text, stacklevel=2)

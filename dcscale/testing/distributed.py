@@ -13,12 +13,29 @@ import torch.multiprocessing as multiprocessing
 
 from dcscale.parallel import free_port
 
-IMPORTED_ONCE = ["dcscale.testing.runs", "dcscale.observe.board", "deepspeed.runtime.zero.muon.original_muon"]
-"""Modules that take long to import: the last one has all of DeepSpeed and of torch.compile behind it."""
+
+def _context() -> multiprocessing.context.BaseContext:
+    """How processes start: forked, where no GPU forbids it, from a process that has imported what takes seconds."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The last has all of DeepSpeed and of torch.compile behind it, which every engine imports.
+    context.set_forkserver_preload(["dcscale.testing.runs", "deepspeed.runtime.zero.muon.original_muon"])
+    return context
 
 
-def _child(function: Callable, rank: int, world_size: int, port: int, answers: Any, arguments: tuple) -> None:
+def _child(
+    function: Callable,
+    environ: dict[str, str],
+    rank: int,
+    world_size: int,
+    port: int,
+    answers: Any,
+    arguments: tuple,
+) -> None:
+    os.environ.clear()
     os.environ.update(
+        environ,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -35,18 +52,17 @@ def _child(function: Callable, rank: int, world_size: int, port: int, answers: A
         answers.put((rank, None, traceback.format_exc()))
 
 
-def start_ranks(function: Callable, world_size: int, *arguments: Any) -> tuple[list[multiprocessing.Process], Any]:
-    """Starts ``function(*arguments)`` in ``world_size`` processes; also returns the queue of their answers.
-
-    They are forked from a process that has done nothing but imports, which are most of a start; their environment is
-    that of this process when it first called this. With GPUs, which a fork could not use, each starts from nothing.
-    """
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+def start_ranks(function: Callable, world_size: int, *arguments: Any) -> tuple[list[Any], Any]:
+    """Starts ``function(*arguments)`` in ``world_size`` processes; returns them, and the queue of their answers."""
+    context = _context()
     answers = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_child, args=(function, rank, world_size, port, answers, arguments), daemon=True)
+        context.Process(
+            target=_child,
+            args=(function, dict(os.environ), rank, world_size, port, answers, arguments),
+            daemon=True,
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from dcscale.checkpoint import CheckpointError, find_checkpoint, load_weights
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import OPTIMIZER, STATE, WEIGHTS, damage
-from dcscale.checkpoint.probe import LIMITS, read_probe, take_probe
+from dcscale.checkpoint.probe import check_model
 from dcscale.config import Config
 from dcscale.data import Tokenizer
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer, HuggingFaceTokenizer
@@ -53,17 +52,5 @@ def load_trained(path: Path, device: torch.device, dtype: torch.dtype | None = N
         model = DCFormer(config.model)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     load_weights(model, checkpoint / WEIGHTS)
-    _check_probe(model, checkpoint, device, dtype)
+    check_model(model, checkpoint, dtype, device)
     return Trained(model, tokenizer, config, checkpoint, state["step"])
-
-
-def _check_probe(model: DCFormer, checkpoint: Path, device: torch.device, dtype: torch.dtype) -> None:
-    saved = read_probe(checkpoint)
-    if saved is None or dtype not in LIMITS:
-        return
-    here = take_probe(model, (saved.input_ids_BT, saved.positions_B), dtype, device)
-    if problem := saved.difference(here):
-        text = f"{checkpoint}: the model does not compute what it did when it was saved: {problem}"
-        if saved.comparable(here):
-            raise CheckpointError(text)
-        warnings.warn(text, stacklevel=3)
