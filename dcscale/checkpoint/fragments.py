@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dcscale.checkpoint.layout import CheckpointError
 from dcscale.files import sync_folder
-from dcscale.parallel import KINDS, Snapshot
+from dcscale.parallel import KINDS, MASTER, Snapshot
 
 FORMAT = 1
 NAMED_AT_MOST = 8
@@ -40,13 +41,17 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_fragments(snapshot: Snapshot, folder: Path) -> None:
-    """Writes one rank's part into ``folder``, straight from the snapshot's memory, and makes the file durable."""
+def write_fragments(snapshot: Snapshot, folder: Path) -> Path:
+    """Writes one rank's part into ``folder``, straight from the snapshot's memory, and makes the file durable.
+
+    Returns the file.
+    """
     state = {"format": FORMAT, "ranks": snapshot.ranks, "steps": snapshot.steps, "parameters": snapshot.shapes}
     tensors = {f"{name}:{kind}:{start}": tensor for (name, kind, start), tensor in snapshot.tensors.items()}
     path = folder / file_name(snapshot.rank)
     save_file(tensors, path, metadata={"state": json.dumps(state)})
     sync_folder(path)
+    return path
 
 
 class Fragments:
@@ -125,6 +130,24 @@ class Fragments:
             elif shape != tuple(shapes[name]):
                 problems.append(f"{name} has shape {shape}, the model wants {tuple(shapes[name])}")
         self._refuse(problems, "does not fit the model")
+
+    def weights(self, dtype: torch.dtype, batch_bytes: int = 1 << 30) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, its float32 weights rounded to ``dtype``. Reads about ``batch_bytes`` at once.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        batch: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            batch[name] = torch.empty(shape)
+            if sum(tensor.nbytes for tensor in batch.values()) >= batch_bytes:
+                yield from self._filled(batch, dtype)
+        yield from self._filled(batch, dtype)
+
+    def _filled(self, batch: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        self.fill({(name, MASTER): (0, tensor.view(-1)) for name, tensor in batch.items()})
+        for name in list(batch):
+            yield name, batch.pop(name).to(dtype)
 
     def fill(self, targets: Mapping[tuple[str, str], tuple[int, Tensor]]) -> None:
         """Copies into each target what the state has of (parameter, kind), from the given first element on.

@@ -1,93 +1,238 @@
-"""Writing a checkpoint so that a run always has a whole one, whatever is killed when.
+"""How a checkpoint comes to be, beside training, so that a run always has a whole one, whatever is killed when.
 
-All ranks write into a folder under a temporary name; each tells the others whether it succeeded;
-only then rank 0 seals the folder, renames it, points ``latest`` at it and removes old ones.
+It is told in :meth:`Checkpoints._tell`: the state is copied; a folder under a temporary name is reserved; each rank
+writes its part into it; rank 0 reads back what all have written and adds the rest; the marker is written, the folder
+gets its name, ``latest`` names it; old checkpoints go. Each of these begins only when all ranks have told each other
+that the one before has succeeded; if it has failed on any, all know, and the earlier checkpoints stay.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
+from concurrent import futures
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dcscale.checkpoint import layout
-from dcscale.checkpoint.fragments import write_fragments
+from dcscale.checkpoint.fragments import Fragments, write_fragments
+from dcscale.checkpoint.layout import CheckpointError, Written
+from dcscale.checkpoint.retention import discard, superfluous
 from dcscale.checkpoint.weights import save_weights
+from dcscale.config import CheckpointConfig
 from dcscale.files import sync_folder, sync_tree, write_atomically, write_json
-from dcscale.parallel import Engine
+from dcscale.parallel import Engine, Snapshot
+
+T = TypeVar("T")
+Story = Generator[Callable[[], Any] | None, list[Any], None]
+"""Yields what this rank does in each stage, if anything; gets the results of all ranks, or their errors raised."""
 
 
-def save_checkpoint(
-    engine: Engine,
-    run: Path,
-    step: int,
-    state: dict[str, Any],
-    config_yaml: str,
-    keep_last: int | None,
-    copies: Mapping[str, bytes] | None = None,
-) -> Path:
-    """Writes the checkpoint of ``step``; all ranks call it together. Returns its folder.
+class Checkpoints:
+    """The checkpoints of a run. All ranks call each method together, after the same step.
 
-    ``copies`` are further files that it holds, by name. A checkpoint of that step that is already whole is left as it
-    is.
+    Writing goes on in a thread, which touches nothing but files and its copy of the state. The ranks' words go through
+    the engine, from the training loop's thread, in :meth:`save`, :meth:`poll` and :meth:`wait` only.
 
-    Raises:
-        CheckpointError: on every rank if any of them failed; the earlier checkpoints stay.
+    Args:
+        latest: the checkpoint the run goes on from.
+        spared: a checkpoint that is never removed: the one the run branched from.
     """
-    root = run / "checkpoints"
-    final = root / layout.step_name(step)
-    temporary = root / (layout.TEMPORARY_PREFIX + final.name)
-    is_main = engine.environment.is_main
 
-    # Rank 0 alone looks, so that a shared disk that is slow to show a file cannot divide the ranks.
-    if engine.sum_over_ranks([int(is_main and final.exists() and layout.defect(final) is None)])[0]:
-        return final
+    def __init__(
+        self,
+        engine: Engine,
+        run: Path,
+        settings: CheckpointConfig,
+        latest: Path | None = None,
+        spared: str | None = None,
+    ):
+        self._engine, self._settings, self._spared = engine, settings, spared
+        self._run, self._root = run, run / "checkpoints"
+        self._is_main = engine.environment.is_main
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="dcscale-checkpoint")
+        self._story: Story | None = None
+        self._task: futures.Future | None = None
+        self.latest = latest
+        """The newest checkpoint that is known to be whole."""
+        self.write_seconds, self.written_bytes = 0.0, 0
+        """Of ``latest``, once this start has written it: seconds from the copied state to its name; bytes of files."""
 
-    def reserve() -> None:
-        if is_main:
-            root.mkdir(parents=True, exist_ok=True)
-            for leftover in [final, *root.glob(layout.TEMPORARY_PREFIX + "*")]:
-                if leftover.exists():
-                    shutil.rmtree(leftover)
-            (temporary / layout.OPTIMIZER).mkdir(parents=True)
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._story is not None
 
-    def write_state() -> None:
-        write_fragments(engine.snapshot(), temporary / layout.OPTIMIZER)
+    def save(self, step: int, state: dict[str, Any], files: Mapping[str, bytes]) -> None:
+        """Copies the training state and begins to write the checkpoint of ``step``; waits for an earlier one first.
 
-    def write_rest() -> None:
-        save_weights(engine.weights(), temporary / layout.WEIGHTS)
-        if is_main:
-            write_json(temporary / layout.STATE, state)
-            write_atomically(temporary / layout.CONFIG, config_yaml)
-            for name, content in (copies or {}).items():
-                write_atomically(temporary / name, content)
+        ``state`` is the content of ``state.json``; ``files`` are further ones, by name. Without
+        ``checkpoint.background`` the checkpoint is written at the return. Does nothing if the run goes on from it.
 
-    def publish() -> None:
-        if is_main:
-            sync_tree(temporary)
-            layout.seal(temporary)
-            temporary.rename(final)
-            sync_folder(root)
-            write_atomically(root / layout.LATEST, final.name + "\n")
-            if keep_last is not None:
-                # A damaged one must not take the place of a whole one.
-                whole = [p for p in layout.checkpoints_of(run) if layout.step_of(p) <= step and not layout.defect(p)]
-                for old in whole[:-keep_last]:
-                    shutil.rmtree(old)
+        Raises:
+            CheckpointError: on every rank, if this or the earlier checkpoint could not be written.
+        """
+        self.wait()
+        final = self._root / layout.step_name(step)
+        if self.latest is not None and self.latest.resolve() == final.resolve():
+            return
+        self._story = self._tell(final, state, files)
+        self._go_on(partial(next, self._story))
+        if not self._settings.background:
+            self.wait()
 
-    for phase in (reserve, write_state, write_rest, publish):
-        _together(engine, phase, f"checkpoint {final} was not written")
-    return final
+    def poll(self) -> None:
+        """Takes a checkpoint under way one stage on, if all ranks are through with this one; does not wait.
+
+        Costs the sum of one integer over the ranks, and only while a checkpoint is under way.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written; it is given up.
+        """
+        if self._story is not None:
+            through = self._task is None or self._task.done()
+            if self._engine.sum_over_ranks([int(through)])[0] == self._engine.environment.world_size:
+                self._next_stage()
+
+    def wait(self) -> None:
+        """Returns once no checkpoint is under way any more. Raises CheckpointError as :meth:`poll`."""
+        while self._story is not None:
+            # No rank waits for another's disk within a collective, which has a time limit.
+            if self._task is not None:
+                futures.wait([self._task], timeout=1)
+            self.poll()
+
+    def close(self) -> None:
+        """Waits for this rank's thread only; a checkpoint under way stays unfinished."""
+        self._thread.shutdown()
+
+    # -- the story ---------------------------------------------------------------------------------------------
+
+    def _tell(self, final: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> Story:
+        temporary = self._root / (layout.TEMPORARY_PREFIX + final.name)
+        start = time.perf_counter()
+        try:
+            copy: list[Snapshot] = []
+            bytes_needed = sum(self._agree(lambda: self._copy_state(copy))) + sum(map(len, files.values()))
+            self._agree(self._on_main(lambda: self._reserve(temporary, bytes_needed)))
+            parts = yield partial(_write_part, copy, temporary)
+            (rest, *_) = yield self._on_main(lambda: self._write_rest(temporary, state, files))
+            written = {name: file for part in [*parts, rest] for name, file in part.items()}
+            yield self._on_main(lambda: self._publish(temporary, final, written))
+        except CheckpointError as error:
+            if self._is_main:  # what cannot be removed now is when the next one is reserved
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {final} was not written: {error}") from error
+        self.latest = final
+        self.write_seconds = time.perf_counter() - start
+        self.written_bytes = sum(file.bytes for file in written.values())
+        try:
+            yield self._on_main(self._retain)
+        except CheckpointError as error:
+            raise CheckpointError(f"{final} was written, but older checkpoints were not removed: {error}") from error
+
+    def _copy_state(self, copy: list[Snapshot]) -> int:
+        """Puts this rank's part into ``copy``; returns the bytes that it adds to the checkpoint."""
+        snapshot = self._engine.snapshot()
+        copy.append(snapshot)
+        # Of three float32 values an element, one is written again as a weight.
+        return snapshot.nbytes + snapshot.nbytes // 12 * self._engine.dtype.itemsize
+
+    def _reserve(self, temporary: Path, bytes_needed: int) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        for leftover in self._root.glob(layout.TEMPORARY_PREFIX + "*"):
+            shutil.rmtree(leftover)
+        for leftover in self._root.glob(f".{layout.LATEST}.*"):
+            leftover.unlink()
+        free = shutil.disk_usage(self._root).free
+        if free < bytes_needed:
+            raise CheckpointError(
+                f"{self._root} has {free:,} bytes free, but the checkpoint takes {bytes_needed:,}: make room, keep "
+                "fewer (checkpoint.keep_last), or go on with a copy of the run on a larger disk (run.folder)"
+            )
+        (temporary / layout.OPTIMIZER).mkdir(parents=True)
+
+    def _write_rest(self, temporary: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Written]:
+        # Reading the parts back proves them whole; and so the weights can never be others than the optimizer's.
+        fragments = Fragments(temporary / layout.OPTIMIZER)
+        save_weights(fragments.weights(self._engine.dtype), temporary / layout.WEIGHTS)
+        write_json(temporary / layout.STATE, state)
+        for name, content in files.items():
+            write_atomically(temporary / name, content)
+        sync_tree(temporary)
+        names = (name for name in layout.files_in(temporary) if not name.startswith(f"{layout.OPTIMIZER}/"))
+        return layout.written(temporary, names)
+
+    def _publish(self, temporary: Path, final: Path, written: dict[str, Written]) -> None:
+        layout.seal(temporary, written)
+        if problem := layout.defect(temporary):
+            raise CheckpointError(problem)
+        if final.exists():  # this course of the run did not go on from it, nor write it
+            set_aside(final)
+        temporary.rename(final)
+        sync_folder(self._root)
+        point_latest_at(final)
+
+    def _retain(self) -> None:
+        assert self.latest is not None
+        spared = {self.latest, *([Path(self._spared)] if self._spared else [])}
+        for checkpoint in superfluous(self._run, self._settings, spared):
+            discard(checkpoint)
+
+    # -- how it goes on ----------------------------------------------------------------------------------------
+
+    def _on_main(self, call: Callable[[], T]) -> Callable[[], T] | None:
+        return call if self._is_main else None
+
+    def _agree(self, call: Callable[[], T] | None) -> list[T]:
+        """Calls on every rank that has a call, and returns all results; if any fails, raises on all, in their words."""
+        result = error = None
+        try:
+            result = call() if call is not None else None
+        except Exception as caught:  # told to every rank and raised below
+            error = f"{type(caught).__name__}: {caught}"
+        answers = self._engine.of_all_ranks((result, error))
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
+        if errors:
+            raise CheckpointError("; ".join(errors))
+        return [result for result, _ in answers]
+
+    def _next_stage(self) -> None:
+        story, task = self._story, self._task
+        assert story is not None
+        try:
+            results = self._agree(None if task is None else task.result)
+        except CheckpointError as error:
+            self._go_on(partial(story.throw, error))
+        else:
+            self._go_on(partial(story.send, results))
+
+    def _go_on(self, resume: Callable[[], Callable[[], Any] | None]) -> None:
+        """Takes the story to its next stage, which then runs in the thread."""
+        story, self._story, self._task = self._story, None, None
+        try:
+            call = resume()
+        except StopIteration:
+            return
+        self._story, self._task = story, None if call is None else self._thread.submit(call)
 
 
-def _together(engine: Engine, phase: Callable[[], None], failure: str) -> None:
-    """Runs a phase on every rank; if it fails on one, raises on all, with the ranks' own words."""
-    error = None
-    try:
-        phase()
-    except Exception as caught:  # told to every rank and raised below
-        error = f"{type(caught).__name__}: {caught}"
-    errors = engine.errors_of_ranks(error)
-    if errors:
-        raise layout.CheckpointError(f"{failure}: {errors}")
+def _write_part(copy: list[Snapshot], folder: Path) -> dict[str, Written]:
+    """Writes a rank's part and lets its copy go."""
+    path = write_fragments(copy.pop(), folder / layout.OPTIMIZER)
+    return layout.written(folder, [str(path.relative_to(folder))])
+
+
+def point_latest_at(checkpoint: Path) -> None:
+    """Makes ``latest`` name it."""
+    write_atomically(checkpoint.parent / layout.LATEST, checkpoint.name + "\n")
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint so that it counts no more, and returns its new place."""
+    names = (f"set-aside-{checkpoint.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    place = next(place for name in names if not (place := checkpoint.with_name(name)).exists())
+    return checkpoint.rename(place)

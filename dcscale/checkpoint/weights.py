@@ -19,22 +19,14 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
 
 
-def save_weights(weights: Iterable[tuple[str, Tensor | None]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes named tensors into ``folder`` as shards of at most ``shard_bytes`` (one tensor at least) and an index.
 
-    Holds one shard in memory. ``weights`` is always iterated to its end, also after a failed write and on
-    ranks whose tensors are None, because the ranks gather each tensor together.
+    Holds one shard in memory.
     """
     writer = _ShardWriter(folder, shard_bytes)
-    failure: Exception | None = None
     for name, tensor in weights:
-        if tensor is not None and failure is None:
-            try:
-                writer.add(name, tensor)
-            except Exception as error:  # raised below, once no other rank waits for this one
-                failure = error
-    if failure is not None:
-        raise failure
+        writer.add(name, tensor)
     writer.finish()
 
 

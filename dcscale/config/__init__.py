@@ -3,9 +3,10 @@
 from dcscale.config.check import check_config
 from dcscale.config.load import Loaded, config_to_dict, differences, from_dict, load_config, to_yaml
 from dcscale.config.problem import ConfigError, Problem, raise_problems
-from dcscale.config.schema import Config, DataConfig, DataSource, ModelConfig
+from dcscale.config.schema import CheckpointConfig, Config, DataConfig, DataSource, ModelConfig
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",

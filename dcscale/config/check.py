@@ -96,6 +96,8 @@ RANGES: dict[str, Range] = {
     "samples.top_p": Range(0, 1, open_low=True),
     "checkpoint.interval": _NOT_NEGATIVE,
     "checkpoint.keep_last": _COUNT,
+    "checkpoint.keep_every": _COUNT,
+    "checkpoint.keep_best": _COUNT,
     "log.interval": _COUNT,
     "log.compose_interval": _NOT_NEGATIVE,
     "log.peak_tflops": _POSITIVE,
@@ -290,6 +292,31 @@ def _validation_has_data(config: Config) -> Findings:
     if config.validation.interval > 0 and config.data.validation is None:
         fix = "set data.validation to a folder of held-out shards, or this to 0"
         yield "validation.interval", "needs data.validation, which is null", fix
+
+
+@_rule("checkpoint.keep_every", "checkpoint.interval")
+def _kept_checkpoints_are_written(config: Config) -> Findings:
+    every, interval = config.checkpoint.keep_every, config.checkpoint.interval
+    if every is not None and (interval == 0 or every % interval):
+        rule = f"must be a multiple of checkpoint.interval = {interval}, or there is no checkpoint to keep"
+        fix = (
+            f"use {max(1, round(every / interval)) * interval}" if interval else "set checkpoint.interval, or use null"
+        )
+        yield "checkpoint.keep_every", rule, fix
+
+
+@_rule("checkpoint.keep_best", "checkpoint.interval", "validation.interval")
+def _best_checkpoints_are_known(config: Config) -> Findings:
+    every, validated = config.checkpoint.interval, config.validation.interval
+    if config.checkpoint.keep_best is None:
+        return
+    if not validated:
+        fix = "set validation.interval to checkpoint.interval, or this to null"
+        yield "checkpoint.keep_best", "needs validation, but validation.interval is 0", fix
+    elif every % validated:
+        rule = f"needs a validation at every checkpoint: checkpoint.interval = {every} must be a multiple of "
+        fix = f"use checkpoint.interval={max(1, round(every / validated)) * validated}, or null"
+        yield "checkpoint.keep_best", f"{rule}validation.interval = {validated}", fix
 
 
 @_rule("samples.interval", "samples.prompts")

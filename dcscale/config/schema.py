@@ -391,16 +391,40 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints; one is also written at the end and when a signal asks to stop. 0: only these."""
 
+    background: bool = True
+    """Write while training goes on. The state is copied into the hosts' memory first either way (12 bytes a parameter
+    over all ranks), so that false saves no memory: the copy is only gone sooner, and the loop waits for the disk.
+    Rank 0 takes up to about 5 GiB more while it writes the model's weights."""
+
+    on_error: str = "fail"
+    """What a checkpoint that cannot be written does: ``fail`` stops the run; ``warn`` reports it, counts it in the
+    metrics, and goes on to the next one. The earlier checkpoints stay. The last one of a start always stops with an
+    error."""
+
     keep_last: int | None = 3
     """Newest checkpoints that are kept; null keeps all."""
+
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good, beside the newest; null for none."""
+
+    keep_best: int | None = None
+    """So many checkpoints of the lowest validation loss are kept, beside the newest; null for none."""
 
     resume: str = "auto"
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one;
     or the path of a checkpoint."""
 
+    on_damaged: str = "fail"
+    """What a damaged newest checkpoint does: ``fail`` stops the start and says what is wrong; ``previous`` sets it
+    aside under another name and goes on from the newest good one. What is read is checked against its SHA-256 first."""
+
     allow_data_change: bool = False
     """Go on with other data, or another order, than the checkpoint was made with. The first sequence of the new order
     that is used has the number of sequences used so far; what was read before may come again."""
+
+    allow_other_logits: bool = False
+    """Go on though the loaded model's logits of the checkpoint's probe batch differ by more than rounding from the
+    saved ones. They are only reported where the type or the kind of device is another one."""
 
     init_from: str | None = None
     """Model folder, checkpoint or run whose weights a new run begins with; its optimizer, schedule and data begin anew.
@@ -464,6 +488,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "train.precision": ("bf16", "fp32"),
     "train.recompute": ("none", "block"),
     "schedule.kind": ("cosine", "wsd", "constant"),
+    "checkpoint.on_error": ("fail", "warn"),
+    "checkpoint.on_damaged": ("fail", "previous"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "data.on_error": ("fail", "skip"),
 }

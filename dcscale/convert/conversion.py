@@ -19,6 +19,7 @@ from torch import Tensor
 from dcscale.checkpoint import CheckpointError, save_weights
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, seal
+from dcscale.checkpoint.probe import check_model
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
 from dcscale.convert import maxtext, upcycle, upcycle_config, upstream, upstream_config
@@ -85,7 +86,8 @@ class Conversion:
         Needs the memory of the model and of one tensor. ``dtype`` None is the type it was trained in.
 
         Raises:
-            ConversionError: there are values that are not finite or may not be left out.
+            ConversionError: there are values that are not finite or may not be left out, or the model computes
+                something else than its checkpoint's probe says.
         """
         check_left_out(self.plan, self.files)
         with torch.device("meta"):
@@ -99,6 +101,11 @@ class Conversion:
         for name, tensor in self._tensors(problems):
             parameters[name].copy_(tensor)
         self._refuse(problems)
+        if self.found.kind == "dcscale":
+            try:
+                check_model(model, self.found.folder, next(model.parameters()).dtype, device)
+            except CheckpointError as error:
+                raise ConversionError(str(error)) from error
         return model
 
     def _refuse(self, problems: list[str]) -> None:

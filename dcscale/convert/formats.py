@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER
+from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER, damage
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.maxtext_files import find_state
 from dcscale.convert.upcycle_config import FAMILIES as TRANSFORMERS
@@ -42,6 +42,8 @@ def detect(path: Path) -> Found:
             folder = find_checkpoint(path)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
+        if problem := damage(folder, left_out=OPTIMIZER):
+            raise ConversionError(f"the checkpoint is damaged: {problem}; name another one")
         trained = any((folder / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER))
         words = "dcscale training checkpoint" if trained else "dcscale model folder"
         return Found("dcscale", folder, f"{words} {folder}")

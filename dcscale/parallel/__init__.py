@@ -2,11 +2,12 @@
 
 from dcscale.parallel.engine import Engine, NonFiniteError, start_distributed, stop_distributed
 from dcscale.parallel.environment import Environment, LaunchError, discover, free_port, share_cores
-from dcscale.parallel.fragments import KINDS, Snapshot
-from dcscale.parallel.together import RankError, decided_by_main, on_every_rank
+from dcscale.parallel.fragments import KINDS, MASTER, Snapshot
+from dcscale.parallel.together import RankError, decided_by_main, of_all_ranks, on_every_rank
 
 __all__ = [
     "KINDS",
+    "MASTER",
     "Engine",
     "Environment",
     "LaunchError",
@@ -16,6 +17,7 @@ __all__ = [
     "decided_by_main",
     "discover",
     "free_port",
+    "of_all_ranks",
     "on_every_rank",
     "share_cores",
     "start_distributed",

@@ -129,6 +129,11 @@ class Engine:
         """The module itself; under ZeRO-3 its parameters are there only inside their own module's forward."""
         return self._engine.module
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that the model computes with."""
+        return next(self.module.parameters()).dtype
+
     # -- one optimizer step ---------------------------------------------------------------------------------
 
     def forward_backward(self, inputs: Sequence[Tensor | None], scale: float, last: bool) -> Tensor:

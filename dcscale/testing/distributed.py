@@ -19,7 +19,8 @@ def _context() -> multiprocessing.context.BaseContext:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "dcscale.testing.runs"])
+    # The last has all of DeepSpeed and of torch.compile behind it, which every engine imports.
+    context.set_forkserver_preload(["dcscale.testing.runs", "deepspeed.runtime.zero.muon.original_muon"])
     return context
 
 
@@ -51,14 +52,8 @@ def _child(
         answers.put((rank, None, traceback.format_exc()))
 
 
-def run_distributed(function: Callable, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
-    """Calls ``function(*arguments)`` in ``world_size`` fresh processes and returns their results by rank.
-
-    ``function`` must be importable (defined at the top of a module) and results picklable.
-
-    Raises:
-        AssertionError: a process failed or did not answer within ``timeout`` seconds; shows its traceback.
-    """
+def start_ranks(function: Callable, world_size: int, *arguments: Any) -> tuple[list[Any], Any]:
+    """Starts ``function(*arguments)`` in ``world_size`` processes; returns them, and the queue of their answers."""
     context = _context()
     answers = context.Queue()
     port = free_port()
@@ -72,6 +67,18 @@ def run_distributed(function: Callable, world_size: int, *arguments: Any, timeou
     ]
     for process in processes:
         process.start()
+    return processes, answers
+
+
+def run_distributed(function: Callable, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
+    """Calls ``function(*arguments)`` in ``world_size`` fresh processes and returns their results by rank.
+
+    ``function`` must be importable (defined at the top of a module) and results picklable.
+
+    Raises:
+        AssertionError: a process failed or did not answer within ``timeout`` seconds; shows its traceback.
+    """
+    processes, answers = start_ranks(function, world_size, *arguments)
     results: list[Any] = [None] * world_size
     try:
         for _ in processes:

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.fragments import Fragments
-from dcscale.checkpoint.layout import OPTIMIZER
+from dcscale.checkpoint.layout import OPTIMIZER, STATE
+from dcscale.checkpoint.lifecycle import point_latest_at, set_aside
+from dcscale.checkpoint.probe import read_probe
 from dcscale.config import Config, to_yaml
 from dcscale.data import (
     Access,
@@ -42,7 +45,7 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state, spread_changes
+from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, read_state, spread_changes
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -61,7 +64,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     stream = data.stream
 
     # Everything that can be refused is refused before the model takes its memory and the folder is touched.
-    checkpoint = decided_by_main(lambda: checkpoint_to_resume(config))
+    checkpoint, damaged = good_checkpoint_to_resume(config, environment.rank, environment.world_size)
     state, saved = TrainState(data_identity=stream.identity), None
     if checkpoint is not None:
         content = decided_by_main(lambda: read_state(checkpoint))
@@ -93,7 +96,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     if saved is not None:
         engine.load(saved)
 
-    decided_by_main(lambda: _start_folder(run, config))
+    for place, problem in decided_by_main(lambda: _start_folder(run, config, checkpoint, damaged)):
+        console.line(f"warning    {problem}; the checkpoint is set aside as {place}")
     hooks: list[Hook] = [
         Throughput(
             count_flops(config.model, config.data.sequence_length).total,
@@ -108,7 +112,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         hooks.append(ComposeDistance(config.log.compose_interval))
     if data.samples is not None:
         hooks.append(data.samples)
-    hooks.append(Saving(config.checkpoint.interval))
+    hooks.append(Saving(config.checkpoint.interval, config.checkpoint.on_error))
     for hook in hooks:
         if hook.name in state.hooks:
             hook.load_state_dict(state.hooks[hook.name])
@@ -123,10 +127,31 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         hooks,
         run,
         data.tokenizer_files,
+        checkpoint,
     )
-    trainer.latest_checkpoint = checkpoint
     _announce(console, config, environment, stream, trainer)
+    if checkpoint is not None:
+        _check_probe(trainer, checkpoint, console)
     return trainer
+
+
+def _check_probe(trainer: Trainer, checkpoint: Path, console: Console) -> None:
+    saved = on_every_rank(lambda: read_probe(checkpoint))
+    if saved is None:
+        console.line(f"warning    {checkpoint} has no probe batch, so what its model computes was not checked")
+        return
+    here = trainer.probe((saved.input_ids_BT, saved.positions_B))
+    problems = [text for text in trainer.engine.of_all_ranks(saved.difference(here)) if text is not None]
+    if not problems:
+        return
+    said = f"{problems[0]}, on {len(problems)} of {trainer.environment.world_size} ranks"
+    if saved.comparable(here) and not trainer.config.checkpoint.allow_other_logits:
+        raise CheckpointError(
+            f"{checkpoint} was loaded, but its model does not compute what it did when it was saved: {said}. Go on "
+            f"with the code that wrote it ({STATE} names it), or, if the change is meant, set "
+            "checkpoint.allow_other_logits=true"
+        )
+    console.line(f"warning    {checkpoint}: {said}")
 
 
 class _Data(NamedTuple):
@@ -208,9 +233,16 @@ def _loader(
     )
 
 
-def _start_folder(run: Path, config: Config) -> None:
+def _start_folder(
+    run: Path, config: Config, checkpoint: Path | None, damaged: dict[Path, str]
+) -> list[tuple[Path, str]]:
+    """Returns where damaged checkpoints are now, and what is wrong with them."""
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
+    moved = [(set_aside(other), problem) for other, problem in damaged.items()]
+    if moved and checkpoint is not None:
+        point_latest_at(checkpoint)
+    return moved
 
 
 def _build_model(config: Config) -> nn.Module:

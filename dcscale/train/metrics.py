@@ -32,6 +32,20 @@ METRICS: dict[str, Metric] = {
     "step_seconds": Metric("s", "mean wall-clock time of a step since the last record", "speed/step_seconds"),
     "data_wait": Metric("1", "part of that time rank 0 waited for data", "speed/data_wait"),
     "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on its GPU, or resident on a CPU", "memory/peak_gib"),
+    "checkpoint_stall_seconds": Metric(
+        "s",
+        "how long checkpoints held training up since the last record, on rank 0, if they did",
+        "checkpoint/stall_seconds",
+    ),
+    "checkpoint_write_seconds": Metric(
+        "s",
+        "from the copy of the state to the whole checkpoint; of one written since the last record",
+        "checkpoint/write_seconds",
+    ),
+    "checkpoint_bytes": Metric("bytes", "size of that checkpoint", None),
+    "checkpoint_failures": Metric(
+        "checkpoints", "not written since this start (checkpoint.on_error=warn)", "checkpoint/failures"
+    ),
     "validation_loss": Metric("nats/token", "mean over the targets of the held-out sequences", "loss/validation"),
     "bits_per_byte": Metric(
         "bits/byte", "validation_loss / ln 2 / bytes of text a target stands for", "loss/bits_per_byte"

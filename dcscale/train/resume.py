@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
-from dcscale.checkpoint.layout import OLD_OPTIMIZER, OPTIMIZER, step_of
+from dcscale.checkpoint.layout import OLD_OPTIMIZER, OPTIMIZER, WEIGHTS, damage, defect, step_of
 from dcscale.config import Config, differences
 from dcscale.data.manifest import TokenizerInfo
+from dcscale.parallel import decided_by_main, of_all_ranks
 from dcscale.train.state import TrainState
 
 MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
 """Fields of the model section that may change between starts of a run."""
 
 
-def checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint this start goes on from, or None for a new run.
+def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint this start goes on from, read and found undamaged, or None for a new run; all ranks call it.
+
+    Every rank reads a share of the files. With ``checkpoint.on_damaged=previous`` newer checkpoints of the run that are
+    damaged are passed over, and returned with what is wrong with them.
 
     Raises:
-        CheckpointError: the run's folder and ``checkpoint.resume`` do not go together, or the checkpoint is damaged.
+        CheckpointError: as :func:`checkpoint_to_resume`, or the checkpoint is damaged.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        checkpoint = decided_by_main(lambda: checkpoint_to_resume(config, damaged))
+        if checkpoint is None:
+            return None, damaged
+        # Training reads everything but the weights, which are made of the optimizer's float32 ones.
+        problems = of_all_ranks(damage(checkpoint, left_out=WEIGHTS, rank=rank, ranks=ranks))
+        problem = next((text for text in problems if text is not None), None)
+        if problem is None:
+            return checkpoint, damaged
+        run = Path(config.run.folder)
+        if checkpoint.resolve().parents[1] != run.resolve():
+            raise CheckpointError(f"the checkpoint to go on from is damaged: {problem}; name another one")
+        if config.checkpoint.on_damaged == "fail":
+            raise CheckpointError(
+                f"the newest checkpoint is damaged: {problem}. Restore it from a copy, or set "
+                "checkpoint.on_damaged=previous to set it aside and go on from the newest good one"
+            )
+        damaged[checkpoint] = problem
+
+
+def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Path | None:
+    """The checkpoint this start goes on from, or None for a new run. It may be damaged, but is none of ``damaged``,
+    the checkpoints that are known to be and what is wrong with them.
+
+    Raises:
+        CheckpointError: the run's folder and ``checkpoint.resume`` do not go together, or all of a run's checkpoints
+            are damaged.
     """
     run, resume = Path(config.run.folder), config.checkpoint.resume
-    existing = checkpoints_of(run)
+    damaged = damaged or {}
+    existing = [checkpoint for checkpoint in checkpoints_of(run) if checkpoint not in damaged]
     if resume == "never":
         if existing or (run / "metrics.jsonl").exists():
             raise CheckpointError(
@@ -32,16 +67,23 @@ def checkpoint_to_resume(config: Config) -> Path | None:
             )
         return None
     if resume == "auto":
-        return find_checkpoint(run) if existing else None
+        if damaged and not existing:
+            raise CheckpointError(
+                f"none of the checkpoints in {run} is good; the newest: {next(iter(damaged.values()))}. Restore one "
+                "from a copy, or start anew with another run.name"
+            )
+        return existing[-1] if existing else None
     checkpoint = find_checkpoint(Path(resume))
+    if checkpoint in damaged:
+        raise CheckpointError(f"checkpoint.resume is damaged: {damaged[checkpoint]}; name another one")
     if not any((checkpoint / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER)):
         raise CheckpointError(
             f"checkpoint.resume is {checkpoint}, which holds a model without optimizer state ({OPTIMIZER}/): training "
             "cannot go on from it; name a checkpoint that a run has written"
         )
     if existing:
-        newest = find_checkpoint(run)
-        if read_state(newest).get("branched_from") == str(checkpoint.resolve()):
+        newest = existing[-1]
+        if defect(newest) or read_state(newest).get("branched_from") == str(checkpoint.resolve()):
             return newest  # the same words, said again, go on with the branch
     newer = [p.name for p in existing if step_of(p) > step_of(checkpoint)]
     if newer:
@@ -109,7 +151,7 @@ def check_fits(
         way_out = ", or set checkpoint.allow_data_change=true to go on with other sequences"
     elif changes and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         problems.append("the data's tokenizer is another one: the same token would mean another text")
-    if checkpoint.parents[1].resolve() != Path(config.run.folder).resolve():
+    if checkpoint.resolve().parents[1] != Path(config.run.folder).resolve():
         state.branched_from = str(checkpoint.resolve())
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-import dcscale
 from dcscale.checkpoint.layout import STATE_FORMAT
+from dcscale.train.provenance import versions
 
 
 @dataclass
@@ -51,12 +48,14 @@ class TrainState:
     pending: list[tuple[float, int]] = field(default_factory=list)
     """(loss sum in nats, targets) of the steps since the last logged one, so that a resumed run logs the same mean."""
 
+    validation_loss: float | None = None
+    """Of the model of this very step, nats a token; None if it was not validated."""
+
     hooks: dict[str, Any] = field(default_factory=dict)
     """State of the hooks, by their name."""
 
     def to_json(self, **extra: Any) -> dict[str, Any]:
-        versions = {"dcscale": dcscale.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        return {"format": STATE_FORMAT, **dataclasses.asdict(self), "versions": versions, **extra}
+        return {"format": STATE_FORMAT, **dataclasses.asdict(self), "versions": versions(), **extra}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainState:

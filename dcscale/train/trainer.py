@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
-from dcscale.checkpoint import save_checkpoint
+from dcscale.checkpoint import CheckpointError, Checkpoints
+from dcscale.checkpoint.layout import CONFIG, PROBE
+from dcscale.checkpoint.probe import Probe, probe_tokens, take_probe
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError, SkippedShard
 from dcscale.parallel import Engine, NonFiniteError
 from dcscale.train.batches import StepBatches, next_together
 from dcscale.train.hooks import Hook, Record, due
+from dcscale.train.provenance import git_revision
 from dcscale.train.report import Reporter, without_secrets
 from dcscale.train.schedule import learning_rate
 from dcscale.train.signals import StopSignals
@@ -42,6 +45,7 @@ class Trainer:
         hooks: features, called in order.
         run: the run's folder.
         tokenizer_files: what is needed to load the data's tokenizer, by name; every checkpoint holds a copy.
+        checkpoint: the one that ``state`` is of, if it is of one.
     """
 
     def __init__(
@@ -54,14 +58,16 @@ class Trainer:
         hooks: Sequence[Hook],
         run: Path,
         tokenizer_files: Mapping[str, bytes],
+        checkpoint: Path | None = None,
     ):
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
         self.hooks, self.run = hooks, run
         self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         self.latest_batch: Batch | None = None
-        self.latest_checkpoint: Path | None = None
+        self.checkpoints = Checkpoints(engine, run, config.checkpoint, checkpoint, state.branched_from)
         self._reporter, self._tokenizer_files = reporter, tokenizer_files
+        self._revision = git_revision() if self.environment.is_main else None
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
 
@@ -71,35 +77,50 @@ class Trainer:
         Raises:
             DataError: the data of one rank failed; raised on all ranks, after a checkpoint of what was done.
             NonFiniteError: a gradient is infinite or not a number; its update was not made.
+            CheckpointError: a checkpoint could not be written by one rank; raised on all ranks.
         """
+        with StopSignals() as signals, signals.calling(self.loader.interrupt):
+            try:
+                return self._train(signals)
+            except DataError as error:
+                raise DataError(f"{error}{self._end_saving()}") from error
+
+    def _train(self, signals: StopSignals) -> Ending:
         train = self.config.train
         batches = self.loader.steps(self.state.sequences)
         ending = Ending.COMPLETED
-        with StopSignals() as signals, signals.calling(self.loader.interrupt):
-            while self.state.step < train.steps:
-                if train.stop_after is not None and self.state.step >= train.stop_after:
-                    ending = Ending.PAUSED
-                    break
-                start = time.perf_counter()
-                step = self._next_batches(batches, signals)
-                if step.stop:
-                    ending = Ending.SIGNALLED
-                    break
-                lr, grad_norm = self._step(step.micro_batches, step.targets)
-                if step.skipped:
-                    batches = self.loader.steps(self.state.sequences)
-                seconds = time.perf_counter() - start
-                self._seconds += seconds
-                self._waited += step.waited
-                self._timed_steps += 1
-                self.state.train_seconds += seconds
-                if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
-                    self._record(lr, grad_norm)
-                for hook in self.hooks:
-                    hook.after_step(self)
+        while self.state.step < train.steps:
+            if train.stop_after is not None and self.state.step >= train.stop_after:
+                ending = Ending.PAUSED
+                break
+            start = time.perf_counter()
+            step = self._next_batches(batches, signals)
+            if step.stop:
+                ending = Ending.SIGNALLED
+                break
+            lr, grad_norm = self._step(step.micro_batches, step.targets)
+            if step.skipped:
+                batches = self.loader.steps(self.state.sequences)
+            seconds = time.perf_counter() - start
+            self._seconds += seconds
+            self._waited += step.waited
+            self._timed_steps += 1
+            self.state.train_seconds += seconds
+            if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
+                self._record(lr, grad_norm)
             for hook in self.hooks:
-                hook.finish(self, ending is Ending.COMPLETED)
+                hook.after_step(self)
+        for hook in self.hooks:
+            hook.finish(self, ending is Ending.COMPLETED)
         return ending
+
+    def _end_saving(self) -> str:
+        """Waits for a checkpoint under way, before training fails; returns what to add to its failure, if anything."""
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as failure:
+            return f"; and {failure}"
+        return ""
 
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
@@ -107,9 +128,13 @@ class Trainer:
             if step is not None and step.skipped:
                 self._give_up(step.skipped)
         except DataError as error:
+            also = self._end_saving()
             if self.state.step > 0:
-                self.save()
-            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
+                try:
+                    self.save()
+                except CheckpointError as failure:
+                    also += f"; and {failure}"
+            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}{also}") from error
         assert step is not None, "the training data is endless"
         return step
 
@@ -140,14 +165,16 @@ class Trainer:
         try:
             grad_norm = self.engine.update(lr)
         except NonFiniteError as error:
+            also = self._end_saving()
             self._sum_losses()
             loss = self.state.pending[-1][0] / max(targets, 1)
             raise NonFiniteError(
                 f"step {self.state.step + 1}: {error}, loss {loss}; the update was not made. Newest checkpoint: "
-                f"{self.latest_checkpoint}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or look at "
-                "the data of this step"
+                f"{self.latest_checkpoint}{also}. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, or "
+                "look at the data of this step"
             ) from error
         self.state.step += 1
+        self.state.validation_loss = None
         self.state.sequences += self.config.train.global_batch_size
         self.state.tokens += self.tokens_per_step
         return lr, grad_norm
@@ -181,9 +208,15 @@ class Trainer:
     def close(self) -> None:
         """Stops reading ahead and closes the reporter's files."""
         self.loader.close()
+        self.checkpoints.close()
         self._reporter.close()
 
     # -- for hooks -----------------------------------------------------------------------------------------------
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return self.checkpoints.latest
 
     def take_times(self) -> tuple[float, float, int]:
         """Seconds spent in steps, part of them spent waiting for data, and steps, since the last call."""
@@ -195,12 +228,25 @@ class Trainer:
         """Sends a record to file, board and terminal."""
         self._reporter.record(record)
 
+    def warn(self, text: str) -> None:
+        """Tells the person at the terminal of something that should not be."""
+        self._reporter.warn(text)
+
     def report_text(self, tag: str, markdown: str) -> None:
         """Shows text in TensorBoard."""
         self._reporter.text(tag, markdown, self.state.step)
 
+    def probe(self, tokens: tuple[torch.Tensor, torch.Tensor]) -> Probe:
+        """What the model makes of these tokens now; all ranks call it together."""
+        with self.engine.evaluating() as forward:
+            return take_probe(forward, tokens, self.engine.dtype, self.environment.device)
+
     def save(self) -> None:
-        """Writes a checkpoint of the last finished step."""
+        """Begins to write a checkpoint of the last finished step; :attr:`checkpoints` says how it goes.
+
+        Raises:
+            CheckpointError: on every rank, if one could not be written: this or an earlier one.
+        """
         self._sum_losses()
         self.state.hooks = {hook.name: hook.state_dict() for hook in self.hooks}
         state = self.state.to_json(
@@ -209,13 +255,11 @@ class Trainer:
             precision=self.config.train.precision,
             global_batch_size=self.config.train.global_batch_size,
             tokenizer=dataclasses.asdict(self.loader.tokenizer),
+            git=self._revision,
         )
-        self.latest_checkpoint = save_checkpoint(
-            self.engine,
-            self.run,
-            self.state.step,
-            state,
-            to_yaml(without_secrets(self.config)),
-            self.config.checkpoint.keep_last,
-            copies=self._tokenizer_files,
-        )
+        files = {
+            CONFIG: to_yaml(without_secrets(self.config)).encode(),
+            PROBE: self.probe(probe_tokens(self.config.model.vocab_size)).to_bytes(),
+            **self._tokenizer_files,
+        }
+        self.checkpoints.save(self.state.step, state, files)

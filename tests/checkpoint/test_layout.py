@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import defect, seal, step_name, step_of
+from dcscale.checkpoint.layout import damage, defect, read_marker, seal, step_name, step_of
 
 
 def make(run, step):
@@ -43,12 +43,20 @@ def test_a_model_folder_may_have_any_name(tmp_path):
         (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE is not readable"),
         (
             lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})),
-            "format 99, this version .* 1",
+            "format 99, this version .* 1 and 2",
         ),
         (lambda f: (f / "COMPLETE").write_text("[1]"), "COMPLETE must be a JSON object, but is a list"),
-        (lambda f: (f / "COMPLETE").write_text("{}"), "format None, this version .* 1"),
+        (lambda f: (f / "COMPLETE").write_text("{}"), "format None, this version .* 1 and 2"),
         (lambda f: (f / "COMPLETE").write_text('{"format": 1}'), "has files None, but must map the files' names"),
         (lambda f: (f / "COMPLETE").write_text('{"format": 1, "files": ["a"]}'), r"has files \['a'\], but must map"),
+        (
+            lambda f: (f / "COMPLETE").write_text('{"format": 2, "files": {"a": {"bytes": 3}}}'),
+            "must say bytes and sha256 of a, but says {'bytes': 3}",
+        ),
+        (
+            lambda f: (f / "COMPLETE").write_text('{"format": 1, "files": {"../../a": 3}}'),
+            "names the file '../../a' outside its folder",
+        ),
         (lambda f: (f / "deepspeed" / "part").unlink(), "part is missing"),
         (lambda f: (f / "deepspeed" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
     ],
@@ -59,6 +67,39 @@ def test_damage_is_named(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint(folder)
+
+
+def test_changed_content_is_found_by_its_checksum(tmp_path):
+    folder = make(tmp_path, 3)
+    assert damage(folder) is None
+    (folder / "deepspeed" / "part").write_bytes(b"12346")
+    assert defect(folder) is None
+    assert f"{folder}/deepspeed/part has the SHA-256 " in damage(folder)
+    assert damage(folder).endswith(
+        "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5 was written: its content has changed"
+    )
+    assert damage(folder, left_out="deepspeed") is None
+    (folder / "deepspeed" / "part").unlink()
+    assert damage(folder, left_out="deepspeed").endswith("part is missing")
+
+
+def test_every_file_is_in_the_share_of_one_rank(tmp_path):
+    folder = make(tmp_path, 3)
+    for number in range(5):
+        (folder / f"part-{number}").write_bytes(bytes(number))
+    seal(folder)
+    (folder / "part-3").write_bytes(b"abc")
+    assert [damage(folder, rank=rank, ranks=3) is None for rank in range(3)].count(False) == 1
+    assert [damage(folder, rank=rank, ranks=9) is None for rank in range(9)].count(False) == 1
+
+
+def test_a_marker_from_before_there_were_checksums(tmp_path):
+    folder = make(tmp_path, 3)
+    (folder / "COMPLETE").write_text('{"format": 1, "files": {"deepspeed/part": 5}}')
+    assert read_marker(folder)["deepspeed/part"] == (5, None)
+    assert damage(folder) is None
+    (folder / "deepspeed" / "part").write_bytes(b"1234")
+    assert "part has 4 bytes, 5 were written" in damage(folder)
 
 
 def test_a_marker_that_is_a_folder(tmp_path):

@@ -33,25 +33,6 @@ def test_round_trip_in_any_number_of_shards(tmp_path, shard_bytes, files):
         assert torch.equal(a, b)
 
 
-def test_ranks_without_tensors_write_nothing(tmp_path):
-    save_weights([("a", None), ("b", None)], tmp_path / "weights")
-    assert not (tmp_path / "weights").exists()
-
-
-def test_a_failed_write_is_raised_only_after_all_tensors_were_gathered(tmp_path):
-    (tmp_path / "weights").write_text("a file where the folder should be")
-    gathered = []
-
-    def gather():
-        for name, tensor in named(model()):
-            gathered.append(name)
-            yield name, tensor
-
-    with pytest.raises(FileExistsError):
-        save_weights(gather(), tmp_path / "weights", shard_bytes=1)
-    assert len(gathered) == 6
-
-
 def test_every_misfit_is_listed_and_nothing_is_loaded(tmp_path):
     tensors = dict(named(model()))
     tensors["extra.weight"] = torch.zeros(2)

@@ -177,6 +177,27 @@ BROKEN = [
         "samples.prompts = []: must hold texts to be continued, none of them empty; "
         'give some, such as ["def "], or set samples.interval=0',
     ),
+    (
+        "checkpoint.keep_every=1500",
+        "checkpoint.keep_every = 1500: must be a multiple of checkpoint.interval = 1000, or there is no checkpoint to "
+        "keep; use 2000",
+    ),
+    (
+        "checkpoint.interval=0; checkpoint.keep_every=10",
+        "must be a multiple of checkpoint.interval = 0, or there is no checkpoint to keep; set checkpoint.interval",
+    ),
+    (
+        "checkpoint.keep_best=2",
+        "checkpoint.keep_best = 2: needs validation, but validation.interval is 0; set validation.interval to "
+        "checkpoint.interval, or this to null",
+    ),
+    (
+        "checkpoint.keep_best=2; validation.interval=300; data.validation=x",
+        "needs a validation at every checkpoint: checkpoint.interval = 1000 must be a multiple of validation.interval "
+        "= 300; use checkpoint.interval=900, or null",
+    ),
+    ("checkpoint.on_error=ignore", 'checkpoint.on_error = "ignore": must be one of fail, warn'),
+    ("checkpoint.on_damaged=skip", 'checkpoint.on_damaged = "skip": must be one of fail, previous'),
     ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold texts to be continued'),
     # Training.
     (
@@ -288,6 +309,8 @@ KEPT = [
     ("schedule.kind=constant",),
     ("run.name=a run, with.dots",),
     ("checkpoint.keep_last=null",),
+    ("checkpoint.keep_every=3000",),
+    ("checkpoint.keep_best=1", "validation.interval=500", "data.validation=x"),
     ("parallel.offload_optimizer=true",),
     ("train.seed=9223372036854775807",),
 ]
@@ -335,7 +358,8 @@ COUNTS = (
     "model.multi_gate model.windows model.rope_scaling.original_length "
     "data.shuffle_shards data.slots data.read_threads data.cache_bytes "
     "train.steps train.stop_after train.global_batch_size train.micro_batch_size "
-    "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens checkpoint.keep_last "
+    "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens "
+    "checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best "
     "log.interval"
 )
 FROM_ZERO = (

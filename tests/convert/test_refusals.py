@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+from dcscale.checkpoint.layout import seal
 from dcscale.config.schema import ComposeConfig
 from dcscale.convert import ConversionError, convert, prepare
 from dcscale.testing.convert import write_checkpoint
@@ -271,18 +272,22 @@ def test_damaged_checkpoints(tmp_path):
     state = (source / "state.json").read_text()
     other = state.replace('"spec"', '"spek"')
     (source / "state.json").write_text(other)
+    seal(source)
     with pytest.raises(ConversionError, match="has a tokenizer without spec and eos_id"):
         prepare(source, "upstream")
     (source / "state.json").write_text(state.replace('"format": 1', '"format": 9'))
+    seal(source)
     with pytest.raises(ConversionError, match="format 9, this version of dcscale reads 1"):
         prepare(source, "upstream")
     (source / "state.json").write_text(state)
+    seal(source)
     config = (source / "config.yaml").read_text()
     (source / "config.yaml").write_text(config.replace("layers: 2", "layers: 3"))
+    seal(source)
     marker = json.loads((source / "COMPLETE").read_text())
     with pytest.raises(ConversionError, match=r"blocks.2.attention.q.weight is missing"):
         prepare(source, "dcscale")
-    marker["files"]["config.yaml"] += 1
+    marker["files"]["config.yaml"]["bytes"] += 1
     (source / "COMPLETE").write_text(json.dumps(marker))
     with pytest.raises(ConversionError, match="config.yaml has .* bytes, .* were written"):
         prepare(source, "dcscale")

@@ -120,9 +120,12 @@ def _held_out_data_fail(config):
 
 
 def test_held_out_data_that_fail_on_one_rank_stop_all_with_its_words(shards, tmp_path):
-    for kind, text in run_distributed(_held_out_data_fail, 2, tiny_config(tmp_path / "run", shards)):
+    config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=3")
+    for kind, text in run_distributed(_held_out_data_fail, 2, config):
         assert kind is DataError
         assert text == "rank 1: shard-000000.tar is shorter than the manifest says"
+    # The checkpoint that was under way is there.
+    assert find_checkpoint(tmp_path / "run").name == "step-00000003"
 
 
 class Poison(Hook):
@@ -225,6 +228,26 @@ def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_the_old_one_stays(
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000002\n"
 
 
+def _saving_fails_but_training_goes_on(config):
+    trainer = build(config, BreakSaving())
+    return *failure(trainer.fit), trainer.state.step
+
+
+def test_where_it_is_told_to_training_goes_on_without_the_checkpoint(shards, tmp_path):
+    config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=2", "checkpoint.on_error=warn")
+    for kind, text, step in run_distributed(_saving_fails_but_training_goes_on, 2, config):
+        # But not without the last one, or nothing would be left of the run.
+        assert kind is CheckpointError
+        assert "step-00000008 was not written: rank 1: OSError: No space left on device" in text
+        assert step == 8
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r for r in records if "loss" in r][-1]["checkpoint_failures"] in (
+        1,
+        2,
+    )  # the one of step 6 may still have been under way
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+
+
 def _train_each(configs):
     results = []
     for config in configs:
@@ -263,11 +286,19 @@ def test_what_a_later_start_finds(shards, tmp_path):
     board.Reload()
     assert [event.step for event in board.Scalars("loss/validation")] == [3, 6, 8]
 
-    # A damaged checkpoint is passed over, and does not count among those that are kept.
-    next((run / "checkpoints" / "step-00000008" / "weights").glob("*.safetensors")).unlink()
-    later = [tiny_config(run, shards, *base, rules, "train.stop_after=7", "checkpoint.keep_last=1")]
-    assert run_distributed(_train_each, 1, later) == [[str(run / "checkpoints" / "step-00000007")]]
-    assert find_checkpoint(run).name == "step-00000007"
+    # A damaged checkpoint is named; where asked, it is set aside, and does not count among those that are kept.
+    part = run / "checkpoints" / "step-00000008" / "optimizer" / "rank-00000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    stop = [*base, rules, "train.stop_after=7", "checkpoint.keep_last=1"]
+    later = [tiny_config(run, shards, *stop), tiny_config(run, shards, *stop, "checkpoint.on_damaged=previous")]
+    ((refused, went_back),) = run_distributed(_train_each, 1, later)
+    assert f"the newest checkpoint is damaged: {part} has the SHA-256" in refused
+    assert went_back == str(run / "checkpoints" / "step-00000007")
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left == ["latest", "set-aside-step-00000008", "step-00000007"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000007\n"
 
 
 def _clip_after_resume(configs):

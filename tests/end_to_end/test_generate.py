@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dcscale.checkpoint.layout import seal
 from dcscale.convert import ConversionError
 from dcscale.data import DataError
 from dcscale.inference import open_trained
@@ -84,6 +85,9 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     huge = shutil.copytree(diverged, tmp_path / "huge" / "step-00000008")
     overwrite_weights(diverged, float("nan"))
     overwrite_weights(huge, 1e15)
+    changed = shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", tmp_path / "changed" / "step-00000008")
+    config = changed / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
     for words, message in (
         ([tmp_path, "--prompt", "a"], "is nothing that can be converted"),
         ([runs / "zero1", "--prompt", ""], "prompt 0 is empty"),
@@ -95,6 +99,7 @@ def test_errors_of_the_tool(runs, tmp_path, call):
             "has values that are not finite:\n  - embedding.weight  <-  embedding.weight: 8224 NaN",
         ),
         ([huge, "--prompt", "a"], "the model's logits are not finite"),
+        ([changed, "--prompt", "a"], "the checkpoint is damaged: "),
     ):
         code, written, told = call(*words)
         assert (code, written) == (2, "")
@@ -105,9 +110,12 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     ("change", "message"),
     [
         (lambda f: (f / "weights" / "model-00001.safetensors").unlink(), "model-00001.safetensors is missing"),
-        (lambda f: edit_state(f, "tokenizer", None), r"has no tokenizer\.json: name one with --tokenizer, or 'byte'"),
         (
-            lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text().replace("dim: 32", "dim: 64")),
+            lambda f: edit_file(f / "state.json", '"tokenizer"', '"tokeniser"'),
+            r"has no tokenizer\.json: name one with --tokenizer, or 'byte'",
+        ),
+        (
+            lambda f: edit_file(f / "config.yaml", "dim: 32", "dim: 64"),
             r"embedding\.weight has shape \[257, 32\], the config wants \[257, 64\]",
         ),
     ],
@@ -164,19 +172,13 @@ def overwrite_weights(folder, value):
     """Sets every weight to ``value``."""
     for path in (folder / "weights").glob("*.safetensors"):
         save_file({name: torch.full_like(x, value) for name, x in load_file(path).items()}, path)
-        marker = folder / "COMPLETE"
-        content = json.loads(marker.read_text())
-        content["files"][str(path.relative_to(folder))] = path.stat().st_size
-        marker.write_text(json.dumps(content))
+    (folder / "probe.safetensors").unlink()
+    seal(folder)
 
 
-def edit_state(folder, key, value):
-    """Changes state.json and the size that the marker expects of it."""
-    path, marker = folder / "state.json", folder / "COMPLETE"
-    state = json.loads(path.read_text())
-    if value is None:
-        del state[key]
-    path.write_text(json.dumps(state))
-    content = json.loads(marker.read_text())
-    content["files"]["state.json"] = path.stat().st_size
-    marker.write_text(json.dumps(content))
+def edit_file(path, there, here):
+    """Changes a file of a checkpoint, and what the marker says of it."""
+    content = path.read_text()
+    assert there in content
+    path.write_text(content.replace(there, here))
+    seal(path.parent)

@@ -10,7 +10,15 @@ from dcscale.checkpoint.layout import seal, step_name
 from dcscale.config import to_yaml
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.testing.runs import tiny_config
-from dcscale.train.resume import check_fits, checkpoint_to_resume, data_changes, read_state, spread_changes
+from dcscale.train import resume
+from dcscale.train.resume import (
+    check_fits,
+    checkpoint_to_resume,
+    data_changes,
+    good_checkpoint_to_resume,
+    read_state,
+    spread_changes,
+)
 from dcscale.train.state import TrainState
 
 IDENTITY = {"data": "abc", "sequence_length": 32}
@@ -46,11 +54,78 @@ def test_a_new_run_has_nothing_to_go_on_from(config):
     assert checkpoint_to_resume(config) is None
 
 
-def test_auto_takes_the_newest_whole_checkpoint(config):
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(resume, "decided_by_main", lambda decide: decide())
+    monkeypatch.setattr(resume, "of_all_ranks", lambda value: [value])
+
+
+def flip(path):
+    """Changes the content of a file, but not its size."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda folder: (folder / "COMPLETE").unlink(), "COMPLETE is missing"),
+        (lambda folder: flip(folder / "state.json"), "state.json has the SHA-256"),
+    ],
+)
+def test_a_damaged_newest_checkpoint(config, one_rank, harm, problem):
     older, newer = write(config, 2), write(config, 4)
-    assert checkpoint_to_resume(config) == newer
-    (newer / "COMPLETE").unlink()
-    assert checkpoint_to_resume(config) == older
+    assert good_checkpoint_to_resume(config, 0, 1) == (newer, {})
+    harm(newer)
+    with pytest.raises(
+        CheckpointError, match=rf"damaged: .*{problem}.* checkpoint.on_damaged=previous to set it aside"
+    ):
+        good_checkpoint_to_resume(config, 0, 1)
+    config.checkpoint.on_damaged = "previous"
+    found, damaged = good_checkpoint_to_resume(config, 0, 1)
+    assert found == older
+    assert list(damaged) == [newer]
+    assert problem in damaged[newer]
+    harm(older)
+    with pytest.raises(CheckpointError, match=rf"none of the checkpoints in .* good; the newest: .*4/{problem[:5]}"):
+        good_checkpoint_to_resume(config, 0, 1)
+
+
+def test_damage_on_another_rank_counts_too(config, monkeypatch, one_rank):
+    write(config, 4)
+    monkeypatch.setattr(resume, "of_all_ranks", lambda value: [value, "x/optimizer/rank-00001.safetensors is missing"])
+    with pytest.raises(CheckpointError, match="damaged: x/optimizer/rank-00001.safetensors is missing"):
+        good_checkpoint_to_resume(config, 0, 2)
+
+
+def test_a_named_checkpoint_that_is_damaged_has_no_previous(config, tmp_path, one_rank):
+    older = write(config, 2)
+    flip(older / "config.yaml")
+    settings = [f"checkpoint.resume={older}", "checkpoint.on_damaged=previous"]
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
+    with pytest.raises(CheckpointError, match=r"to go on from is damaged: .*config.yaml has .*; name another one"):
+        good_checkpoint_to_resume(branch, 0, 1)
+
+
+def test_a_named_checkpoint_of_the_run_itself_that_is_damaged(config, one_rank):
+    write(config, 2)
+    newer = write(config, 4)
+    flip(newer / "config.yaml")
+    config.checkpoint.resume, config.checkpoint.on_damaged = str(newer), "previous"
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume is damaged: .*config.yaml has .*; name another one"):
+        good_checkpoint_to_resume(config, 0, 1)
+
+
+def test_a_branch_whose_newest_checkpoint_is_damaged(config, tmp_path, one_rank):
+    older = write(config, 2)
+    settings = [f"checkpoint.resume={older}", "checkpoint.on_damaged=previous"]
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
+    first, second = (write(branch, step, branched_from=str(older)) for step in (5, 6))
+    (second / "state.json").unlink()
+    assert good_checkpoint_to_resume(branch, 0, 1)[0] == first
+    (first / "state.json").unlink()
+    assert good_checkpoint_to_resume(branch, 0, 1)[0] == older
 
 
 def test_never_refuses_a_folder_with_a_run(config):

@@ -38,6 +38,7 @@ class Validation(Hook):
         result = evaluate(trainer.engine, self._loader)
         self._done_at = trainer.state.step
         self.last = {"validation_loss": result.loss}
+        trainer.state.validation_loss = result.loss
         if self._text_bytes_per_target is not None:
             self.last["bits_per_byte"] = result.bits_per_byte(self._text_bytes_per_target)
         trainer.report({"step": trainer.state.step, **self.last})

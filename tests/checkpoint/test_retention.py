@@ -1,0 +1,80 @@
+"""Which checkpoints are kept."""
+
+import json
+import shutil
+
+import pytest
+
+from dcscale.checkpoint import checkpoints_of
+from dcscale.checkpoint.layout import seal, step_name, step_of
+from dcscale.checkpoint.retention import discard, superfluous
+from dcscale.config import CheckpointConfig
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Steps 10 to 80; validated at all but 30: worse and worse, but for 60."""
+    for step, loss in zip(range(10, 90, 10), [1.0, 1.1, None, 1.3, 1.4, 0.9, 1.6, 1.6]):
+        folder = tmp_path / "checkpoints" / step_name(step)
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"format": 1, "validation_loss": loss}))
+        seal(folder)
+    return tmp_path
+
+
+def kept(run, spared=(), **settings):
+    gone = superfluous(run, CheckpointConfig(**settings), spared)
+    return [step_of(p) for p in checkpoints_of(run) if p not in gone]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, [60, 70, 80]),
+        ({"keep_last": 1}, [80]),
+        ({"keep_last": 99}, list(range(10, 90, 10))),
+        ({"keep_last": None}, list(range(10, 90, 10))),
+        ({"keep_last": None, "keep_best": 1}, list(range(10, 90, 10))),
+        ({"keep_last": 1, "keep_every": 20}, [20, 40, 60, 80]),
+        ({"keep_last": 2, "keep_every": 30}, [30, 60, 70, 80]),
+        ({"keep_last": 1, "keep_best": 1}, [60, 80]),
+        ({"keep_last": 1, "keep_best": 3}, [10, 20, 60, 80]),
+        ({"keep_last": 1, "keep_best": 6}, [10, 20, 40, 50, 60, 70, 80]),
+        ({"keep_last": 1, "keep_every": 50, "keep_best": 2}, [10, 50, 60, 80]),
+    ],
+)
+def test_last_every_and_best(run, settings, steps):
+    assert kept(run, **settings) == steps
+
+
+def test_what_is_spared_stays_under_any_spelling(run):
+    spelled = run / "x" / ".." / "checkpoints" / step_name(20)
+    (run / "x").mkdir()
+    assert kept(run, [spelled], keep_last=1) == [20, 80]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(run):
+    folder = run / "checkpoints" / step_name(20)
+    (folder / "state.json").write_text('{"format": 1, "validation_loss": NaN}')
+    seal(folder)
+    assert kept(run, keep_last=1, keep_best=3) == [10, 40, 60, 80]
+
+
+def test_a_damaged_one_takes_no_place_and_is_left(run):
+    (run / "checkpoints" / step_name(80) / "COMPLETE").unlink()
+    (run / "checkpoints" / step_name(60) / "state.json").write_text("cut")
+    assert kept(run, keep_last=1, keep_best=1) == [10, 60, 70, 80]
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(run, monkeypatch):
+    seen = []
+
+    def killed(folder):
+        seen.append(folder.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        discard(run / "checkpoints" / step_name(20))
+    assert seen == [".unfinished-step-00000020"]
+    assert step_name(20) not in [p.name for p in checkpoints_of(run)]

@@ -1,0 +1,157 @@
+"""A disk that is full or read-only: the error says so, what was there stays, and the run stops or goes on as told."""
+
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+
+import pytest
+
+from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint, lifecycle
+from dcscale.checkpoint.layout import damage
+from dcscale.observe import Console, read_metrics
+from dcscale.parallel import discover, start_distributed
+from dcscale.testing.distributed import run_distributed
+from dcscale.testing.runs import make_shards, tiny_config
+from dcscale.train import build_trainer
+from dcscale.train.hooks import Hook
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder whose checkpoints are on a disk of 1 MiB: one fits, two do not."""
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no right to mount a small disk: {made.stderr.strip()}")
+    yield tmp_path / "run"
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+class Meddle(Hook):
+    """Does something to the disk after a step."""
+
+    name = "meddle"
+
+    def __init__(self, call, step):
+        self._call, self._step = call, step
+
+    def after_step(self, trainer):
+        if trainer.state.step == self._step:
+            self._call(trainer.run / "checkpoints")
+
+
+def remount(disk, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+
+
+def enlarge(disk):
+    remount(disk, "size=8m")
+
+
+def make_read_only(disk):
+    remount(disk, "ro")
+
+
+def make_writable(disk):
+    remount(disk, "rw")
+
+
+def _train(config, meddles, hide_what_is_free):
+    """What training fails with, the last step done, and what was said at the terminal."""
+    if hide_what_is_free:
+        lifecycle.shutil.disk_usage = lambda folder: namedtuple("usage", "free")(1 << 40)
+    environment = discover()
+    start_distributed(environment, 1)
+    trainer = build_trainer(config, environment, Console(enabled=False))
+    trainer.hooks = [*(Meddle(call, step) for call, step in meddles), *trainer.hooks]
+    warnings = []
+    trainer._reporter.warn = warnings.append
+    failure = ""
+    try:
+        trainer.fit()
+    except CheckpointError as error:
+        failure = str(error)
+    trainer.close()
+    return failure, trainer.state.step, warnings
+
+
+def train(run, shards, *overrides, meddles=(), hide_what_is_free=False):
+    config = tiny_config(run, shards, "checkpoint.interval=2", "validation.interval=0", *overrides)
+    return run_distributed(_train, 1, config, meddles, hide_what_is_free)[0]
+
+
+FULL = {False: "bytes free, but the checkpoint takes", True: "No space left on device"}
+
+
+@pytest.mark.parametrize("hide_what_is_free", FULL)
+def test_a_full_disk_stops_the_run(run, shards, hide_what_is_free):
+    failure, step, warnings = train(run, shards, hide_what_is_free=hide_what_is_free)
+    assert f"checkpoint {run}/checkpoints/step-00000004 was not written: rank 0: " in failure
+    assert FULL[hide_what_is_free] in failure
+    assert 4 <= step < 8
+    assert warnings == []
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    assert damage(find_checkpoint(run)) is None
+
+
+@pytest.mark.parametrize("hide_what_is_free", FULL)
+def test_a_full_disk_is_reported_and_training_goes_on_until_there_is_room(run, shards, hide_what_is_free):
+    failure, step, warnings = train(
+        run,
+        shards,
+        "checkpoint.on_error=warn",
+        "checkpoint.background=false",
+        meddles=[(enlarge, 7)],
+        hide_what_is_free=hide_what_is_free,
+    )
+    assert (failure, step, len(warnings)) == ("", 8, 2)
+    for warning, name in zip(warnings, ("step-00000004", "step-00000006")):
+        assert f"{name} was not written: rank 0: " in warning
+        assert FULL[hide_what_is_free] in warning
+        assert warning.endswith("Training goes on (checkpoint.on_error=warn)")
+    assert [p.name for p in checkpoints_of(run)] == ["step-00000002", "step-00000008"]
+    failures = {r["step"]: r["checkpoint_failures"] for r in read_metrics(run / "metrics.jsonl")}
+    assert failures == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 2, 8: 2}
+
+
+def test_the_last_checkpoint_must_be_written_whatever_the_policy(run, shards):
+    failure, step, warnings = train(run, shards, "checkpoint.on_error=warn")
+    assert "step-00000008 was not written" in failure
+    assert (step, len(warnings)) == (8, 2)
+
+
+@pytest.mark.parametrize("policy", ["fail", "warn"])
+def test_a_read_only_folder(run, shards, policy):
+    meddles = [(enlarge, 1), (make_read_only, 4), (make_writable, 7)]
+    failure, step, warnings = train(
+        run, shards, f"checkpoint.on_error={policy}", "checkpoint.background=false", meddles=meddles
+    )
+    said = "step-00000004 was not written: rank 0: OSError: [Errno 30] Read-only file system: "
+    if policy == "fail":
+        assert said in failure
+        assert step == 4
+    else:
+        assert failure == ""
+        assert said in warnings[0]
+        assert (step, len(warnings)) == (8, 2)
+    names = ["step-00000002"] if policy == "fail" else ["step-00000002", "step-00000008"]
+    assert [p.name for p in checkpoints_of(run)] == names
+    assert (run / "checkpoints" / "latest").read_text() == names[-1] + "\n"
+
+
+def test_a_folder_that_nothing_can_be_written_into_is_refused_at_the_start(run, shards):
+    make_read_only(run / "checkpoints")
+    failure, step, _ = train(run, shards, "checkpoint.background=false")
+    assert "step-00000002 was not written: rank 0: OSError: [Errno 30] Read-only file system" in failure
+    assert step == 2
+    assert shutil.disk_usage(run / "checkpoints").total == 1 << 20
+    assert os.listdir(run / "checkpoints") == []

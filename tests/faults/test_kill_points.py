@@ -1,0 +1,95 @@
+"""SIGKILL at every single step on disk of a save: before each open for writing, fsync, rename, removal, and in the
+middle of each file. Whatever the point, a whole checkpoint is there, and the next save goes through and cleans up.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from itertools import count
+
+from dcscale.checkpoint import Checkpoints, find_checkpoint, fragments, weights
+from dcscale.checkpoint.layout import damage, step_of
+from dcscale.config import CheckpointConfig
+from dcscale.testing.distributed import run_distributed
+from dcscale.testing.ranks import on_threads
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
+
+
+def save(run, step):
+    """Two ranks save; the checkpoint before goes."""
+
+    def each(engine):
+        checkpoints = Checkpoints(engine, run, CheckpointConfig(keep_last=1))
+        engine.step = step
+        checkpoints.save(step, {"format": 1, "step": step}, {"config.yaml": b"a: 1\n"})
+        checkpoints.wait()
+        checkpoints.close()
+
+    on_threads(2, each)
+
+
+def save_and_die(run, step, last_operation):
+    """Saves in a process that is killed before its operation of this number; returns whether it was."""
+    process = os.fork()
+    if process == 0:
+        done = count(1)
+
+        def operate():
+            if next(done) == last_operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def hear(event, arguments):
+            if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                operate()
+
+        fsync, save_file = os.fsync, fragments.save_file
+
+        def fsync_or_die(descriptor):
+            operate()
+            fsync(descriptor)
+
+        def save_file_or_die(tensors, path, **more):
+            save_file(tensors, path, **more)
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])  # one operation, and then it is half written
+            operate()
+            path.write_bytes(content)
+
+        sys.addaudithook(hear)
+        os.fsync, fragments.save_file, weights.save_file = fsync_or_die, save_file_or_die, save_file_or_die
+        save(run, step)
+        os._exit(0)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+
+def _die_everywhere(folder):
+    """By number of the operation: the step of the newest checkpoint that was whole after the kill before it."""
+    run, start = folder / "run", folder / "start"
+    save(start, 1)
+    found = []
+    operations = count(1)
+    shutil.copytree(start, run)
+    while save_and_die(run, 2, operation := next(operations)):
+        newest = find_checkpoint(run)
+        latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+        assert damage(newest) is None, operation
+        assert damage(latest) is None, operation
+        found.append(step_of(newest))
+        save(run, 3)
+        assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000003"], operation
+        assert damage(run / "checkpoints" / "step-00000003") is None
+        shutil.rmtree(run)
+        shutil.copytree(start, run)
+    return found
+
+
+def test_a_kill_at_every_operation_of_a_save(tmp_path):
+    (found,) = run_distributed(_die_everywhere, 1, tmp_path)
+    # Until the folder has its name the old one is the newest; then there are latest, and the removal of the old.
+    assert found == sorted(found)
+    assert found.count(1) > 40
+    assert found.count(2) > 10
