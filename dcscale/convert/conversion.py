@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, seal
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
-from dcscale.convert import upstream, upstream_config
+from dcscale.config.schema import ModelConfig
+from dcscale.convert import huggingface, upstream, upstream_config
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.folder import check_target, new_folder
 from dcscale.convert.formats import Found, detect
@@ -29,7 +30,7 @@ from dcscale.convert.recipe import Plan, Recipe, check_left_out, check_names, no
 from dcscale.convert.tensors import TensorFiles, open_tensors
 from dcscale.files import write_atomically, write_json
 
-FORMATS = ("dcscale", "upstream")
+FORMATS = ("dcscale", "upstream", "huggingface")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TOKENIZER = "tokenizer.json"
 
@@ -47,8 +48,10 @@ class Conversion:
     state: dict[str, Any]
     """Content of a model folder's state.json."""
     settings: dict[str, Any] | None
-    """Content of upstream's config.json, where that is the target."""
+    """Content of config.json, where the target has one."""
     notes: list[str]
+    beside: dict[str, str] = field(default_factory=dict)
+    """Texts of other files of the result, by name."""
 
     def lines(self) -> list[str]:
         """What a person should know, and the mapping."""
@@ -67,8 +70,11 @@ class Conversion:
                 raise ConversionError(f"{target} cannot be written: {error}") from error
             if problems:
                 raise ConversionError("\n".join([f"{self.files.source} has values that are not finite:", *problems]))
-            if (self.found.folder / _TOKENIZER).is_file():
+            byte_tokens = (self.state.get("tokenizer") or {}).get("spec") == "byte"
+            if (self.found.folder / _TOKENIZER).is_file() and not byte_tokens:
                 shutil.copyfile(self.found.folder / _TOKENIZER, folder / _TOKENIZER)
+            for name, content in self.beside.items():
+                write_atomically(folder / name, content)
             if self.settings is not None:
                 write_json(folder / "config.json", self.settings)
             else:
@@ -106,15 +112,17 @@ def prepare(
         ConversionError: it cannot be; everything in the way is listed.
     """
     found = detect(source)
+    if found.kind == target != "dcscale":
+        raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
+    if found.kind != "dcscale" and target != "dcscale":
+        raise ConversionError(f"{found.words} becomes {target} by way of dcscale only: convert it to dcscale first")
     if found.kind == "upstream":
-        if target == "upstream":
-            raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
         return _from_upstream(found, dtype, truth, gelu, local_keys)
     given = {"truth": truth, "gelu": gelu, "local_keys": local_keys}
     if any(value is not None for value in given.values()):
         names = ", ".join(name for name, value in given.items() if value is not None)
         raise ConversionError(f"{names} is only for upstream folders, but the source is a {found.words}")
-    return _from_dcscale(found, target, dtype)
+    return (_from_huggingface if found.kind == "huggingface" else _from_dcscale)(found, target, dtype)
 
 
 def convert(source: Path, target_folder: Path, target: str, *, overwrite: bool = False, **options: Any) -> Conversion:
@@ -134,8 +142,14 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
     tokenizer = content.get("tokenizer")
     if tokenizer is not None and not (isinstance(tokenizer, dict) and {"spec", "eos_id"} <= tokenizer.keys()):
         raise ConversionError(f"{found.folder / STATE} has a tokenizer without spec and eos_id: {tokenizer!r}")
-    settings, notes = None, []
-    if target == "upstream":
+    settings, notes, beside = None, [], {}
+    if target == "huggingface":
+        common = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, files.dtypes.values())
+        plan = _same_names(config.model)
+        settings = huggingface.write_settings(config, str(common).removeprefix("torch."), tokenizer)
+        beside, about = huggingface.files_beside(config, tokenizer, found.folder / _TOKENIZER)
+        notes += about
+    elif target == "upstream":
         written = upstream_config.write_upstream(config)
         common = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, files.dtypes.values())
         plan = upstream.plan_export(config.model, common)
@@ -144,14 +158,30 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
         notes += written.notes
     else:
         common = DTYPES[dtype] if dtype else None
-        shapes = upstream.parameter_shapes(config.model)
-        plan = Plan([Recipe(name, (name,)) for name in shapes], shapes, {})
+        plan = _same_names(config.model)
         if dtype:
             config = replace(config, train=replace(config.train, precision=dtype))
     check_names(plan, files)
     kept = {key: content[key] for key in ("step", "tokens", "versions", "tokenizer") if key in content}
     state = {"format": STATE_FORMAT, **kept}
-    return Conversion(found, files, target, config, plan, common, state, settings, notes)
+    return Conversion(found, files, target, config, plan, common, state, settings, notes, beside)
+
+
+def _same_names(model: ModelConfig) -> Plan:
+    shapes = upstream.parameter_shapes(model)
+    return Plan([Recipe(name, (name,)) for name in shapes], shapes, {})
+
+
+def _from_huggingface(found: Found, target: str, dtype: str | None) -> Conversion:
+    files = open_tensors(found.folder)
+    config = huggingface.read_settings(found.settings)
+    plan = _same_names(config.model)
+    check_names(plan, files)
+    common = DTYPES[dtype] if dtype else None
+    types = {common} if common else set(files.dtypes.values())
+    config.train.precision = "bf16" if types == {torch.bfloat16} else "fp32"
+    state, notes = _state(found, found.settings)
+    return Conversion(found, files, target, config, plan, common, state, None, notes)
 
 
 def _from_upstream(
@@ -205,13 +235,13 @@ def _tied(settings: Mapping[str, Any], files: TensorFiles) -> bool:
 
 
 def _state(found: Found, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state of a model that upstream trained: nothing but its tokenizer is known."""
+    """The state of a model from elsewhere: nothing but its tokenizer is known."""
     state: dict[str, Any] = {"format": STATE_FORMAT, "step": 0, "tokens": 0}
     eos, beyond = settings.get("eos_token_id"), settings.get("dcscale", {})
-    if type(eos) is int and (found.folder / _TOKENIZER).is_file():
-        state["tokenizer"] = {"spec": _TOKENIZER, "eos_id": eos}
-    elif type(eos) is int and beyond.get("tokenizer") == "byte":
+    if type(eos) is int and beyond.get("tokenizer") == "byte":
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
+    elif type(eos) is int and (found.folder / _TOKENIZER).is_file():
+        state["tokenizer"] = {"spec": _TOKENIZER, "eos_id": eos}
     else:
         return state, [f"no {_TOKENIZER} with an eos_token_id: tools/generate.py cannot use the result"]
     return state, []

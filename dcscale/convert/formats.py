@@ -10,18 +10,20 @@ from typing import Any
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.huggingface import MODEL_TYPE
 from dcscale.convert.upstream_config import FAMILIES
 
 
 @dataclass(frozen=True)
 class Found:
-    """``kind``: ``dcscale`` or ``upstream``; ``folder``: where its parts lie; ``words``: what to tell a person."""
+    """``kind``: ``dcscale``, ``upstream`` or ``huggingface``; ``folder``: where its parts lie; ``words``: what to tell a
+    person."""
 
     kind: str
     folder: Path
     words: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Content of upstream's config.json."""
+    """Content of config.json, where that is what the folder has."""
 
 
 def detect(path: Path) -> Found:
@@ -47,10 +49,15 @@ def detect(path: Path) -> Found:
         except (OSError, ValueError) as error:
             raise ConversionError(f"{config} cannot be read: {error}") from error
         family = settings.get("model_type") if isinstance(settings, dict) else None
+        if family == MODEL_TYPE:
+            return Found("huggingface", path, f"Hugging Face folder of a dcscale model {path}", settings)
         if not isinstance(family, str) or family not in FAMILIES:
-            raise ConversionError(f"{config} has model_type {family!r}: only {' and '.join(FAMILIES)} can be converted")
+            raise ConversionError(
+                f"{config} has model_type {family!r}: only {', '.join([*FAMILIES, MODEL_TYPE])} can be converted"
+            )
         return Found("upstream", path, f"upstream {FAMILIES[family]} folder {path}", settings)
     raise ConversionError(
         f"{path} is nothing that can be converted: looked for {MARKER} (a dcscale checkpoint or model folder), "
-        f"checkpoints/step-XXXXXXXX (a dcscale run), and config.json with model_type {' or '.join(FAMILIES)} (upstream)"
+        f"checkpoints/step-XXXXXXXX (a dcscale run), and config.json with model_type {' or '.join(FAMILIES)} "
+        f"(upstream) or {MODEL_TYPE} (Hugging Face)"
     )
