@@ -16,8 +16,7 @@ from dcscale.convert.upstream_config import FAMILIES
 
 @dataclass(frozen=True)
 class Found:
-    """``kind``: ``dcscale``, ``upstream`` or ``huggingface``; ``folder``: where its parts lie; ``words``: what to tell a
-    person."""
+    """``kind``: ``dcscale``, ``upstream`` or ``huggingface``; ``folder``: where its parts lie; ``words``: to tell."""
 
     kind: str
     folder: Path

@@ -125,6 +125,7 @@ def files_beside(
         "pad_token": eos,
         "model_max_length": config.data.sequence_length,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         # As in dcscale: a special token's name that is written in a text is text.
         "split_special_tokens": True,

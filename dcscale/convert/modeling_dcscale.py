@@ -8,7 +8,7 @@ Axes in names: B batch, T new tokens, S keys, C queries of a chunk, E model widt
 D head width, R rank, F frequencies of the rotary table, V vocabulary.
 """
 
-import dataclasses
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -17,51 +17,83 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-FORMAT = 1
-"""Of config.json: a switch that this file would not understand comes with another number."""
-
-W1_EPS = 1e-6
-"""Epsilon of the normalisation of w1: no setting."""
-
-SCRATCH_ELEMENTS = 2**25
-"""Scores of one chunk of queries, over all rows and heads: 128 MiB in float32. A few of these exist at once."""
-
-CACHE_NAME = (
-    "cache" if any(f.name == "cache" for f in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
-)
+W1_EPS = 1e-6  # epsilon of the normalisation of w1: no setting
+SCRATCH_ELEMENTS = 2**25  # scores of a chunk of queries, all rows and heads: 128 MiB; a few of these exist at once
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What the installed transformers calls the cache in inputs and outputs."""
 
-COMPOSE_DEFAULTS = {
-    "rank": 2,
-    "pre": True,
-    "post": True,
-    "query_wise": True,
-    "key_wise": True,
-    "low_rank": True,
-    "gates": True,
-    "gelu": "tanh",
-    "gate_init": 0.005,
+
+def _one_of(*choices: str) -> tuple:
+    return f"one of {', '.join(choices)}", lambda value: value in choices
+
+
+_WHOLE = "a whole number from 1", lambda value: type(value) is int and value >= 1
+_WHOLE_OR_NONE = "null or a whole number from 1", lambda value: value is None or _WHOLE[1](value)
+_POSITIVE = "a number above 0", lambda value: type(value) in (int, float) and 0 < value < float("inf")
+_SWITCH = "true or false", lambda value: type(value) is bool
+_WINDOWS = (
+    "a list of nulls and whole numbers from 1",
+    lambda v: type(v) is list and v and all(map(_WHOLE_OR_NONE[1], v)),
+)
+_FORMAT = (
+    "a table with format 1: use the modelling file that came with it",
+    lambda value: isinstance(value, dict) and value.get("format") == 1,
+)
+
+SETTINGS = {  # name: (default, rule); the names are those of dcscale's configs
+    "attention": ("dcmha", _one_of("dcmha", "mha")),  # mha is the same without compose
+    "vocab_size": (256, _WHOLE),
+    "layers": (12, _WHOLE),
+    "dim": (768, _WHOLE),  # E
+    "heads": (12, _WHOLE),  # H
+    "kv_heads": (None, _WHOLE_OR_NONE),  # G; null: as many as heads
+    "head_dim": (None, _WHOLE_OR_NONE),  # D; null: dim / heads
+    "ffn": ("swiglu", _one_of("swiglu", "gelu")),  # gelu: two matrices, exact GELU
+    "ffn_dim": (2048, _WHOLE),
+    "multi_gate": (None, _WHOLE_OR_NONE),  # gates over equal parts of the swiglu's hidden width
+    "norm": ("rmsnorm", _one_of("rmsnorm", "layernorm")),
+    "norm_eps": (1e-6, _POSITIVE),
+    "qk_norm": (True, _SWITCH),  # RMSNorm on queries and keys, before RoPE
+    "qk_norm_eps": (1e-6, _POSITIVE),
+    "bias": (False, _SWITCH),  # in the matrices of attention and feed-forward
+    "parallel_residual": (False, _SWITCH),  # attention and feed-forward both read the block's input
+    "rope_base": (10000.0, _POSITIVE),
+    "rope_fraction": (1.0, _POSITIVE),  # leading part of each head that is turned
+    "windows": ([None], _WINDOWS),  # keys a query sees, itself included, by layer, repeated; null: all
+    "max_position_embeddings": (1024, _WHOLE),  # tokens of a training sequence; longer ones are computed as well
+    "tie_word_embeddings": (False, _SWITCH),
+    "use_cache": (True, _SWITCH),
+    "dcscale": ({"format": 1}, _FORMAT),
 }
-CHOICES = {"attention": ("dcmha", "mha"), "ffn": ("swiglu", "gelu"), "norm": ("rmsnorm", "layernorm")}
+COMPOSE = {
+    "rank": (2, _WHOLE),  # R
+    "pre": (True, _SWITCH),  # compose the scores
+    "post": (True, _SWITCH),  # compose the probabilities
+    "query_wise": (True, _SWITCH),
+    "key_wise": (True, _SWITCH),
+    "low_rank": (True, _SWITCH),
+    "gates": (True, _SWITCH),
+    "gelu": ("tanh", _one_of("tanh", "erf")),  # of the projection
+    "gate_init": (0.005, ("a number from 0", lambda value: value == 0 or _POSITIVE[1](value))),  # initial weights only
+}
+
+
+def _require(fits: bool, name: str, value: object, rule: str) -> None:
+    if not fits:
+        raise ValueError(f"the model's config has {name} = {value!r}, but it must be {rule}")
+
+
+def _take(given: dict, known: dict, prefix: str = "") -> dict:
+    """The values of the known settings, checked; they are removed from ``given``."""
+    taken = {name: given.pop(name, copy.copy(default)) for name, (default, _) in known.items()}
+    for name, value in taken.items():
+        rule, fits = known[name][1]
+        _require(fits(value), prefix + name, value, rule)
+    return taken
 
 
 class DCScaleConfig(PretrainedConfig):
-    """Settings of the network, by the names that dcscale's configs have under ``model``.
-
-    attention: ``dcmha``, or ``mha`` for the same without compose.
-    layers, dim (E), heads (H), kv_heads (None: as heads), head_dim (None: dim / heads), ffn_dim: sizes.
-    ffn: ``swiglu``, or ``gelu`` (two matrices, exact GELU). multi_gate: gates over equal parts of the swiglu's width.
-    norm: ``rmsnorm`` or ``layernorm``, with norm_eps. qk_norm: RMSNorm on queries and keys before RoPE, qk_norm_eps.
-    bias: in the matrices of attention and feed-forward. parallel_residual: both read the block's input.
-    rope_base, rope_fraction: rotary embedding, and the leading part of each head that it turns.
-    windows: keys a query sees, itself included, by layer, repeated over the layers; None sees all.
-    compose: rank; pre (on scores), post (on probabilities); query_wise, key_wise; low_rank, gates; gelu (``tanh`` or
-    ``erf``) of its projection; gate_init, of the gates' initial standard deviation.
-    max_position_embeddings: tokens of a training sequence; longer ones are computed as well.
-    dcscale: format, and where the model came from.
-
-    Raises ValueError for a value that fits no model.
-    """
+    """The ``SETTINGS`` and, as a table ``compose``, those of ``COMPOSE``. Raises ValueError for what is of no use."""
 
     model_type = "dcscale"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -73,108 +105,29 @@ class DCScaleConfig(PretrainedConfig):
         "intermediate_size": "ffn_dim",
     }
 
-    def __init__(
-        self,
-        attention: str = "dcmha",
-        vocab_size: int = 256,
-        layers: int = 12,
-        dim: int = 768,
-        heads: int = 12,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        ffn: str = "swiglu",
-        ffn_dim: int = 2048,
-        multi_gate: int | None = None,
-        norm: str = "rmsnorm",
-        norm_eps: float = 1e-6,
-        qk_norm: bool = True,
-        qk_norm_eps: float = 1e-6,
-        bias: bool = False,
-        parallel_residual: bool = False,
-        rope_base: float = 10000.0,
-        rope_fraction: float = 1.0,
-        windows: list | None = None,
-        compose: dict | None = None,
-        max_position_embeddings: int = 1024,
-        tie_word_embeddings: bool = False,
-        use_cache: bool = True,
-        dcscale: dict | None = None,
-        **kwargs,
-    ):
-        self.attention, self.vocab_size, self.layers, self.dim = attention, vocab_size, layers, dim
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.ffn, self.ffn_dim, self.multi_gate = ffn, ffn_dim, multi_gate
-        self.norm, self.norm_eps, self.qk_norm, self.qk_norm_eps = norm, norm_eps, qk_norm, qk_norm_eps
-        self.bias, self.parallel_residual = bias, parallel_residual
-        self.rope_base, self.rope_fraction = rope_base, rope_fraction
-        self.windows = [None] if windows is None else windows
-        compose = compose or {}
-        self.compose = {**COMPOSE_DEFAULTS, **compose} if isinstance(compose, dict) else compose
-        self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        self.dcscale = {"format": FORMAT} if dcscale is None else dcscale
-        self._check(tie_word_embeddings)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-        self.tie_word_embeddings = tie_word_embeddings
-
-    def _check(self, tie_word_embeddings: bool) -> None:
-        def require(fits: bool, name: str, value: object, rule: str) -> None:
-            if not fits:
-                raise ValueError(f"config.json: {name} is {value!r}, but must be {rule}")
-
-        def whole(value: object) -> bool:
-            return type(value) is int and value >= 1
-
-        def positive(value: object) -> bool:
-            return type(value) in (int, float) and 0 < value < float("inf")
-
-        found = self.dcscale.get("format") if isinstance(self.dcscale, dict) else self.dcscale
-        require(found == FORMAT, "dcscale.format", found, f"{FORMAT}: use the modelling file of the dcscale it is from")
-        for name, choices in CHOICES.items():
-            require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        for name in ("vocab_size", "layers", "dim", "heads", "ffn_dim", "max_position_embeddings"):
-            require(whole(getattr(self, name)), name, getattr(self, name), "a whole number from 1")
-        for name in ("kv_heads", "head_dim", "multi_gate"):
-            value = getattr(self, name)
-            require(value is None or whole(value), name, value, "null or a whole number from 1")
-        for name in ("norm_eps", "qk_norm_eps", "rope_fraction"):
-            require(positive(getattr(self, name)), name, getattr(self, name), "a number above 0")
-        require(positive(self.rope_base) and self.rope_base > 1, "rope_base", self.rope_base, "a number above 1")
-        for name in ("qk_norm", "bias", "parallel_residual"):
-            require(type(getattr(self, name)) is bool, name, getattr(self, name), "true or false")
-        require(type(tie_word_embeddings) is bool, "tie_word_embeddings", tie_word_embeddings, "true or false")
-        listed = isinstance(self.windows, (list, tuple)) and len(self.windows) > 0
-        fits = listed and all(window is None or whole(window) for window in self.windows)
-        require(fits, "windows", self.windows, "a list of nulls and whole numbers from 1")
-
-        require(isinstance(self.compose, dict), "compose", self.compose, "a table of settings")
-        unknown = sorted(self.compose.keys() - COMPOSE_DEFAULTS.keys())
-        require(not unknown, "compose", unknown, f"some of {', '.join(COMPOSE_DEFAULTS)}")
-        for name in ("pre", "post", "query_wise", "key_wise", "low_rank", "gates"):
-            require(type(self.compose[name]) is bool, f"compose.{name}", self.compose[name], "true or false")
-        require(whole(self.compose["rank"]), "compose.rank", self.compose["rank"], "a whole number from 1")
-        require(self.compose["gelu"] in ("tanh", "erf"), "compose.gelu", self.compose["gelu"], "tanh or erf")
-
-        require(self.head_dim is not None or self.dim % self.heads == 0, "dim", self.dim, f"a multiple of {self.heads}")
-        require(
-            self.heads % (self.kv_heads or self.heads) == 0, "kv_heads", self.kv_heads, f"a divisor of {self.heads}"
-        )
-        turned = self.rotary_dim
-        fits = 2 <= turned <= self.head_width and turned % 2 == 0
-        rule = f"such that it turns an even number of the {self.head_width} dimensions of a head, not {turned}"
-        require(fits, "rope_fraction", self.rope_fraction, rule)
-        if self.multi_gate is not None:
-            fits = self.ffn == "swiglu" and self.ffn_dim % self.multi_gate == 0
-            require(fits, "multi_gate", self.multi_gate, f"a divisor of ffn_dim {self.ffn_dim}, of a swiglu")
+    def __init__(self, **kwargs):
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        s = _take(kwargs, SETTINGS)
+        compose = kwargs.pop("compose", {})
+        known = isinstance(compose, dict) and not compose.keys() - COMPOSE.keys()
+        _require(known, "compose", compose, f"a table of {', '.join(COMPOSE)}")
+        s["compose"] = _take(dict(compose), COMPOSE, "compose.")
+        width, even = s["head_dim"] or s["dim"] // s["heads"], s["head_dim"] or s["dim"] % s["heads"] == 0
+        _require(even, "heads", s["heads"], f"a divisor of dim {s['dim']}, as head_dim is null")
+        _require(s["heads"] % (s["kv_heads"] or 1) == 0, "kv_heads", s["kv_heads"], f"a divisor of heads {s['heads']}")
+        fits = 2 <= int(s["rope_fraction"] * width) <= width and int(s["rope_fraction"] * width) % 2 == 0
+        _require(fits, "rope_fraction", s["rope_fraction"], f"such that it turns an even part of a head's {width}")
+        if s["multi_gate"] is not None:
+            fits = s["ffn"] == "swiglu" and s["ffn_dim"] % s["multi_gate"] == 0
+            _require(fits, "multi_gate", s["multi_gate"], f"a divisor of ffn_dim {s['ffn_dim']}, of a swiglu")
+        for name, value in s.items():
+            setattr(self, name, value)
+        super().__init__(tie_word_embeddings=s["tie_word_embeddings"], **kwargs)
 
     @property
     def head_width(self) -> int:
         """D."""
         return self.head_dim or self.dim // self.heads
-
-    @property
-    def rotary_dim(self) -> int:
-        """Dimensions of each head that the rotary embedding turns."""
-        return int(self.rope_fraction * self.head_width)
 
     def compose_branches(self) -> list:
         """The (stage, side) pairs of compose that are there, in the order that its parameters have."""
@@ -219,17 +172,8 @@ class DCScaleCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b goes on from what was row beam_idx[b]: for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order."""
         for layer in self.layers:
-            layer.tensors = {name: x.index_select(0, indices.to(x.device)) for name, x in layer.tensors.items()}
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times."""
-        for layer in self.layers:
-            layer.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in layer.tensors.items()}
+            layer.tensors = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in layer.tensors.items()}
 
 
 def make_norm(config: DCScaleConfig) -> nn.Module:
@@ -257,7 +201,7 @@ def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
 
 
 def compose(maps_BHCS: Tensor, w: dict) -> Tensor:
-    """The heads' maps, mixed by weights from the query's token (q1, q2, qg) and the key's (k1, k2, kg)::
+    """The heads' maps, mixed by weights from the query's token (q1, q2, qg) and the key's (k1, k2, kg):
 
     A'[h] = A[h] * (1 + qg[h] + kg[h]) + sum_r q2[r, h] * (sum_g q1[r, g] * A[g])
                                        + sum_r k2[r, h] * (sum_g k1[r, g] * A[g])     at each query and key
@@ -288,18 +232,11 @@ def attend_chunk(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, pre: dict, post
     return torch.einsum("bhcs,bshd->bchd", probabilities_BHCS, v).to(q_BCHD.dtype)
 
 
-def attend(
-    q_BTHD: Tensor,
-    k_BSGD: Tensor,
-    v_BSGD: Tensor,
-    pre: dict,
-    post: dict,
-    window: int | None,
-    mask_BS: Tensor | None,
-) -> Tensor:
+def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, weights: dict, window: int | None, mask_BS) -> Tensor:
     """Causal attention of the last T of S tokens, in chunks of queries, so that no [B, H, T, S] ever exists.
 
-    ``mask_BS``: False for padding, which nothing sees but a padding token itself.
+    ``weights``: those of compose, ``pre`` and ``post``. ``mask_BS``: False for padding, which nothing but itself sees;
+    None for no padding.
     """
     (batch, queries, heads, _), keys = q_BTHD.shape, k_BSGD.shape[1]
     most_queries = queries if window is None else max(window, 64)
@@ -315,11 +252,9 @@ def attend(
         seen = age_CS >= 0 if window is None else (age_CS >= 0) & (age_CS < window)
         if mask_BS is not None:
             seen = (seen & (mask_BS[:, None, low:high] | (age_CS == 0))).unsqueeze(1)
-        narrow = [
-            {name: x[:, start:end] if name[0] == "q" else x[:, low:high] for name, x in weights.items()}
-            for weights in (pre, post)
-        ]
-        inputs = (q_BTHD[:, start:end], k_BSGD[:, low:high], v_BSGD[:, low:high], *narrow, seen)
+        part = {"q": slice(start, end), "k": slice(low, high)}
+        pre, post = ({name: x[:, part[name[0]]] for name, x in weights[stage].items()} for stage in ("pre", "post"))
+        inputs = (q_BTHD[:, start:end], k_BSGD[:, low:high], v_BSGD[:, low:high], pre, post, seen)
         if torch.is_grad_enabled() and step < queries:  # else backward would keep the maps of all chunks
             parts.append(checkpoint(attend_chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -328,7 +263,7 @@ def attend(
 
 
 class ComposeProjection(nn.Module):
-    """The weights of compose from the layer's normalised input, for each branch c, a stage and a side::
+    """The weights of compose from the layer's normalised input, for each branch c, a stage and a side:
 
     w1, w2 = split(gelu(x @ dw1[:, c]) @ qkw[c])      R rows each;  w1 <- w1 / rms(w1 over heads)
     gate   = tanh(x @ dd[:, c])
@@ -378,9 +313,7 @@ class DCScaleAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if config.qk_norm else None
         self.compose = ComposeProjection(config) if config.compose_branches() else None
 
-    def forward(
-        self, x_BTE: Tensor, rope: tuple, mask_BS: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTE: Tensor, rope: tuple, mask_BS: Tensor | None, cache: LayerCache | None) -> Tensor:
         q, k, v = (project(x_BTE).unflatten(-1, (-1, self.width)) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -396,35 +329,28 @@ class DCScaleAttention(nn.Module):
                 weights[stage] |= {name: seen[f"{stage}.{name}"] for name in weights[stage] if name[0] == "k"}
         if mask_BS is not None:
             mask_BS = mask_BS[:, -k.shape[1] :]
-        return self.out(attend(q, k, v, weights["pre"], weights["post"], self.window, mask_BS).flatten(2))
+        return self.out(attend(q, k, v, weights, self.window, mask_BS).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)); multi_gate scales equal parts of the hidden width by softmax(multi_gate(x))."""
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), where multi_gate scales equal parts of the hidden width by softmax(multi_gate(x));
+    or down(gelu(up(x))), with the exact GELU.
+    """
 
     def __init__(self, config: DCScaleConfig):
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
+        gated = config.ffn == "swiglu"
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=config.bias) if gated else None
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
         self.multi_gate = nn.Linear(config.dim, config.multi_gate, bias=False) if config.multi_gate else None
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        hidden = F.silu(self.gate(x_BTE)) * self.up(x_BTE)
+        hidden = F.gelu(self.up(x_BTE)) if self.gate is None else F.silu(self.gate(x_BTE)) * self.up(x_BTE)
         if self.multi_gate is not None:
             gates = self.multi_gate(x_BTE).softmax(-1)
             hidden = (hidden.unflatten(-1, (gates.shape[-1], -1)) * gates.unsqueeze(-1)).flatten(-2)
         return self.down(hidden)
-
-
-class GeluFFN(nn.Module):
-    def __init__(self, config: DCScaleConfig):
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTE)))
 
 
 class DCScaleBlock(nn.Module):
@@ -434,11 +360,9 @@ class DCScaleBlock(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = DCScaleAttention(config, window)
         self.ffn_norm = make_norm(config)
-        self.ffn = {"swiglu": SwiGLU, "gelu": GeluFFN}[config.ffn](config)
+        self.ffn = FeedForward(config)
 
-    def forward(
-        self, x_BTE: Tensor, rope: tuple, mask_BS: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTE: Tensor, rope: tuple, mask_BS: Tensor | None, cache: LayerCache | None) -> Tensor:
         attended_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, mask_BS, cache)
         return attended_BTE + self.ffn(self.ffn_norm(x_BTE if self.parallel_residual else attended_BTE))
 
@@ -448,6 +372,7 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = DCScaleConfig
     base_model_prefix = ""
+    _input_embed_layer = "embedding"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # forward takes num_items_in_batch from Trainer
     _no_split_modules = ["DCScaleBlock"]
@@ -467,12 +392,6 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes its own, as a cache of keys and values is not enough
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -528,37 +447,27 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
         if output_attentions:
             raise ValueError("output_attentions is set, but the maps are computed in chunks and not kept: leave it out")
         if cache is not None and not isinstance(cache, DCScaleCache):
-            raise ValueError(
-                f"the cache is a {type(cache).__name__}, which has no place for compose weights: give none, and the "
-                f"model makes its own"
-            )
+            raise ValueError(f"the cache is a {type(cache).__name__}, without compose weights: the model makes its own")
         x_BTE = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         recompute = self.gradient_checkpointing and self.training
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache and not recompute:
             cache = DCScaleCache(self.windows)
         past = 0 if cache is None else cache.length
         tokens = x_BTE.shape[1]
         if attention_mask is not None and attention_mask.shape != (len(x_BTE), past + tokens):
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, but must have {[len(x_BTE), past + tokens]}: "
-                f"an entry for each of the {past} cached and {tokens} new tokens"
-            )
+            shape = f"{list(attention_mask.shape)}, but must be {[len(x_BTE), past + tokens]}"
+            raise ValueError(f"attention_mask is {shape}, for the {past} cached and {tokens} new tokens")
         if position_ids is None:
-            if attention_mask is None:
-                position_ids = torch.arange(past, past + tokens, device=x_BTE.device)
-            else:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        rope = rope_table(position_ids, self.config.rotary_dim, self.config.rope_base)
+            counted = x_BTE.new_ones(1, past + tokens) if attention_mask is None else attention_mask
+            position_ids = (counted.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        rope = rope_table(position_ids, int(self.config.rope_fraction * self.config.head_width), self.config.rope_base)
         mask_BS = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
 
         states = [x_BTE]
         for number, block in enumerate(self.blocks):
-            if recompute:
-                x_BTE = self._gradient_checkpointing_func(block.__call__, x_BTE, rope, mask_BS)
-            else:
-                x_BTE = block(x_BTE, rope, mask_BS, None if cache is None else cache.layers[number])
+            inputs = (x_BTE, rope, mask_BS, None if cache is None else cache.layers[number])
+            x_BTE = self._gradient_checkpointing_func(block.__call__, *inputs) if recompute else block(*inputs)
             if output_hidden_states:
                 states.append(x_BTE)
         if cache is not None:
@@ -581,10 +490,9 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
         """Only the tokens that the cache does not have yet; called by ``generate()``."""
         cache = kwargs.get(CACHE_NAME)
-        inputs_embeds = kwargs.get("inputs_embeds")
         inputs = {"input_ids": input_ids[:, 0 if cache is None else cache.get_seq_length() :]}
-        if inputs_embeds is not None and cache is None:
-            inputs = {"inputs_embeds": inputs_embeds}
+        if cache is None and kwargs.get("inputs_embeds") is not None:
+            inputs = {"inputs_embeds": kwargs["inputs_embeds"]}
         tokens = next(iter(inputs.values())).shape[1]
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = kwargs["position_ids"][:, -tokens:]
