@@ -1,11 +1,12 @@
-"""Convert a model between dcscale and upstream's DCFormer and DCPythia (Caiyun-AI/DCFormer).
+"""Convert a model between dcscale, upstream's DCFormer and DCPythia (Caiyun-AI/DCFormer), and Hugging Face.
 
     python tools/convert_checkpoint.py runs/mine models/mine --to dcscale --dtype bf16
     python tools/convert_checkpoint.py downloads/DCFormer-2.8B models/dcformer-2.8b --to dcscale
     python tools/convert_checkpoint.py models/mine exported/mine --to upstream --dry-run
+    python tools/convert_checkpoint.py runs/mine exported/mine --to huggingface
 
-The source is a run, a checkpoint, a model folder, or an upstream folder with config.json and safetensors or .bin
-files; the tool finds out and says which. Nothing is unpickled but tensors.
+The source is a run, a checkpoint, a model folder, or a folder with config.json and safetensors or .bin files that is
+upstream's or was made with --to huggingface; the tool finds out and says which. Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations

@@ -175,6 +175,8 @@ def _same_names(model: ModelConfig) -> Plan:
 def _from_huggingface(found: Found, target: str, dtype: str | None) -> Conversion:
     files = open_tensors(found.folder)
     config = huggingface.read_settings(found.settings)
+    if config.model.layers > len(files.shapes):
+        raise ConversionError(f"layers is {config.model.layers}, but {files.source} has {len(files.shapes)} tensors")
     plan = _same_names(config.model)
     check_names(plan, files)
     common = DTYPES[dtype] if dtype else None

@@ -111,6 +111,8 @@ def files_beside(
             content = json.loads(definition.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConversionError(f"{definition} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ConversionError(f"{definition} must hold a JSON object, but holds a {type(content).__name__}")
         if content.get("post_processor") is not None:
             notes.append(
                 f"{TOKENIZER} has a post-processor: where it adds special tokens, which dcscale leaves out in "
@@ -168,12 +170,12 @@ def _byte_characters() -> list[str]:
 def _name_of(definition: Mapping[str, Any], token_id: int) -> str | None:
     """The token of this id in a tokenizer.json."""
     for added in definition.get("added_tokens", []):
-        if added["id"] == token_id:
-            return added["content"]
+        if added.get("id") == token_id:
+            return added.get("content")
     vocabulary = definition.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, dict):
         return next((name for name, number in vocabulary.items() if number == token_id), None)
-    return vocabulary[token_id][0] if token_id < len(vocabulary) else None  # Unigram: [name, score] by id
+    return vocabulary[token_id][0] if 0 <= token_id < len(vocabulary) else None  # Unigram: [name, score] by id
 
 
 def _json(value: Any) -> str:

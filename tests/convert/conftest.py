@@ -1,6 +1,7 @@
 """Folders to convert."""
 
 import shutil
+import sys
 
 import pytest
 
@@ -29,3 +30,14 @@ def upstream_of(tmp_path, made):
         return UpstreamFolder(shutil.copytree(folders[key], tmp_path / f"given{number}"))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory):
+    """transformers copies modelling files to a place of its own, which shall not be the user's."""
+    from transformers import dynamic_module_utils  # slow to import, and few need it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", [*sys.path])
+        yield

@@ -1,4 +1,4 @@
-"""dcscale -> Hugging Face -> dcscale: the exported model computes what dcscale's does, however transformers calls it."""
+"""dcscale -> Hugging Face -> dcscale: the exported model computes what dcscale's does, however it is called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from dcscale.testing.convert import tensors_of, write_checkpoint
 from dcscale.testing.models import lively_model, random_ids, tiny_config
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("own_modules")
 
+PYTHIA = {"norm": "layernorm", "norm_eps": 1e-5, "ffn": "gelu", "bias": True}
 MODELS = {
     "dcformer": {},
     "multi_gate": {"multi_gate": 6, "qk_norm": False, "rope_base": 5e5},
@@ -26,20 +28,8 @@ MODELS = {
     "query-wise": {"compose": ComposeConfig(key_wise=False)},
     "key-wise pre gates": {"compose": ComposeConfig(query_wise=False, post=False, low_rank=False)},
     "post low-rank": {"compose": ComposeConfig(pre=False, gates=False), "tied_embeddings": True},
-    "pythia": {
-        **{"norm": "layernorm", "norm_eps": 1e-5, "ffn": "gelu", "bias": True, "parallel_residual": True},
-        **{"rope_fraction": 0.25, "windows": [6, None]},
-    },
+    "pythia": {"parallel_residual": True, "rope_fraction": 0.25, "windows": [6, None], **PYTHIA},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory):
-    """transformers copies modelling files to a place of its own, which shall not be the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
-        yield
 
 
 @pytest.fixture(scope="module")
