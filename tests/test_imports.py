@@ -56,6 +56,7 @@ ONE_HOME = {
     "webdataset": "dcscale/data/shards.py",
     "tensorboard": "dcscale/observe/board.py",
     "tokenizers": "dcscale/data/tokenizers.py",
+    "transformers": "dcscale/convert/modeling_dcscale.py",
     "pyarrow": "dcscale/data/parquet.py",
     "requests": "dcscale/data/sources/http.py",
     "fsspec": "dcscale/data/sources/objects.py",

@@ -1,15 +1,16 @@
-"""Convert a model between dcscale and upstream's DCFormer and DCPythia (Caiyun-AI/DCFormer), or make a DCFormer of a
-plain Transformer (Pythia, Llama, Qwen, Mistral), whose compose begins at the identity.
+"""Convert a model between dcscale, upstream's DCFormer and DCPythia (Caiyun-AI/DCFormer), and Hugging Face; or make a
+DCFormer of a plain Transformer (Pythia, Llama, Qwen, Mistral), whose compose begins at the identity.
 
     python tools/convert_checkpoint.py runs/mine models/mine --to dcscale --dtype bf16
     python tools/convert_checkpoint.py downloads/DCFormer-2.8B models/dcformer-2.8b --to dcscale
     python tools/convert_checkpoint.py downloads/pythia-410m models/dcpythia-410m --to dcscale
     python tools/convert_checkpoint.py maxtext/run models/dcformer --to dcscale --maxtext-config dcformer_pp_405m.yml
     python tools/convert_checkpoint.py models/mine exported/mine --to upstream --dry-run
+    python tools/convert_checkpoint.py runs/mine exported/mine --to huggingface
 
-The source is a run, a checkpoint, a model folder, a folder of upstream or of the transformers library with config.json
-and safetensors or .bin files, or an Orbax checkpoint of upstream's JAX training (MaxText); the tool finds out and says
-which. Nothing is unpickled but tensors.
+The source is a run, a checkpoint, a model folder, a folder with config.json and safetensors or .bin files (upstream's,
+of a plain Transformer, or made with --to huggingface), or an Orbax checkpoint of upstream's JAX training (MaxText); the
+tool finds out and says which. Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, seal
 from dcscale.checkpoint.probe import check_model
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
-from dcscale.convert import maxtext, upcycle, upcycle_config, upstream, upstream_config
+from dcscale.config.schema import ModelConfig
+from dcscale.convert import huggingface, maxtext, upcycle, upcycle_config, upstream, upstream_config
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.folder import check_target, new_folder
 from dcscale.convert.formats import Found, detect
@@ -32,7 +33,7 @@ from dcscale.convert.tensors import TensorFiles, open_tensors
 from dcscale.files import write_atomically, write_json
 from dcscale.models import DCFormer
 
-FORMATS = ("dcscale", "upstream")
+FORMATS = ("dcscale", "upstream", "huggingface")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TOKENIZER = "tokenizer.json"
 
@@ -50,8 +51,10 @@ class Conversion:
     state: dict[str, Any]
     """Content of a model folder's state.json."""
     settings: dict[str, Any] | None
-    """Content of upstream's config.json, where that is the target."""
+    """Content of config.json, where the target has one."""
     notes: list[str]
+    beside: dict[str, str] = field(default_factory=dict)
+    """Texts of other files of the result, by name."""
 
     def lines(self) -> list[str]:
         """What a person should know, and the mapping."""
@@ -69,8 +72,11 @@ class Conversion:
             except SafetensorError as error:  # what a full disk ends in
                 raise ConversionError(f"{target} cannot be written: {error}") from error
             self._refuse(problems)
-            if (self.found.folder / _TOKENIZER).is_file():
+            byte_tokens = (self.state.get("tokenizer") or {}).get("spec") == "byte"
+            if (self.found.folder / _TOKENIZER).is_file() and not byte_tokens:
                 shutil.copyfile(self.found.folder / _TOKENIZER, folder / _TOKENIZER)
+            for name, content in self.beside.items():
+                write_atomically(folder / name, content)
             if self.settings is not None:
                 write_json(folder / "config.json", self.settings)
             else:
@@ -148,7 +154,7 @@ def prepare(
         ConversionError: it cannot be; everything in the way is listed.
     """
     found = detect(source)
-    if found.kind == target == "upstream":
+    if found.kind == target != "dcscale":
         raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
     options = {
         "upstream": {"truth": truth, "gelu": gelu, "local_keys": local_keys},
@@ -159,10 +165,12 @@ def prepare(
         names = ", ".join(name for name, value in given.items() if value is not None)
         if names and kind != found.kind:
             raise ConversionError(f"{names} is only for {kind} folders, but the source is a {found.words}")
+    if found.kind != "dcscale" and target != "dcscale":
+        raise ConversionError(f"{found.words} becomes {target} by way of dcscale only: convert it to dcscale first")
     if found.kind == "upstream":
         return _from_upstream(found, dtype, truth, gelu, local_keys)
-    if found.kind != "dcscale" and target != "dcscale":
-        raise ConversionError(f"{found.words} becomes a model of dcscale first: convert it to dcscale")
+    if found.kind == "huggingface":
+        return _from_huggingface(found, dtype)
     if found.kind == "maxtext":
         return _from_maxtext(found, dtype, maxtext_config)
     if found.kind == "transformers":
@@ -187,8 +195,14 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
     tokenizer = content.get("tokenizer")
     if tokenizer is not None and not (isinstance(tokenizer, dict) and {"spec", "eos_id"} <= tokenizer.keys()):
         raise ConversionError(f"{found.folder / STATE} has a tokenizer without spec and eos_id: {tokenizer!r}")
-    settings, notes = None, []
-    if target == "upstream":
+    settings, notes, beside = None, [], {}
+    if target == "huggingface":
+        common = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, files.dtypes.values())
+        plan = _same_names(config.model)
+        settings = huggingface.write_settings(config, str(common).removeprefix("torch."), tokenizer)
+        beside, about = huggingface.files_beside(config, tokenizer, found.folder / _TOKENIZER)
+        notes += about
+    elif target == "upstream":
         written = upstream_config.write_upstream(config)
         common = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, files.dtypes.values())
         plan = upstream.plan_export(config.model, common)
@@ -197,14 +211,27 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
         notes += written.notes
     else:
         common = DTYPES[dtype] if dtype else None
-        shapes = upstream.parameter_shapes(config.model)
-        plan = Plan([Recipe(name, (name,)) for name in shapes], shapes, {})
+        plan = _same_names(config.model)
         if dtype:
             config = replace(config, train=replace(config.train, precision=dtype))
     check_names(plan, files)
     kept = {key: content[key] for key in ("step", "tokens", "versions", "tokenizer") if key in content}
     state = {"format": STATE_FORMAT, **kept}
-    return Conversion(found, files, target, config, plan, common, state, settings, notes)
+    return Conversion(found, files, target, config, plan, common, state, settings, notes, beside)
+
+
+def _same_names(model: ModelConfig) -> Plan:
+    shapes = upstream.parameter_shapes(model)
+    return Plan([Recipe(name, (name,)) for name in shapes], shapes, {})
+
+
+def _from_huggingface(found: Found, dtype: str | None) -> Conversion:
+    files = open_tensors(found.folder)
+    config = huggingface.read_settings(found.settings)
+    _check_layers("layers", found.settings, files)
+    plan = _same_names(config.model)
+    check_names(plan, files)
+    return _import(found, files, config, plan, dtype, [], _has_byte_tokens(found))
 
 
 def _from_upstream(
@@ -236,8 +263,7 @@ def _from_upstream(
             f"{files.source} does not say whether dw1, dd, qkw or dw_m, qkw_m were trained: {why}; say so with "
             "--from-copies merged or original"
         )
-    byte = settings.get("dcscale", {}).get("tokenizer") == "byte"
-    return _import(found, files, read.config, plan, dtype, [*notes, *read.notes], byte)
+    return _import(found, files, read.config, plan, dtype, [*notes, *read.notes], _has_byte_tokens(found))
 
 
 def _from_transformers(found: Found, dtype: str | None, seed: int, model: Sequence[str]) -> Conversion:
@@ -289,6 +315,11 @@ def _import(
     return Conversion(found, files, "dcscale", config, plan, common, state, None, [*notes, *tokenizer_notes])
 
 
+def _has_byte_tokens(found: Found) -> bool:
+    """Whether dcscale wrote so into config.json."""
+    return found.settings.get("dcscale", {}).get("tokenizer") == "byte"
+
+
 def _check_layers(key: str, settings: Mapping[str, Any], files: TensorFiles) -> None:
     layers = settings.get(key)
     if type(layers) is int and layers > len(files.shapes):
@@ -307,15 +338,15 @@ def _tied(settings: Mapping[str, Any], files: TensorFiles, embedding: str, outpu
 
 
 def _state(found: Found, byte: bool) -> tuple[dict[str, Any], list[str]]:
-    """The state of a model that others trained: nothing but its tokenizer is known."""
+    """The state of a model from elsewhere: nothing but its tokenizer is known. ``byte``: its tokens are bytes."""
     state: dict[str, Any] = {"format": STATE_FORMAT, "step": 0, "tokens": 0}
     eos = found.settings.get("eos_token_id")
     if isinstance(eos, list) and eos:  # the first ends a document, the others a turn of a conversation
         eos = eos[0]
-    if type(eos) is int and (found.folder / _TOKENIZER).is_file():
-        state["tokenizer"] = {"spec": _TOKENIZER, "eos_id": eos}
-    elif type(eos) is int and byte:
+    if type(eos) is int and byte:
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
+    elif type(eos) is int and (found.folder / _TOKENIZER).is_file():
+        state["tokenizer"] = {"spec": _TOKENIZER, "eos_id": eos}
     else:
         return state, [f"no {_TOKENIZER} with an eos_token_id: texts need a tokenizer, named by --tokenizer"]
     return state, []

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dcscale.checkpoint.layout import CONFIG, MARKER, STATE, TEMPORARY_PREFIX, WEIGHTS
+from dcscale.convert import huggingface
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats import detect
 from dcscale.files import sync_folder, sync_tree
@@ -18,7 +19,8 @@ _OWN = re.compile(
         [
             *map(re.escape, (MARKER, STATE, CONFIG)),
             WEIGHTS,
-            r"(config|tokenizer)\.json",
+            r"config\.json",
+            *map(re.escape, huggingface.FILES),
             r"model(-\d+)?\.safetensors(\.index\.json)?",
         ]
     )

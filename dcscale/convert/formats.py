@@ -10,23 +10,25 @@ from typing import Any
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER, damage
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.huggingface import MODEL_TYPE
 from dcscale.convert.maxtext_files import find_state
 from dcscale.convert.upcycle_config import FAMILIES as TRANSFORMERS
 from dcscale.convert.upstream_config import FAMILIES as UPSTREAM
 
-_FAMILIES = f"{', '.join(UPSTREAM)} (upstream) and {', '.join(TRANSFORMERS)} (transformers)"
+_FAMILIES = f"{MODEL_TYPE} (exported), {', '.join(UPSTREAM)} (upstream) and {', '.join(TRANSFORMERS)} (transformers)"
 
 
 @dataclass(frozen=True)
 class Found:
-    """``kind``: ``dcscale``, ``upstream``, ``maxtext`` or ``transformers`` (a plain Transformer of that library);
-    ``folder``: where its parts lie; ``words``: what to tell a person."""
+    """``kind``: ``dcscale``, ``huggingface`` (dcscale's model for transformers), ``upstream``, ``maxtext`` or
+    ``transformers`` (a plain Transformer of that library); ``folder``: where its parts lie; ``words``: what to tell a
+    person."""
 
     kind: str
     folder: Path
     words: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Content of config.json, where the source is not dcscale's."""
+    """Content of config.json, where the source has one."""
 
 
 def detect(path: Path) -> Found:
@@ -56,6 +58,8 @@ def detect(path: Path) -> Found:
         except (OSError, ValueError) as error:
             raise ConversionError(f"{config} cannot be read: {error}") from error
         family = settings.get("model_type") if isinstance(settings, dict) else None
+        if family == MODEL_TYPE:
+            return Found("huggingface", path, f"Hugging Face folder of a dcscale model {path}", settings)
         if isinstance(family, str) and family in UPSTREAM:
             return Found("upstream", path, f"upstream {UPSTREAM[family]} folder {path}", settings)
         if isinstance(family, str) and family in TRANSFORMERS:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,14 @@ def call(capsys):
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
     return lambda *words: (tool.main([str(word) for word in words]), *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory):
+    """transformers copies modelling files to a place of its own, which shall not be the user's."""
+    from transformers import dynamic_module_utils  # slow to import, and few need it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", [*sys.path])
+        yield

@@ -288,7 +288,7 @@ def test_other_formats_of_zarr_are_refused(run):
 
 
 def test_what_does_not_go_together(run, monkeypatch):
-    with pytest.raises(ConversionError, match="becomes a model of dcscale first"):
+    with pytest.raises(ConversionError, match="by way of dcscale only: convert it to dcscale first"):
         prepare(run.folder, "upstream")
     with pytest.raises(ConversionError, match="seed is only for transformers folders, but the source is a MaxText"):
         prepare(run.folder, "dcscale", seed=1)

@@ -89,9 +89,9 @@ def test_every_misfit_is_listed_at_once(tmp_path, upstream_of):
 SETTINGS = {
     "unknown family": (
         {"model_type": "gemma"},
-        "model_type 'gemma': only dcformer, dcpythia .* and llama, .*, gpt_neox .* can be converted",
+        "model_type 'gemma': only dcscale .*, dcformer, dcpythia .* and llama, .*, gpt_neox .* can be converted",
     ),
-    "no family": ({"model_type": ["dcformer"]}, "only dcformer, dcpythia .* can be converted"),
+    "no family": ({"model_type": ["dcformer"]}, "only dcscale .*, dcformer, dcpythia .* can be converted"),
     "text": ({"n_head": "4"}, "n_head is '4', but must be a whole number from 1"),
     "zero": ({"n_layer": 0}, "n_layer is 0, but must be a whole number from 1"),
     "many layers": ({"n_layer": 10**9}, "n_layer is 1000000000, but .* has only 35 tensors"),

@@ -95,6 +95,17 @@ def source(tmp_path):
     return write_checkpoint(tmp_path / "ours", tiny_config())
 
 
+def test_the_tool_makes_and_reads_hugging_face_folders(tmp_path, call, source):
+    code, told, _ = call(source, tmp_path / "theirs", "--to", "huggingface", "--dtype", "bf16")
+    assert code == 0
+    assert told.endswith(f"wrote {tmp_path / 'theirs'}: 31 tensors\n")
+    code, told, _ = call(tmp_path / "theirs", tmp_path / "again", "--to", "dcscale")
+    assert code == 0
+    assert told.startswith(f"{tmp_path / 'theirs'} is: Hugging Face folder of a dcscale model {tmp_path / 'theirs'}\n")
+    trained = open_trained(tmp_path / "again")
+    assert (trained.config.train.precision, trained.tokenizer.eos_id) == ("bf16", 256)
+
+
 def test_targets_that_are_refused(tmp_path, source):
     for target in (source, source / "weights" / "new", tmp_path):
         with pytest.raises(ConversionError, match="lie in each other: name another place"):

@@ -450,7 +450,7 @@ def test_options_that_are_refused(tmp_path, source, changed):
         prepare(folder, "dcscale", model=["compose.rank=9"])
     with pytest.raises(ConversionError, match="is not of the form key=value"):
         prepare(folder, "dcscale", model=["windows"])
-    with pytest.raises(ConversionError, match="becomes a model of dcscale first"):
+    with pytest.raises(ConversionError, match="by way of dcscale only: convert it to dcscale first"):
         prepare(folder, "upstream")
     with pytest.raises(ConversionError, match="truth is only for upstream folders, but the source is a Llama folder"):
         prepare(folder, "dcscale", truth="merged")
