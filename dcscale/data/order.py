@@ -17,6 +17,7 @@ and on sequence length L, slots V, shards a window K and the seed; not on ranks,
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -94,10 +95,10 @@ class Order:
         _, starts = self._epoch(epoch)
         begin = index * self._stride
         end = min(begin + self.sequence_length + 1, self.tokens)
-        window = int(np.searchsorted(starts, begin, side="right")) - 1
+        window = bisect_right(starts, begin) - 1
         pieces = []
         while begin < end:
-            first, stop = int(starts[window]), min(end, int(starts[window + 1]))
+            first, stop = starts[window], min(end, starts[window + 1])
             pieces.append(Piece(window, begin - first, stop - first))
             window, begin = window + 1, stop
         return pieces
@@ -113,9 +114,10 @@ class Order:
             return np.arange(count)
         return permutation(count, "documents", *self._rng_key, epoch, window)
 
-    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order of the shards [S], first token of each window and the epoch's end [windows + 1])."""
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, memoryview]:
+        """(order of the shards [S], first token of each window and the epoch's end [windows + 1], as Python's ints)."""
         count = len(self._shard_tokens)
         shards = permutation(count, "shards", *self._rng_key, epoch) if self.shuffle else np.arange(count)
         ends = np.cumsum(self._shard_tokens[shards])
-        return shards, np.concatenate([[0], ends[self.shuffle_shards - 1 : -1 : self.shuffle_shards], [self.tokens]])
+        starts = np.concatenate([[0], ends[self.shuffle_shards - 1 : -1 : self.shuffle_shards], [self.tokens]])
+        return shards, memoryview(starts)

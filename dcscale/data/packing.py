@@ -81,47 +81,55 @@ class Sequences:
 
 
 class SequenceBuffer:
-    """Builds ``count`` sequences of ``length`` targets each; rows that get no tokens are padding as a whole."""
+    """Builds ``count`` sequences of ``length`` targets each; rows that get no tokens are padding as a whole.
+
+    Tokens are numbered through all rows. What is done for each piece is kept small: it is most of the cost of reading.
+    """
 
     def __init__(self, count: int, length: int, pad_id: int) -> None:
         self._tokens_NL1 = np.full((count, length + 1), pad_id, dtype=np.int32)
-        self._begins_NL1 = np.zeros((count, length + 1), dtype=bool)
-        self._filled_N = np.zeros(count, dtype=np.int64)
-        self._lost_NL1 = None
+        self._tokens = self._tokens_NL1.reshape(-1)
+        self._filled_N = list(range(0, count * (length + 1), length + 1))
+        self._begins: list[np.ndarray] = []
+        self._lost: np.ndarray | None = None
         self._skipped: dict[int, tuple[SkippedShard, ...]] = {}
 
     def append(self, row: int, window: Window, start: int, stop: int) -> None:
         """Add tokens [start, stop) of ``window`` to a row."""
-        filled = int(self._filled_N[row])
-        self._tokens_NL1[row, filled : filled + stop - start] = window.tokens[start:stop]
+        begin = self._filled_N[row]
+        self._filled_N[row] = end = begin + stop - start
+        self._tokens[begin:end] = window.tokens[start:stop]
         # Documents begin where others end, and where a window begins.
-        first, last = np.searchsorted(window.ends, (start, stop), side="left")
-        begins = window.ends[first:last] - start + filled
-        self._begins_NL1[row, begins] = True
-        self._begins_NL1[row, filled] |= start == 0
+        ends = window.ends
+        self._begins.append(ends[ends.searchsorted(start) : ends.searchsorted(stop)] + (begin - start))
+        if start == 0:
+            self._begins.append(np.array([begin]))
         if window.lost is not None:
-            if self._lost_NL1 is None:
-                self._lost_NL1 = np.zeros_like(self._begins_NL1)
-            self._lost_NL1[row, filled : filled + stop - start] = window.lost[start:stop]
+            if self._lost is None:
+                self._lost = np.zeros(len(self._tokens), dtype=bool)
+            self._lost[begin:end] = window.lost[start:stop]
         if window.skipped:
             self._skipped[row] = (*self._skipped.get(row, ()), *window.skipped)
-        self._filled_N[row] = filled + stop - start
 
     def finish(self, document_mask: bool) -> Sequences:
         """The sequences, with targets and document ids."""
-        columns = np.arange(self._tokens_NL1.shape[1])
-        self._begins_NL1 |= columns == self._filled_N[:, None]
-        ignored_NL = columns[1:] >= self._filled_N[:, None]
-        if document_mask:
-            ignored_NL |= self._begins_NL1[:, 1:]
-        if self._lost_NL1 is not None:
-            ignored_NL |= self._lost_NL1[:, 1:]
-        targets_NL = np.where(ignored_NL, np.int32(IGNORED), self._tokens_NL1[:, 1:])
+        targets_NL1 = self._tokens_NL1.copy()
+        targets, width = targets_NL1.reshape(-1), targets_NL1.shape[1]
+        for row, filled in enumerate(self._filled_N):
+            if filled < (row + 1) * width:
+                targets[filled : (row + 1) * width] = IGNORED
+                self._begins.append(np.array([filled]))
+        if self._lost is not None:
+            targets[self._lost] = IGNORED
         document_ids_NL = None
         if document_mask:
-            self._begins_NL1[:, 0] = False
-            document_ids_NL = np.cumsum(self._begins_NL1[:, :-1], axis=1, dtype=np.int32)
-        return Sequences(self._tokens_NL1, targets_NL, document_ids_NL, self._skipped)
+            begins = np.concatenate(self._begins)
+            targets[begins] = IGNORED
+            begins_NL1 = np.zeros_like(targets_NL1)
+            begins_NL1.reshape(-1)[begins] = 1
+            begins_NL1[:, 0] = 0
+            document_ids_NL = np.cumsum(begins_NL1[:, :-1], axis=1, dtype=np.int32)
+        return Sequences(self._tokens_NL1, targets_NL1[:, 1:], document_ids_NL, self._skipped)
 
 
 Row = list[tuple[int, int, int]]

@@ -334,9 +334,10 @@ class SequenceStream:
             return
         with self._lock:
             self._expected.append(place)
-            new = [key for key in place.windows if key not in self._wanted][: self._room]
-            if new:
-                self._want([*self._wanted, *new])
+            if self._room > 0:
+                new = [key for key in place.windows if key not in self._wanted][: self._room]
+                if new:
+                    self._want([*self._wanted, *new])
 
     def hungry(self) -> bool:
         """Whether it would read ahead if it were told of more sequences."""
