@@ -181,9 +181,14 @@ class SequenceStream:
     asked for stands, shared between lanes, and those that are read ahead. Of a stream read by one of R ranks that is
 
         at most min(slots / gcd(slots, R), windows in use) windows, and ``read_ahead`` or as many once more,
-        plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one's tokens,
+        plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one,
 
-    where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token.
+    where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token and 8 a document, and a raw
+    shard is the bytes of its file and 128 a document. Beside these a process has some MB of libraries, and what its C
+    library keeps of freed blocks: glibc in an arena for each thread, of blocks below 32 MB, which can be half as much
+    again with shards of 2 MB; ``MALLOC_ARENA_MAX=1`` in the environment keeps it from that.
+    To go on at any place, at most the two windows are read that a lane's first sequence lies in, 2 ``shuffle_shards``
+    shards a lane: its documents may come from any shard of the window. So two shards a slot is with one shard a window.
     Reading: an epoch reads each of its windows once and once more for each slot that begins inside it, as long as the
     number of ranks divides ``slots``; otherwise each rank visits more slots and reads what those need.
     """
