@@ -147,9 +147,11 @@ def run_figures(options: argparse.Namespace, say: Say) -> dict[str, Any]:
                 address = f"{server.address}/{folders['dcscale'].name}"
                 result["amplification"] = costs.amplification(address, server, ours, options.workers)
                 shapes = [(1, 1), (4, 2)] if options.quick else [(1, 1), (4, 2), (4, 4)]
-                large = make_corpus(MEMORY_SHARDS, 1 << 20, 1 << 10)
-                folder = written("dcscale", large, root / "large")
-                result["memory"] = costs.memory(folder, Settings("", 1 << 10, BATCH), shapes)
+                large, small = (
+                    written("dcscale", make_corpus(MEMORY_SHARDS, tokens, 1 << 10), root / name)
+                    for name, tokens in (("large", 1 << 20), ("small", 1 << 14))
+                )
+                result["memory"] = costs.memory(large, small, Settings("", 1 << 10, BATCH), shapes)
         at, times = ([0.5], 1) if options.quick else ([0.1, 0.5, 0.9], 3)
         epoch = corpus.tokens_ST.size // step
         result["restarts"] = costs.restarts(folders, Settings("", **settings), epoch, at, times)

@@ -97,7 +97,7 @@ def _take(given: dict, known: dict, prefix: str = "") -> dict:
 
 
 class DCScaleConfig(PretrainedConfig):
-    """``SETTINGS`` and two tables, of ``COMPOSE`` and ``ROPE_FREQUENCY_SCALING``. Raises ValueError for what is of no use."""
+    """``SETTINGS``, ``COMPOSE`` and ``ROPE_FREQUENCY_SCALING``. Raises ValueError for what is of no use."""
 
     model_type = "dcscale"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]

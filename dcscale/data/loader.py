@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,17 +59,16 @@ class _RankNumbers:
     limit: int | None
     sequences_per_epoch: int | None
 
-    def __iter__(self) -> Iterator[list[int | None]]:
+    def __iter__(self) -> Iterator[Sequence[int | None]]:
         begin = self.consumed
         while self.limit is None or begin < self.limit:
             end = begin + self.global_batch_size
-            yield [self._spread(g) for g in range(begin + self.rank, end, self.world_size)]
+            numbers = range(begin + self.rank, end, self.world_size)
+            yield numbers if self.limit is None else [self._spread(g) for g in numbers]
             begin = end
 
     def _spread(self, g: int) -> int | None:
         """The stream's number of sequence g; None beyond the limit."""
-        if self.limit is None:
-            return g
         return g * self.sequences_per_epoch // self.limit if g < self.limit else None
 
 

@@ -40,7 +40,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -228,6 +228,17 @@ def _join(source: JoinedSource, manifests: Sequence[Manifest]) -> Manifest:
     return replace(first, max_token_id=max(manifest.max_token_id for manifest in manifests), shards=tuple(shards))
 
 
+@cache
+def _rules(kind: type) -> tuple[set[str], list[tuple[str, int | None, Any, str]]]:
+    """(names of a record's fields, each with its minimum, or else what tells whether a text is right and the rule)."""
+    rules = []
+    for item in fields(kind):
+        rule = item.metadata
+        matches = re.compile(rule["pattern"]).fullmatch if "pattern" in rule else None
+        rules.append((item.name, rule.get("minimum"), matches, rule.get("rule", "")))
+    return {item.name for item in fields(kind)}, rules
+
+
 class _Reader:
     """Strict reading of one manifest: every method returns a value that keeps the rules, or raises."""
 
@@ -305,19 +316,20 @@ class _Reader:
 
     def record(self, kind: type, where: str, value: Any) -> Any:
         """``value`` as a ``kind``, each field checked against the rule in its metadata."""
-        self.keys(where, value, {item.name for item in fields(kind)})
-        for item in fields(kind):
-            name, entry = f"{where}.{item.name}", value[item.name]
-            if "minimum" in item.metadata:
-                if type(entry) is not int or entry < item.metadata["minimum"]:
-                    self.fail(name, entry, f"a whole number, at least {item.metadata['minimum']}")
-            elif not isinstance(entry, str) or not re.fullmatch(item.metadata["pattern"], entry):
-                self.fail(name, entry, item.metadata["rule"])
+        names, rules = _rules(kind)
+        self.keys(where, value, names)
+        for name, minimum, matches, rule in rules:
+            entry = value[name]
+            if minimum is not None:
+                if type(entry) is not int or entry < minimum:
+                    self.fail(f"{where}.{name}", entry, f"a whole number, at least {minimum}")
+            elif not isinstance(entry, str) or not matches(entry):
+                self.fail(f"{where}.{name}", entry, rule)
         return kind(**value)
 
     def keys(self, where: str, value: Any, known: set[str]) -> None:
         if not isinstance(value, dict):
             self.fail(where, value, f"an object with {', '.join(sorted(known))}")
-        if set(value) != known:
+        if value.keys() != known:
             missing, unknown = sorted(known - set(value)), sorted(set(value) - known)
             self.fail(f"the fields of {where}", {"missing": missing, "unknown": unknown}, "exactly those of the format")

@@ -27,8 +27,8 @@ from dcscale.config import DataSource
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.packing import Sequences
+from dcscale.data.steps import Step, made_ahead, placed
 from dcscale.data.stream import Place, SequenceStream, fingerprint_of, open_stream
-from dcscale.data.windows import made_ahead
 
 MIXTURE_VERSION = 1
 LONGEST_PATTERN = 10_000
@@ -97,15 +97,28 @@ class MixedOrder:
 
     def locate(self, g: int) -> tuple[int, int, int]:
         """(source, epoch of that source, index of the sequence in it) of global sequence number ``g``."""
-        source = int(self.pattern_P[g % len(self.pattern_P)])
-        epoch = self.count(source, g) // self.sequences_per_epoch[source]
-        row, lane = divmod(g, self.slots)
-        return source, epoch, int(self._epoch(source, epoch)[lane] + self._rows(source, lane, row))
+        source = int(self.sources(g))
+        epoch, index = self.locate_in(source, np.array([g]))
+        return source, int(epoch[0]), int(index[0])
 
-    def count(self, source: int, stop: int) -> int:
-        """How many of the numbers below ``stop`` belong to a source."""
-        whole, part = divmod(stop, len(self.pattern_P))
-        return whole * self.parts[source] + int(self._before_SP[source, part])
+    def sources(self, g: np.ndarray | int) -> np.ndarray:
+        """The source of global sequence numbers, in their shape."""
+        return self.pattern_P[g % len(self.pattern_P)]
+
+    def locate_in(self, source: int, numbers_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch [N], index in it [N]) of global sequence numbers that belong to a source."""
+        epoch_N = self.count(source, numbers_N) // self.sequences_per_epoch[source]
+        row_N, lane_N = np.divmod(numbers_N, self.slots)
+        index_N = self._rows(source, lane_N, row_N)
+        for epoch in np.unique(epoch_N).tolist():
+            of_n = epoch_N == epoch
+            index_N[of_n] += self._epoch(source, epoch)[lane_N[of_n]]
+        return epoch_N, index_N
+
+    def count(self, source: int, stop: np.ndarray | int) -> np.ndarray:
+        """How many of the numbers below ``stop`` belong to a source, in its shape."""
+        whole, part = np.divmod(stop, len(self.pattern_P))
+        return whole * self.parts[source] + self._before_SP[source, part]
 
     def _plan_epoch(self, source: int, epoch: int) -> np.ndarray:
         """For each lane the index in the epoch of its first sequence there, less its earlier rows, int64 [V]."""
@@ -229,7 +242,7 @@ class MixedStream:
         """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         for stream in self.streams:
             stream.begin()
-        yield from made_ahead(map(self._places, steps), self._expect, self._hungry, self._make)
+        yield from made_ahead(placed(steps, self._places), self._expect, self._hungry, self._make)
 
     def skip(self, sha256: Collection[str]) -> None:
         """Give up the shards with these checksums too; no call of :meth:`each` may be running.
@@ -245,28 +258,28 @@ class MixedStream:
         for stream in self.streams:
             stream.close()
 
-    def _make(self, places: list[tuple[int, Place] | None]) -> Sequences:
-        buffer = self.streams[0].buffer(len(places))
-        for row, place in enumerate(places):
-            if place is not None:
-                self.streams[place[0]].append(buffer, row, place[1])
+    def _make(self, step: Step[tuple[int, Place]]) -> Sequences:
+        buffer = self.streams[0].buffer(len(step))
+        for source, place in step:
+            self.streams[source].append(buffer, place)
         return buffer.finish(self.identity["document_mask"])
 
-    def _places(self, numbers: Sequence[int | None]) -> list[tuple[int, Place] | None]:
-        return [None if g is None else self._place(g) for g in numbers]
-
-    def _place(self, g: int) -> tuple[int, Place]:
-        if g < 0:
-            raise DataError(f"sequence number {g} must not be negative")
-        source, epoch, index = self.order.locate(g)
-        return source, self.streams[source].place(g % self.order.slots, epoch, index)
+    def _places(
+        self, numbers_N: np.ndarray, step_N: np.ndarray, row_N: np.ndarray
+    ) -> Iterator[tuple[int, tuple[int, Place]]]:
+        source_N = self.order.sources(numbers_N)
+        for source in np.unique(source_N).tolist():
+            of_n = source_N == source
+            numbers_n = numbers_N[of_n]
+            located = self.order.locate_in(source, numbers_n)
+            places = self.streams[source].places(numbers_n % self.order.slots, *located, step_N[of_n], row_N[of_n])
+            yield from ((step, (source, place)) for step, place in places)
 
     def _hungry(self) -> bool:
         return any(stream.hungry() for stream in self.streams)
 
-    def _expect(self, place: tuple[int, Place] | None) -> None:
-        if place is not None:
-            self.streams[place[0]].expect(place[1])
+    def _expect(self, place: tuple[int, Place]) -> None:
+        self.streams[place[0]].expect(place[1])
 
 
 Stream = SequenceStream | MixedStream

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,24 @@ class Piece(NamedTuple):
     window: int
     start: int
     stop: int
+
+
+class Stretch(NamedTuple):
+    """Sequences that follow each other in a window, or a part of one."""
+
+    first: int
+    """Which of those asked for is the first."""
+
+    count: int
+    epoch: int
+    window: int
+
+    column: int
+    """Tokens of the first that lie before: above 0 where it has begun in another window."""
+
+    start: int
+    stop: int
+    """Tokens [start, stop) of the window are those of the first; the others' lie ``stride`` further each."""
 
 
 class Order:
@@ -78,29 +97,50 @@ class Order:
         self._rng_key = (int(seed), int(source))
         self._shard_tokens = np.array(shard_tokens, dtype=np.int64)
         self.tokens = int(self._shard_tokens.sum())
-        self._stride = sequence_length + rows
-        self.sequences_per_epoch = self.tokens // self._stride if rows else -(-(self.tokens - 1) // self._stride)
+        self.stride = sequence_length + rows
+        """Tokens from one sequence to the next."""
+        self.sequences_per_epoch = self.tokens // self.stride if rows else -(-(self.tokens - 1) // self.stride)
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
 
-    def locate(self, g: int) -> tuple[int, int]:
-        """(epoch, index of the sequence in it) of global sequence number ``g``."""
-        epoch, position = divmod(g, self.sequences_per_epoch)
-        row, slot = divmod(position, self.slots)
+    def locate(self, g: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, index of the sequence in it) of global sequence numbers ``g``, in their shape."""
+        epoch, position = np.divmod(g, self.sequences_per_epoch)
+        row, slot = np.divmod(position, self.slots)
         length, longer = divmod(self.sequences_per_epoch, self.slots)
-        return epoch, slot * length + min(slot, longer) + row
+        return epoch, slot * length + np.minimum(slot, longer) + row
 
     def pieces(self, epoch: int, index: int) -> list[Piece]:
         """The L + 1 tokens of a sequence (fewer for an epoch's last), in order, as parts of windows."""
-        _, starts = self._epoch(epoch)
-        begin = index * self._stride
-        end = min(begin + self.sequence_length + 1, self.tokens)
-        window = int(np.searchsorted(starts, begin, side="right")) - 1
-        pieces = []
-        while begin < end:
-            first, stop = int(starts[window]), min(end, int(starts[window + 1]))
-            pieces.append(Piece(window, begin - first, stop - first))
-            window, begin = window + 1, stop
-        return pieces
+        found = self.stretches(np.array([epoch]), np.array([index]), np.zeros(1))
+        return [Piece(stretch.window, stretch.start, stretch.stop) for stretch in found]
+
+    def stretches(self, epoch_N: np.ndarray, index_N: np.ndarray, group_N: np.ndarray) -> list[Stretch]:
+        """The tokens of N sequences, in order, as parts of windows.
+
+        Sequences of one group that follow each other there and in a window are taken together.
+        """
+        found = []
+        begin_N = index_N * self.stride
+        end_N = np.minimum(begin_N + self.sequence_length + 1, self.tokens)
+        for epoch in np.unique(epoch_N).tolist():
+            _, starts = self._epoch(epoch)
+            of_n = np.flatnonzero(epoch_N == epoch)
+            window_n = np.searchsorted(starts, begin_N[of_n], side="right") - 1
+            parts_n = np.searchsorted(starts, end_N[of_n]) - window_n
+            # A part is that of a sequence which lies in one window.
+            of_P = np.repeat(of_n, parts_n)
+            window_P = np.arange(len(of_P)) + np.repeat(window_n - np.cumsum(parts_n) + parts_n, parts_n)
+            first_P = starts[window_P]
+            start_P = np.maximum(begin_N[of_P] - first_P, 0)
+            stop_P = np.minimum(end_N[of_P], starts[window_P + 1]) - first_P
+            column_P = start_P + first_P - begin_N[of_P]
+            steps = ((of_P, 1), (group_N[of_P], 0), (window_P, 0), (start_P, self.stride), (stop_P, self.stride))
+            goes_on = np.logical_and.reduce([np.diff(x_P) == step for x_P, step in steps])
+            heads = np.flatnonzero(np.concatenate([[True], ~goes_on]))
+            counts = np.diff(heads, append=len(of_P))
+            columns = [x[heads].tolist() for x in (of_P, window_P, column_P, start_P, stop_P)]
+            found += map(Stretch, columns[0], counts.tolist(), repeat(epoch), *columns[1:])
+        return sorted(found)
 
     def shards(self, epoch: int, window: int) -> list[int]:
         """Numbers of the shards of a window, in order."""

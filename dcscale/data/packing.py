@@ -4,7 +4,7 @@ Either documents follow each other without a gap and are cut wherever a sequence
 shards were made of rows, which are sequences already: :func:`pack_best_fit` and :func:`pack_one_per_row` say what lies
 in them.
 
-Axes: N sequences, L tokens a sequence (inputs and targets each).
+Axes: N sequences, n of them that follow each other, L tokens a sequence (inputs and targets each).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Window:
 def pack_window(documents: list[np.ndarray], order: np.ndarray) -> Window:
     """Put ``documents`` one after another in the given ``order`` [documents]."""
     ordered = [documents[i] for i in order.tolist()]
-    return Window(np.concatenate(ordered), _ends(ordered))
+    # Not NumPy, which lets other threads run after each document, and then has to wait for them.
+    return Window(np.frombuffer(b"".join(ordered), documents[0].dtype), _ends(ordered))
 
 
 def pack_rows(documents: list[np.ndarray], order: np.ndarray, row_tokens: int) -> Window:
@@ -85,43 +86,67 @@ class SequenceBuffer:
 
     def __init__(self, count: int, length: int, pad_id: int) -> None:
         self._tokens_NL1 = np.full((count, length + 1), pad_id, dtype=np.int32)
-        self._begins_NL1 = np.zeros((count, length + 1), dtype=bool)
         self._filled_N = np.zeros(count, dtype=np.int64)
-        self._lost_NL1 = None
+        self._parts: list[tuple[np.ndarray, int, int, np.ndarray]] = []
+        self._lost_NL1: np.ndarray | None = None
         self._skipped: dict[int, tuple[SkippedShard, ...]] = {}
 
-    def append(self, row: int, window: Window, start: int, stop: int) -> None:
-        """Add tokens [start, stop) of ``window`` to a row."""
-        filled = int(self._filled_N[row])
-        self._tokens_NL1[row, filled : filled + stop - start] = window.tokens[start:stop]
-        # Documents begin where others end, and where a window begins.
-        first, last = np.searchsorted(window.ends, (start, stop), side="left")
-        begins = window.ends[first:last] - start + filled
-        self._begins_NL1[row, begins] = True
-        self._begins_NL1[row, filled] |= start == 0
+    def append(self, rows_n: np.ndarray, column: int, window: Window, start: int, stop: int, stride: int) -> None:
+        """Add tokens [start, stop) of ``window`` to the first of ``rows_n``, from ``column`` on, where its tokens so
+        far end; and to each of the others those ``stride`` further than the one before."""
+        width = stop - start
+
+        def put(to_NL1: np.ndarray, of: np.ndarray) -> None:
+            size = of.itemsize
+            parts = np.ndarray((len(rows_n), width), of.dtype, of, start * size, (stride * size, size))
+            to_NL1[:, column : column + width][rows_n] = parts
+
+        self._filled_N[rows_n] = column + width
+        put(self._tokens_NL1, window.tokens)
         if window.lost is not None:
             if self._lost_NL1 is None:
-                self._lost_NL1 = np.zeros_like(self._begins_NL1)
-            self._lost_NL1[row, filled : filled + stop - start] = window.lost[start:stop]
+                self._lost_NL1 = np.zeros(self._tokens_NL1.shape, dtype=bool)
+            put(self._lost_NL1, window.lost)
         if window.skipped:
-            self._skipped[row] = (*self._skipped.get(row, ()), *window.skipped)
-        self._filled_N[row] = filled + stop - start
+            for row in rows_n.tolist():
+                self._skipped[row] = (*self._skipped.get(row, ()), *window.skipped)
+        # Documents begin where others end, and where a window begins.
+        last = stop + (len(rows_n) - 1) * stride
+        begins = window.ends[window.ends.searchsorted(start) : window.ends.searchsorted(last)] - start
+        self._parts.append((rows_n, column, stride, np.append(0, begins) if start == 0 else begins))
 
     def finish(self, document_mask: bool) -> Sequences:
         """The sequences, with targets and document ids."""
-        columns = np.arange(self._tokens_NL1.shape[1])
-        self._begins_NL1 |= columns == self._filled_N[:, None]
-        ignored_NL = columns[1:] >= self._filled_N[:, None]
-        if document_mask:
-            ignored_NL |= self._begins_NL1[:, 1:]
+        width = self._tokens_NL1.shape[1]
+        targets_NL1 = self._tokens_NL1.copy()
+        for row in np.flatnonzero(self._filled_N < width).tolist():
+            filled = int(self._filled_N[row])
+            targets_NL1[row, filled:] = IGNORED
+            self._parts.append((np.array([row]), filled, width, np.array([0])))
         if self._lost_NL1 is not None:
-            ignored_NL |= self._lost_NL1[:, 1:]
-        targets_NL = np.where(ignored_NL, np.int32(IGNORED), self._tokens_NL1[:, 1:])
+            targets_NL1[self._lost_NL1] = IGNORED
         document_ids_NL = None
         if document_mask:
-            self._begins_NL1[:, 0] = False
-            document_ids_NL = np.cumsum(self._begins_NL1[:, :-1], axis=1, dtype=np.int32)
-        return Sequences(self._tokens_NL1, targets_NL, document_ids_NL, self._skipped)
+            begins = self._document_begins()
+            targets_NL1.reshape(-1)[begins] = IGNORED
+            begins_NL1 = np.zeros(targets_NL1.shape, dtype=bool)
+            begins_NL1.reshape(-1)[begins] = True
+            begins_NL1[:, 0] = False
+            document_ids_NL = np.cumsum(begins_NL1[:, :-1], axis=1, dtype=np.int32)
+        return Sequences(self._tokens_NL1, targets_NL1[:, 1:], document_ids_NL, self._skipped)
+
+    def _document_begins(self) -> np.ndarray:
+        """Where documents begin, counted through all rows.
+
+        A token that two sequences share is the last target of one, and the first input of the other. It is given for
+        the first: in the other it does not matter whether it begins a document.
+        """
+        rows, columns, strides, begins = zip(*self._parts)
+        width, part = self._tokens_NL1.shape[1], np.repeat(np.arange(len(begins)), list(map(len, begins)))
+        begin, stride = np.concatenate(begins), np.array(strides)[part]
+        nth = np.maximum(begin - (width - stride), 0) // stride
+        row = np.concatenate(rows)[np.cumsum([0, *map(len, rows)])[part] + nth]
+        return row * width + np.array(columns)[part] + begin - nth * stride
 
 
 Row = list[tuple[int, int, int]]

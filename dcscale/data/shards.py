@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import webdataset
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import ShardInfo
 from dcscale.data.sources import ContentError, Source, UnreadableError
-from dcscale.data.tars import ANEW, content, fail, read_samples
+from dcscale.data.tars import ANEW, Member, content, fail, read_samples
 from dcscale.data.text_shards import TextReader
 from dcscale.files import write_atomically
 
@@ -149,7 +148,7 @@ def type_of_tokens(path: str, data: bytes) -> str:
     return fail(path, f"none of its samples has a member {' or '.join(TOKEN_KINDS)}")
 
 
-def _array(path: str, data: bytes, member: tarfile.TarInfo, dtype: np.dtype) -> np.ndarray:
+def _array(path: str, data: bytes, member: Member, dtype: np.dtype) -> np.ndarray:
     """The one-dimensional array of a ``.npy`` member, as a view into ``data``; nothing is ever unpickled."""
     held, dtype = content(path, data, member), dtype.newbyteorder("<")
     shape, found, offset = _header(path, member.name, held)

@@ -12,14 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
-from dcscale.data.order import ORDER_VERSION, Order, Piece
+from dcscale.data.order import ORDER_VERSION, Order
 from dcscale.data.packing import SequenceBuffer, Sequences
 from dcscale.data.shards import check_shards
 from dcscale.data.sources import Access, Source, open_source
+from dcscale.data.steps import Step, made_ahead, placed
 from dcscale.data.window_maker import WindowMaker
-from dcscale.data.windows import Key, WindowReader, made_ahead
+from dcscale.data.windows import Key, WindowReader
 
 
 def open_stream(
@@ -157,15 +160,18 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
 
 
 class Place(NamedTuple):
-    """Where a sequence lies."""
+    """Where sequences of a step lie that follow each other in a lane and a window, or a part of one."""
+
+    rows_n: np.ndarray
+    """Their rows in the step."""
 
     lane: int
-    epoch: int
-    pieces: tuple[Piece, ...]
+    window: Key
 
-    @property
-    def windows(self) -> list[Key]:
-        return [(self.epoch, piece.window) for piece in self.pieces]
+    column: int
+    start: int
+    stop: int
+    """See :class:`dcscale.data.order.Stretch`."""
 
 
 class SequenceStream:
@@ -175,9 +181,14 @@ class SequenceStream:
     asked for stands, shared between lanes, and those that are read ahead. Of a stream read by one of R ranks that is
 
         at most min(slots / gcd(slots, R), windows in use) windows, and ``read_ahead`` or as many once more,
-        plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one's tokens,
+        plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one,
 
-    where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token.
+    where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token and 8 a document, and a raw
+    shard is the bytes of its file and 128 a document. Beside these a process has some MB of libraries, and what its C
+    library keeps of freed blocks: glibc in an arena for each thread, of blocks below 32 MB, which can be half as much
+    again with shards of 2 MB; ``MALLOC_ARENA_MAX=1`` in the environment keeps it from that.
+    To go on at any place, at most the two windows are read that a lane's first sequence lies in, 2 ``shuffle_shards``
+    shards a lane: its documents may come from any shard of the window. So two shards a slot is with one shard a window.
     Reading: an epoch reads each of its windows once and once more for each slot that begins inside it, as long as the
     number of ranks divides ``slots``; otherwise each rank visits more slots and reads what those need.
     """
@@ -279,7 +290,7 @@ class SequenceStream:
     def each(self, steps: Iterable[Sequence[int | None]]) -> Iterator[Sequences]:
         """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         self.begin()
-        yield from made_ahead(map(self._places, steps), self.expect, self.hungry, self._make)
+        yield from made_ahead(placed(steps, self._places), self.expect, self.hungry, self._make)
 
     def skip(self, sha256: Collection[str]) -> None:
         """Give up the shards with these checksums too; no call of :meth:`each` may be running.
@@ -295,20 +306,14 @@ class SequenceStream:
         self._windows.close()
         self.source.close()
 
-    def _make(self, places: list[Place | None]) -> Sequences:
-        buffer = self.buffer(len(places))
-        for row, place in enumerate(places):
-            if place is not None:
-                self.append(buffer, row, place)
+    def _make(self, step: Step[Place]) -> Sequences:
+        buffer = self.buffer(len(step))
+        for place in step:
+            self.append(buffer, place)
         return buffer.finish(self.identity["document_mask"])
 
-    def _places(self, numbers: Sequence[int | None]) -> list[Place | None]:
-        return [None if g is None else self.place(g % self._order.slots, *self._locate(g)) for g in numbers]
-
-    def _locate(self, g: int) -> tuple[int, int]:
-        if g < 0:
-            raise DataError(f"sequence number {g} must not be negative")
-        return self._order.locate(g)
+    def _places(self, numbers_N: np.ndarray, step_N: np.ndarray, row_N: np.ndarray) -> Iterator[tuple[int, Place]]:
+        return self.places(numbers_N % self._order.slots, *self._order.locate(numbers_N), step_N, row_N)
 
     def buffer(self, count: int) -> SequenceBuffer:
         """Room for ``count`` sequences."""
@@ -316,9 +321,17 @@ class SequenceStream:
 
     # -- for what leads several streams: it says what comes next, and takes it in that order ------------------------
 
-    def place(self, lane: int, epoch: int, index: int) -> Place:
-        """Where sequence ``index`` of an epoch lies, to be read by ``lane``."""
-        return Place(lane, epoch, tuple(self._order.pieces(epoch, index)))
+    def places(
+        self, lane_N: np.ndarray, epoch_N: np.ndarray, index_N: np.ndarray, step_N: np.ndarray, row_N: np.ndarray
+    ) -> Iterator[tuple[int, Place]]:
+        """Where sequences ``index`` of an epoch lie that ``lane`` is to read for rows of steps, and in which step."""
+        by_lane = np.lexsort((row_N, lane_N, step_N))
+        lane_N, step_N, row_N = lane_N[by_lane], step_N[by_lane], row_N[by_lane]
+        lanes, steps = lane_N.tolist(), step_N.tolist()
+        for stretch in self._order.stretches(epoch_N[by_lane], index_N[by_lane], step_N * self._order.slots + lane_N):
+            first, count, epoch, window, column, start, stop = stretch
+            rows_n = row_N[first : first + count]
+            yield steps[first], Place(rows_n, lanes[first], (epoch, window), column, start, stop)
 
     def begin(self) -> None:
         """Expect nothing any more."""
@@ -328,34 +341,31 @@ class SequenceStream:
             self._expected.clear()
             self._look_ahead()
 
-    def expect(self, place: Place | None) -> None:
-        """Say that a sequence will be asked for, after those said before."""
-        if place is None:
-            return
+    def expect(self, place: Place) -> None:
+        """Say that a place will be asked for, after those said before."""
         with self._lock:
             self._expected.append(place)
-            new = [key for key in place.windows if key not in self._wanted][: self._room]
-            if new:
-                self._want([*self._wanted, *new])
+            if self._room > 0 and place.window not in self._wanted:
+                self._want([*self._wanted, place.window])
 
     def hungry(self) -> bool:
         """Whether it would read ahead if it were told of more sequences."""
         return self._room > 0
 
-    def append(self, buffer: SequenceBuffer, row: int, place: Place) -> None:
-        """Put a sequence into a row.
+    def append(self, buffer: SequenceBuffer, place: Place) -> None:
+        """Put sequences into their rows.
 
         Raises:
-            DataError: a shard that it lies in cannot be used.
+            DataError: a shard that they lie in cannot be used.
         """
         with self._lock:
             if self._expected and self._expected[0] is place:
                 self._expected.popleft()
-            for key, piece in zip(place.windows, place.pieces):
-                if self._lanes.get(place.lane) != key:
-                    self._lanes[place.lane] = key
-                    self._look_ahead()
-                buffer.append(row, self._windows.get(key), piece.start, piece.stop)
+            if self._lanes.get(place.lane) != place.window:
+                self._lanes[place.lane] = place.window
+                self._look_ahead()
+            window, stride = self._windows.get(place.window), self._order.stride
+            buffer.append(place.rows_n, place.column, window, place.start, place.stop, stride)
 
     def _look_ahead(self) -> None:
         """Let go of windows that no lane stands in any more, and read those that are needed next."""
@@ -364,7 +374,7 @@ class SequenceStream:
         for place in self._expected:
             if len(wanted) >= most:
                 break
-            wanted.update(dict.fromkeys(place.windows))
+            wanted[place.window] = None
         self._want(list(wanted)[:most])
 
     def _most_ahead(self) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from dcscale.data.errors import DataError
 from dcscale.data.packing import Window
@@ -14,11 +13,7 @@ from dcscale.data.packing import Window
 Key = tuple[int, int]
 """(epoch, number of the window in it)."""
 
-LOOK_AHEAD = 4096
-"""Sequences that are looked at for windows to read ahead: of 4096 tokens each, read 200,000 a second, those of 80 s."""
-
 _CLOSED = "reading was ended"
-T, U = TypeVar("T"), TypeVar("U")
 
 
 class WindowReader:
@@ -145,34 +140,6 @@ class WindowReader:
             if not making.todo or making.window.done() or self._wanted.get(making.key) is not making:
                 return None
             return making.todo.pop(0)
-
-
-def made_ahead(
-    steps: Iterable[list[T]],
-    expect: Callable[[T], None],
-    hungry: Callable[[], bool],
-    make: Callable[[list[T]], U],
-    most: int = LOOK_AHEAD,
-) -> Iterator[U]:
-    """What ``make`` makes of each step. Before it, ``expect`` is told the step's items, one by one, and those of the
-    next steps: up to about ``most``, as long as ``hungry`` says that there is use for more."""
-    steps, told, waiting = iter(steps), 0, deque()
-
-    def tell() -> None:
-        nonlocal told
-        while (not waiting or (hungry() and told < most)) and (step := next(steps, None)) is not None:
-            for item in step:
-                expect(item)
-            waiting.append(step)
-            told += len(step)
-
-    tell()
-    while waiting:
-        step = waiting.popleft()
-        told -= len(step)
-        made = make(step)
-        tell()
-        yield made
 
 
 class _Making:

@@ -19,7 +19,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -60,7 +60,7 @@ class WorkerSequences:
         DataError: there is not enough shared memory.
     """
 
-    def __init__(self, stream: Stream, steps: Iterable[list[int | None]], workers: int, ahead: int) -> None:
+    def __init__(self, stream: Stream, steps: Iterable[Sequence[int | None]], workers: int, ahead: int) -> None:
         self._steps, self._workers, self._length = steps, workers, stream.identity["sequence_length"]
         sequences = min(-(-_GROUP_TOKENS // self._length), _GROUP_SEQUENCES)
         in_step = len(next(iter(steps), range(sequences)))
@@ -167,7 +167,7 @@ class _Shares(IterableDataset):
     def __init__(
         self,
         stream: Stream,
-        steps: Iterable[list[int | None]],
+        steps: Iterable[Sequence[int | None]],
         group_steps: int,
         memory_WGNX: torch.Tensor,
     ) -> None:

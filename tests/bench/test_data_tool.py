@@ -19,7 +19,7 @@ def tool(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def run(task, kind, settings, *, timeout=0, **more):
+    def run(task, kind, settings, *, timeout=0, environment=None, **more):
         return json.loads(json.dumps(tasks.TASKS[task](kind, settings, **more)))
 
     monkeypatch.setattr(probe, "run", run)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dcscale.data import DataError
+from dcscale.data import DataError, tars
 from dcscale.data.shards import check_shards, read_shard, write_shard
 from dcscale.data.sources import open_source
 
@@ -324,3 +324,20 @@ def test_links_in_a_shard_are_refused(tmp_path):
         tar.addfile(entry)
     with pytest.raises(DataError, match=r"member k\.tokens\.npy is not a regular file"):
         read(tmp_path, info_of(tmp_path, info))
+
+
+def test_plain_tars_are_walked_to_what_tarfile_finds_and_no_others_are(tmp_path):
+    """A long name, a folder, a flipped bit or a missing end leaves a tar to tarfile."""
+    info = write(tmp_path)
+    data = (tmp_path / info.name).read_bytes()
+    members, end = tars._plain_members(data)
+    with tarfile.open(tmp_path / info.name) as tar:
+        found = [tars.Member(member.name, member.offset_data, member.size) for member in tar]
+        assert (members, end) == (found, tar.offset)
+    flipped = bytearray(data)
+    flipped[members[1].begin - 512] ^= 1
+    for other in (flipped, data[:end], data[: end - 100], b"", bytes([*data[:156], ord("5"), *data[157:]])):
+        assert tars._plain_members(bytes(other)) is None
+    with tarfile.open(tmp_path / "long.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("a" * 120 + ".npy"))
+    assert tars._plain_members((tmp_path / "long.tar").read_bytes()) is None

@@ -12,7 +12,8 @@ from dcscale.data.manifest import Manifest, TokenizerInfo, write_manifest
 from dcscale.data.packing import Window
 from dcscale.data.shards import write_shard
 from dcscale.data.sources import Access, Patience
-from dcscale.data.windows import WindowReader, made_ahead
+from dcscale.data.steps import made_ahead
+from dcscale.data.windows import WindowReader
 from dcscale.testing import shard_server as faults
 from dcscale.testing.shard_server import ShardServer
 from dcscale.testing.token_shards import numbered_shards, write_token_shards

@@ -200,9 +200,15 @@ def test_a_signal_is_heard_while_the_data_do_not_come(shards, bad, tmp_path, pre
     options = ["data.timeout_seconds=60", "data.give_up_seconds=600", f"data.prefetch_steps={prefetch}"]
     sent = []
 
+    def records_are_there():
+        written = tmp_path / "run" / "metrics.jsonl"
+        return written.exists() and written.stat().st_size > 0
+
     def stall_and_tell(handler, content):
         if handler.command == "HEAD":
             return handler.serve(content)
+        while not records_are_there():  # the data may be needed before the first step has ended
+            time.sleep(0.05)
         if not sent:
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return faults.stall()(handler, content)

@@ -54,15 +54,23 @@ def restarts(folders: dict[str, Path], settings: Settings, epoch: int, at: Seque
     return rows
 
 
-def memory(folder: Path, settings: Settings, shapes: Sequence[tuple[int, int]]) -> list[dict]:
-    """Peak memory of an epoch beside what :class:`dcscale.data.stream.SequenceStream` states, by (slots, shards)."""
+def memory(folder: Path, small: Path, settings: Settings, shapes: Sequence[tuple[int, int]]) -> list[dict]:
+    """Peak memory of an epoch beside what :class:`dcscale.data.stream.SequenceStream` states, by (slots, shards).
+
+    It is what reading ``folder`` takes more than reading ``small``, which is next to nothing and shows what libraries
+    take at their first use. The C library is told to use one arena: else it keeps freed memory for each thread.
+    """
     shards = read_manifest(folder).shards
-    tokens, raw = (max(getattr(shard, name) for shard in shards) for name in ("tokens", "bytes"))
+    most = {name: max(getattr(shard, name) for shard in shards) for name in ("tokens", "bytes", "documents")}
+    packed, raw = 2 * most["tokens"] + 8 * most["documents"], most["bytes"] + 128 * most["documents"]
     rows = []
     for slots, window in shapes:
-        mine = replace(settings, root=str(folder), slots=slots, shuffle_shards=window)
+        mine = replace(settings, slots=slots, shuffle_shards=window)
         windows = min(slots, math.ceil(len(shards) / window)) + mine.read_ahead
-        bound = 2 * tokens * window * windows + max(_READ_THREADS, window) * raw + 2 * tokens * window
-        found = probe.run("peak", "dcscale", mine)
-        rows.append({"slots": slots, "shuffle_shards": window, "bytes": found["bytes"], "bound_bytes": bound})
+        bound = packed * window * (windows + 1) + max(_READ_THREADS, window) * raw
+        base, found = (
+            probe.run("peak", "dcscale", replace(mine, root=str(root)), environment={"MALLOC_ARENA_MAX": "1"})["bytes"]
+            for root in (small, folder)
+        )
+        rows.append({"slots": slots, "shuffle_shards": window, "bytes": found - base, "bound_bytes": bound})
     return rows

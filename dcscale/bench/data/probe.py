@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import IO, Any, NamedTuple
 
@@ -38,8 +39,16 @@ def run(task: str, kind: str, settings: Settings, *, timeout: float = 600, **mor
     return finish(start(task, kind, settings, **more), timeout)
 
 
-def start(task: str, kind: str, settings: Settings, *, port: int = 0, **more: Any) -> Probe:
-    """Start a probe; several ranks that are to find each other need the same ``port``."""
+def start(
+    task: str,
+    kind: str,
+    settings: Settings,
+    *,
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Probe:
+    """Start a probe, with more in its environment; several ranks that are to find each other need the same ``port``."""
     rank, world_size = str(settings.rank), str(settings.world_size)
     ranks = {"RANK": rank, "GLOBAL_RANK": rank, "LOCAL_RANK": rank}
     ranks |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "NNODES": "1"}
@@ -49,7 +58,11 @@ def start(task: str, kind: str, settings: Settings, *, port: int = 0, **more: An
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115
     command = [sys.executable, "-m", __name__, message]
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | ranks, start_new_session=True
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=os.environ | ranks | (environment or {}),
+        start_new_session=True,
     )
     return Probe(process, output)
 
