@@ -6,6 +6,7 @@ import os
 import queue
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -13,14 +14,22 @@ import torch.multiprocessing as multiprocessing
 
 from dcscale.parallel import free_port
 
+_own_servers: set[int] = set()
+"""Process ids of the fork servers that were started here."""
+
 
 def _context() -> multiprocessing.context.BaseContext:
     """How processes start: forked, where no GPU forbids it, from a process that has imported what takes seconds."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # The last has all of DeepSpeed and of torch.compile behind it, which every engine imports.
-    context.set_forkserver_preload(["dcscale.testing.runs", "deepspeed.runtime.zero.muon.original_muon"])
+    context, server = multiprocessing.get_context("forkserver"), forkserver._forkserver
+    # A process has one server. That of data workers, which an earlier test may have left, has not made the imports.
+    if server._forkserver_pid is None or server._forkserver_pid not in _own_servers:
+        server._stop()
+        # The last has all of DeepSpeed and of torch.compile behind it, which every engine imports.
+        context.set_forkserver_preload(["dcscale.testing.runs", "deepspeed.runtime.zero.muon.original_muon"])
+        server.ensure_running()
+        _own_servers.add(server._forkserver_pid)
     return context
 
 
