@@ -8,6 +8,8 @@ import signal
 import sys
 from itertools import count
 
+import torch
+
 from dcscale.checkpoint import Checkpoints, find_checkpoint, fragments, weights
 from dcscale.checkpoint.layout import damage, step_of
 from dcscale.config import CheckpointConfig
@@ -34,6 +36,7 @@ def save_and_die(run, step, last_operation):
     """Saves in a process that is killed before its operation of this number; returns whether it was."""
     process = os.fork()
     if process == 0:
+        torch.set_num_threads(1)  # renews torch's pool after the fork, which two threads at once could not
         done = count(1)
 
         def operate():
