@@ -27,7 +27,7 @@ from dcscale.config import DataSource
 from dcscale.data.errors import DataError
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.packing import Sequences
-from dcscale.data.steps import Step, made_ahead, placed
+from dcscale.data.steps import Group, Numbers, made_ahead, placed
 from dcscale.data.stream import Place, SequenceStream, fingerprint_of, open_stream
 
 MIXTURE_VERSION = 1
@@ -230,7 +230,7 @@ class MixedStream:
         for stream in self.streams:
             stream.check_shard_files(rank, world_size)
 
-    def sequences(self, numbers: Sequence[int | None]) -> Sequences:
+    def sequences(self, numbers: Numbers) -> Sequences:
         """The sequences with these global numbers, a row each; None gives a row of padding.
 
         Raises:
@@ -238,11 +238,12 @@ class MixedStream:
         """
         return next(self.each([numbers]))
 
-    def each(self, steps: Iterable[Sequence[int | None]]) -> Iterator[Sequences]:
+    def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
         """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         for stream in self.streams:
             stream.begin()
-        yield from made_ahead(placed(steps, self._places), self._expect, self._hungry, self._make)
+        groups = placed(steps, self._places, self.identity["sequence_length"])
+        yield from made_ahead(groups, self._expect, self._hungry, self._make)
 
     def skip(self, sha256: Collection[str]) -> None:
         """Give up the shards with these checksums too; no call of :meth:`each` may be running.
@@ -258,22 +259,22 @@ class MixedStream:
         for stream in self.streams:
             stream.close()
 
-    def _make(self, step: Step[tuple[int, Place]]) -> Sequences:
-        buffer = self.streams[0].buffer(len(step))
-        for source, place in step:
+    def _make(self, group: Group[tuple[int, Place]]) -> Iterator[Sequences]:
+        buffer = self.streams[0].buffer(len(group))
+        for source, place in group:
             self.streams[source].append(buffer, place)
-        return buffer.finish(self.identity["document_mask"])
+        return buffer.finish(self.identity["document_mask"]).split(group.sizes)
 
     def _places(
-        self, numbers_N: np.ndarray, step_N: np.ndarray, row_N: np.ndarray
+        self, numbers_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray
     ) -> Iterator[tuple[int, tuple[int, Place]]]:
         source_N = self.order.sources(numbers_N)
         for source in np.unique(source_N).tolist():
             of_n = source_N == source
             numbers_n = numbers_N[of_n]
             located = self.order.locate_in(source, numbers_n)
-            places = self.streams[source].places(numbers_n % self.order.slots, *located, step_N[of_n], row_N[of_n])
-            yield from ((step, (source, place)) for step, place in places)
+            places = self.streams[source].places(numbers_n % self.order.slots, *located, group_N[of_n], row_N[of_n])
+            yield from ((group, (source, place)) for group, place in places)
 
     def _hungry(self) -> bool:
         return any(stream.hungry() for stream in self.streams)

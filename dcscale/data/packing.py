@@ -80,6 +80,19 @@ class Sequences:
     skipped: dict[int, tuple[SkippedShard, ...]] = field(default_factory=dict)
     """By row, the shards of its windows that were given up when these were made."""
 
+    def split(self, sizes: Iterable[int]) -> Iterator[Sequences]:
+        """Views of so many rows each."""
+        begin, ids_NL = 0, self.document_ids_NL
+        for size in sizes:
+            end = begin + size
+            yield Sequences(
+                self.tokens_NL1[begin:end],
+                self.targets_NL[begin:end],
+                None if ids_NL is None else ids_NL[begin:end],
+                {row - begin: shards for row, shards in self.skipped.items() if begin <= row < end},
+            )
+            begin = end
+
 
 class SequenceBuffer:
     """Builds ``count`` sequences of ``length`` targets each; rows that get no tokens are padding as a whole."""

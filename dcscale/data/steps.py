@@ -1,4 +1,7 @@
-"""Steps of sequences on their way from numbers to batches: where many lie is found at once, and told ahead."""
+"""Steps of sequences on their way from numbers to batches: where many lie is found at once, and told ahead.
+
+Small steps are made in groups: what a part of a window costs apart from its tokens is then paid once for all of them.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,24 @@ LOOK_AHEAD = 4096
 _PLACED = 256
 """Sequences that are placed together: enough for NumPy to cost little for each."""
 
+_GROUP_TOKENS, _GROUP_SEQUENCES = 1 << 16, 64
+"""So many tokens or sequences are made together, where a step has fewer: half a millisecond of work."""
+
 T, U = TypeVar("T"), TypeVar("U")
+Numbers = Sequence["int | None"]
+"""Global numbers of a step's sequences; None is a row of padding."""
 
 
-class Step(Generic[T]):
-    """What a step consists of; its length is the sequences in it, rows of padding included."""
+class Group(Generic[T]):
+    """What steps consist of that are made together; its length is the sequences in them, rows of padding included."""
 
-    def __init__(self, rows: int) -> None:
-        self._rows, self._places = rows, []
+    def __init__(self, steps: list[Numbers]) -> None:
+        self.sizes = list(map(len, steps))
+        """Sequences of each step."""
+        self._places: list[T] = []
 
     def __len__(self) -> int:
-        return self._rows
+        return sum(self.sizes)
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._places)
@@ -36,69 +46,73 @@ class Step(Generic[T]):
 
 
 def placed(
-    steps: Iterable[Sequence[int | None]],
+    steps: Iterable[Numbers],
     places: Callable[[np.ndarray, np.ndarray, np.ndarray], Iterable[tuple[int, T]]],
-) -> Iterator[Step[T]]:
-    """Each step of numbers as what ``places`` makes of them. None is a row without a place.
+    length: int,
+) -> Iterator[Group[T]]:
+    """Steps of numbers, of sequences of ``length`` tokens, as what ``places`` makes of them, in groups.
 
-    ``places`` takes numbers, and the step and row of each, int64 [N]; it gives places with the steps that they belong
-    to. Steps are counted anew in each call.
+    ``places`` takes numbers, and the group and row in it of each, int64 [N]; it gives places with the groups that they
+    belong to. Groups are counted anew in each call.
 
     Raises:
         DataError: a number is negative.
     """
-    for block in _blocks(steps):
-        made: list[Step[T]] = [Step(len(step)) for step in block]
-        rows = list(map(len, block))
-        step_N = np.repeat(np.arange(len(block)), rows)
+    sequences = min(-(-_GROUP_TOKENS // length), _GROUP_SEQUENCES)
+    for block in _cut(_cut(steps, sequences, len), _PLACED, lambda group: sum(map(len, group))):
+        groups: list[Group[T]] = [Group(group) for group in block]
+        rows = list(map(len, groups))
+        group_N = np.repeat(np.arange(len(groups)), rows)
         row_N = np.concatenate([np.arange(count) for count in rows])
-        numbers = [g for step in block for g in step]
+        numbers = [g for group in block for step in group for g in step]
         if None in numbers:
             given = [i for i, g in enumerate(numbers) if g is not None]
-            numbers, step_N, row_N = [numbers[i] for i in given], step_N[given], row_N[given]
+            numbers, group_N, row_N = [numbers[i] for i in given], group_N[given], row_N[given]
         if numbers:
             if min(numbers) < 0:
                 raise DataError(f"sequence number {min(numbers)} must not be negative")
-            for n, place in places(np.array(numbers), step_N, row_N):
-                made[n].append(place)
-        yield from made
+            for n, place in places(np.array(numbers), group_N, row_N):
+                groups[n].append(place)
+        yield from groups
 
 
-def _blocks(steps: Iterable[Sequence[int | None]]) -> Iterator[list[Sequence[int | None]]]:
-    block, rows = [], 0
-    for step in steps:
-        block.append(step)
-        rows += len(step)
-        if rows >= _PLACED:
-            yield block
-            block, rows = [], 0
-    if block:
-        yield block
+def _cut(items: Iterable[T], size: int, size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items that follow each other, as many as together have the size."""
+    cut, so_far = [], 0
+    for item in items:
+        cut.append(item)
+        so_far += size_of(item)
+        if so_far >= size:
+            yield cut
+            cut, so_far = [], 0
+    if cut:
+        yield cut
 
 
 def made_ahead(
-    steps: Iterable[list[T]],
+    groups: Iterable[Group[T]],
     expect: Callable[[T], None],
     hungry: Callable[[], bool],
-    make: Callable[[list[T]], U],
+    make: Callable[[Group[T]], Iterable[U]],
     most: int = LOOK_AHEAD,
 ) -> Iterator[U]:
-    """What ``make`` makes of each step. Before it, ``expect`` is told the step's items, one by one, and those of the
-    next steps: up to about ``most``, as long as ``hungry`` says that there is use for more."""
-    steps, told, waiting = iter(steps), 0, deque()
+    """What ``make`` makes of each group, a piece for each step. Before it, ``expect`` is told the group's places, one
+    by one, and those of the next groups: up to about ``most`` sequences, as long as ``hungry`` says that there is use
+    for more."""
+    groups, told, waiting = iter(groups), 0, deque()
 
     def tell() -> None:
         nonlocal told
-        while (not waiting or (hungry() and told < most)) and (step := next(steps, None)) is not None:
-            for item in step:
-                expect(item)
-            waiting.append(step)
-            told += len(step)
+        while (not waiting or (hungry() and told < most)) and (group := next(groups, None)) is not None:
+            for place in group:
+                expect(place)
+            waiting.append(group)
+            told += len(group)
 
     tell()
     while waiting:
-        step = waiting.popleft()
-        told -= len(step)
-        made = make(step)
+        group = waiting.popleft()
+        told -= len(group)
+        made = make(group)
         tell()
-        yield made
+        yield from made

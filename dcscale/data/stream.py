@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from dcscale.data.order import ORDER_VERSION, Order
 from dcscale.data.packing import SequenceBuffer, Sequences
 from dcscale.data.shards import check_shards
 from dcscale.data.sources import Access, Source, open_source
-from dcscale.data.steps import Step, made_ahead, placed
+from dcscale.data.steps import Group, Numbers, made_ahead, placed
 from dcscale.data.window_maker import WindowMaker
 from dcscale.data.windows import Key, WindowReader
 
@@ -160,10 +160,10 @@ def fingerprint_of(identity: dict[str, Any]) -> str:
 
 
 class Place(NamedTuple):
-    """Where sequences of a step lie that follow each other in a lane and a window, or a part of one."""
+    """Where sequences of a group lie that follow each other in a lane and a window, or a part of one."""
 
     rows_n: np.ndarray
-    """Their rows in the step."""
+    """Their rows in the group."""
 
     lane: int
     window: Key
@@ -279,7 +279,7 @@ class SequenceStream:
         """Sequence ``g`` as one row, N = 1; see :meth:`sequences`."""
         return self.sequences([g])
 
-    def sequences(self, numbers: Sequence[int | None]) -> Sequences:
+    def sequences(self, numbers: Numbers) -> Sequences:
         """The sequences with these global numbers, a row each; None gives a row of padding.
 
         Raises:
@@ -287,10 +287,11 @@ class SequenceStream:
         """
         return next(self.each([numbers]))
 
-    def each(self, steps: Iterable[Sequence[int | None]]) -> Iterator[Sequences]:
+    def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
         """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         self.begin()
-        yield from made_ahead(placed(steps, self._places), self.expect, self.hungry, self._make)
+        groups = placed(steps, self._places, self.identity["sequence_length"])
+        yield from made_ahead(groups, self.expect, self.hungry, self._make)
 
     def skip(self, sha256: Collection[str]) -> None:
         """Give up the shards with these checksums too; no call of :meth:`each` may be running.
@@ -306,14 +307,14 @@ class SequenceStream:
         self._windows.close()
         self.source.close()
 
-    def _make(self, step: Step[Place]) -> Sequences:
-        buffer = self.buffer(len(step))
-        for place in step:
+    def _make(self, group: Group[Place]) -> Iterator[Sequences]:
+        buffer = self.buffer(len(group))
+        for place in group:
             self.append(buffer, place)
-        return buffer.finish(self.identity["document_mask"])
+        return buffer.finish(self.identity["document_mask"]).split(group.sizes)
 
-    def _places(self, numbers_N: np.ndarray, step_N: np.ndarray, row_N: np.ndarray) -> Iterator[tuple[int, Place]]:
-        return self.places(numbers_N % self._order.slots, *self._order.locate(numbers_N), step_N, row_N)
+    def _places(self, numbers_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray) -> Iterator[tuple[int, Place]]:
+        return self.places(numbers_N % self._order.slots, *self._order.locate(numbers_N), group_N, row_N)
 
     def buffer(self, count: int) -> SequenceBuffer:
         """Room for ``count`` sequences."""
@@ -322,16 +323,16 @@ class SequenceStream:
     # -- for what leads several streams: it says what comes next, and takes it in that order ------------------------
 
     def places(
-        self, lane_N: np.ndarray, epoch_N: np.ndarray, index_N: np.ndarray, step_N: np.ndarray, row_N: np.ndarray
+        self, lane_N: np.ndarray, epoch_N: np.ndarray, index_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray
     ) -> Iterator[tuple[int, Place]]:
-        """Where sequences ``index`` of an epoch lie that ``lane`` is to read for rows of steps, and in which step."""
-        by_lane = np.lexsort((row_N, lane_N, step_N))
-        lane_N, step_N, row_N = lane_N[by_lane], step_N[by_lane], row_N[by_lane]
-        lanes, steps = lane_N.tolist(), step_N.tolist()
-        for stretch in self._order.stretches(epoch_N[by_lane], index_N[by_lane], step_N * self._order.slots + lane_N):
+        """Where sequences ``index`` of an epoch lie that ``lane`` is to read for rows of groups, and in which group."""
+        by_lane = np.lexsort((row_N, lane_N, group_N))
+        lane_N, group_N, row_N = lane_N[by_lane], group_N[by_lane], row_N[by_lane]
+        lanes, groups = lane_N.tolist(), group_N.tolist()
+        for stretch in self._order.stretches(epoch_N[by_lane], index_N[by_lane], group_N * self._order.slots + lane_N):
             first, count, epoch, window, column, start, stop = stretch
             rows_n = row_N[first : first + count]
-            yield steps[first], Place(rows_n, lanes[first], (epoch, window), column, start, stop)
+            yield groups[first], Place(rows_n, lanes[first], (epoch, window), column, start, stop)
 
     def begin(self) -> None:
         """Expect nothing any more."""

@@ -205,14 +205,14 @@ def test_closing_frees_who_waits():
 def test_steps_are_told_ahead_in_order_as_long_as_there_is_use_for_more(most):
     told, seen, enough = [], [], 12
 
-    def make(step):
-        seen.extend(step)
+    def make(group):
+        seen.extend(group)
         assert told == list(range(max(len(seen), len(told))))
-        return step
+        return group
 
-    steps = ([i, i + 1] for i in range(0, 20, 2))
-    for step in made_ahead(steps, told.append, lambda: len(told) < enough, make, most):
-        assert step == seen[-2:]
+    groups = ([i, i + 1] for i in range(0, 20, 2))
+    for n, step in enumerate(made_ahead(groups, told.append, lambda: len(told) < enough, make, most)):
+        assert step == seen[n]
         ahead = max(2, min(enough - len(seen), most // 2 * 2 + most % 2 * 2))
         assert len(told) == min(20, len(seen) + ahead)
     assert seen == told == list(range(20))
@@ -229,9 +229,10 @@ def test_reading_ahead_changes_nothing(folder, ahead, rows, ranks):
             assert made.tokens_NL1.tobytes() == plain.sequences(step).tokens_NL1.tobytes()
 
 
-def test_what_is_needed_next_is_read_before_it_is_needed(tmp_path):
-    """Between steps the reading comes to rest; during a step nothing can be read, and no step waits for anything. Each
+def test_what_is_needed_next_is_read_before_it_is_needed(tmp_path, monkeypatch):
+    """Each step is a group: the windows are much smaller than those that groups are made for. Between steps the reading comes to rest; during a step nothing can be read, and no step waits for anything. Each
     lane has two windows an epoch, which begin and end for all lanes at once: the worst case."""
+    monkeypatch.setattr("dcscale.data.steps._GROUP_SEQUENCES", 1)
     write_token_shards(tmp_path, numbered_shards([100] * 24), vocab_size=5000)
     stream, gate, late = stream_of(tmp_path), threading.Event(), []
     read = stream._windows._read
