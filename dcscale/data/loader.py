@@ -204,7 +204,7 @@ class BatchLoader:
             return Batch(
                 torch.from_numpy(sequences.tokens_NL1[rows, :-1].astype(np.int64)),
                 torch.from_numpy(sequences.targets_NL[rows].astype(np.int64)),
-                None if ids is None else torch.from_numpy(ids[rows]),
+                None if ids is None else torch.from_numpy(ids[rows].copy()),
                 int(np.count_nonzero(sequences.targets_NL[rows] != IGNORED)),
                 tuple({shard for row, shards in sequences.skipped.items() if row in numbers[rows] for shard in shards}),
             )

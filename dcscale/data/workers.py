@@ -1,15 +1,15 @@
 """Sequences prepared by processes, for where one thread beside the training loop cannot keep up.
 
 Of a rank's sequences, worker w of W makes number w and every W-th after it: it reads lanes of its own, so that W
-workers together read no more than one reader would, as long as W times the ranks divides the slots. They write groups
-of whole steps into shared memory, and the groups are put back into their order here.
+workers together read no more than one reader would, as long as W times the ranks divides the slots. They write into
+the same shared memory, each the rows that are its own, of groups of whole steps.
 
 The processes are forked from a server that has neither threads nor GPUs, which the training process has. They are
 deaf to the signals that ask a run to stop, since a launcher may send these to every process; they end when the
 training process closes them, or is gone.
 
-Axes: W workers, G groups, N sequences, L tokens a sequence; X integers of a sequence: its tokens, targets and, if it
-has any, document ids, one after another.
+Axes: G groups, N sequences, L tokens a sequence; X integers of a sequence: its tokens, targets and, if it has any,
+document ids, one after another.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class WorkerSequences:
-    """Iterates over the sequences of each step, made by worker processes.
+    """Iterates over the sequences of each step, made by worker processes; they are valid until the next are asked for.
 
     A group is as many steps as give each worker ``_GROUP_TOKENS`` or ``_GROUP_SEQUENCES``. Ready or being made are
     ``ahead`` steps, rounded up to whole groups, but at least two groups. Memory of a rank: what its stream states, once
@@ -67,10 +67,10 @@ class WorkerSequences:
         self._group_steps = -(-sequences * workers // in_step)
         groups = max(2, -(-ahead // self._group_steps))
         parts = 3 if stream.identity["document_mask"] else 2
-        # While the worker fills one place, and the loader holds others, the steps of one more are being handed out.
-        shape = (workers, groups + 1, -(-self._group_steps * in_step // workers), self._length * parts + 1)
+        # While workers fill one place, and the loader holds others, the steps of one more are being handed out.
+        shape = (groups + 1, self._group_steps * in_step, self._length * parts + 1)
         try:
-            self._memory_WGNX = torch.empty(shape, dtype=torch.int32).share_memory_()
+            self._memory_GNX = torch.empty(shape, dtype=torch.int32).share_memory_()
         except RuntimeError as error:
             raise DataError(
                 f"data.workers is {workers}, but there are no {np.prod(shape) * 4 / 2**20:,.0f} MiB of shared memory "
@@ -79,7 +79,7 @@ class WorkerSequences:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         loader = DataLoader(
-            _Shares(stream, steps, self._group_steps, self._memory_WGNX),
+            _Shares(stream, steps, self._group_steps, self._memory_GNX),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=groups,
@@ -123,26 +123,18 @@ class WorkerSequences:
             process.join()
 
     def _make_steps(self) -> Iterator[Sequences]:
-        done = 0
-        for group in _grouped(self._steps, self._group_steps):
-            shares = [self._next_share(worker) for worker in range(self._workers)]
-            used = [0] * self._workers
-            for step in group:
-                step_NX = np.empty((len(step), shares[0][0].shape[1]), np.int32)
-                skipped: Skipped = {}
-                for worker, (share_NX, skipped_of_share) in enumerate(shares):
-                    mine = range(len(step))[_places(worker, done, self._workers)]
-                    step_NX[mine.start :: self._workers] = share_NX[used[worker] : used[worker] + len(mine)]
-                    for row, shards in skipped_of_share.items():
-                        if used[worker] <= row < used[worker] + len(mine):
-                            skipped[mine[row - used[worker]]] = shards
-                    used[worker] += len(mine)
-                done += len(step)
-                yield _unpacked(step_NX, self._length, skipped)
+        places, rows, _ = self._memory_GNX.shape
+        for number, group in enumerate(_grouped(self._steps, self._group_steps)):
+            skipped: Skipped = {}
+            for worker in range(self._workers):
+                mine = range(rows)[_share_of(worker, self._workers, number, rows)]
+                skipped |= {mine[row]: shards for row, shards in self._next_share().items()}
+            made_NX = self._memory_GNX[number % places].numpy()
+            yield from _unpacked(made_NX, self._length, skipped).split(map(len, group))
 
-    def _next_share(self, worker: int) -> tuple[np.ndarray, Skipped]:
-        """The sequences of a worker in the next group, int32 [N, X], valid until the group after it is asked for; and
-        what was given up for them."""
+    def _next_share(self) -> Skipped:
+        """Wait for a worker's share of the next group; what was given up for it. Its memory holds until the group after
+        it is asked for."""
         try:
             made = next(self._shares)
         except Exception as error:
@@ -156,45 +148,42 @@ class WorkerSequences:
             ) from error
         if isinstance(made, str):
             raise DataError(made)
-        place, skipped = made
-        return self._memory_WGNX[worker, place].numpy(), skipped
+        return made
 
 
 class _Shares(IterableDataset):
-    """What a worker makes: its share of each group. It gives the place in its memory and what was given up for it; or,
-    as text, why it cannot."""
+    """What a worker makes: its share of each group, in shared memory. It gives what was given up for it; or, as text,
+    why it cannot."""
 
     def __init__(
         self,
         stream: Stream,
         steps: Iterable[Sequence[int | None]],
         group_steps: int,
-        memory_WGNX: torch.Tensor,
+        memory_GNX: torch.Tensor,
     ) -> None:
         self._reopen, self._fingerprint = stream.reopen, stream.fingerprint
-        self._steps, self._group_steps, self._memory_WGNX = steps, group_steps, memory_WGNX
+        self._steps, self._group_steps, self._memory_GNX = steps, group_steps, memory_GNX
 
-    def __iter__(self) -> Iterator[tuple[int, Skipped] | str]:
+    def __iter__(self) -> Iterator[Skipped | str]:
         worker = get_worker_info()
-        memory_GNX = self._memory_WGNX[worker.id].numpy()
+        memory_GNX = self._memory_GNX.numpy()
         try:
             stream = self._reopen()
             if stream.fingerprint != self._fingerprint:
                 raise DataError("the data were changed while the run was starting; start it again")
             for number, made in enumerate(stream.each(self._numbers(worker.id, worker.num_workers))):
-                place = number % len(memory_GNX)
-                _pack(made, memory_GNX[place])
-                yield place, made.skipped
+                mine = _share_of(worker.id, worker.num_workers, number, memory_GNX.shape[1])
+                _pack(made, memory_GNX[number % len(memory_GNX), mine])
+                yield made.skipped
         except DataError as error:
             yield str(error)
 
     def _numbers(self, worker: int, workers: int) -> Iterator[list[int | None]]:
         """Numbers of a worker's sequences in each group."""
-        done = 0
-        for group in _grouped(self._steps, self._group_steps):
+        for number, group in enumerate(_grouped(self._steps, self._group_steps)):
             numbers = [g for step in group for g in step]
-            yield numbers[_places(worker, done, workers)]
-            done += len(numbers)
+            yield numbers[_share_of(worker, workers, number, self._memory_GNX.shape[1])]
 
 
 def _end_with_the_training_process(_: int) -> None:
@@ -213,9 +202,9 @@ def _grouped(steps: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _places(worker: int, done: int, workers: int) -> slice:
-    """Where a worker's sequences are among those that follow ``done`` others."""
-    return slice((worker - done) % workers, None, workers)
+def _share_of(worker: int, workers: int, group: int, rows: int) -> slice:
+    """Which sequences of a group are a worker's, where all groups before it had so many ``rows``."""
+    return slice((worker - group * rows) % workers, None, workers)
 
 
 def _pack(made: Sequences, memory_NX: np.ndarray) -> None:
