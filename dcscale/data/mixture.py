@@ -239,7 +239,10 @@ class MixedStream:
         return next(self.each([numbers]))
 
     def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
-        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
+        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads.
+
+        Small steps are made in groups: where one of a group cannot be made, an error comes instead of all of them.
+        """
         for stream in self.streams:
             stream.begin()
         groups = placed(steps, self._places, self.identity["sequence_length"])

@@ -184,9 +184,10 @@ class SequenceStream:
         plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one,
 
     where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token and 8 a document, and a raw
-    shard is the bytes of its file and 128 a document. Beside these a process has some MB of libraries, and what its C
-    library keeps of freed blocks: glibc in an arena for each thread, of blocks below 32 MB, which can be half as much
-    again with shards of 2 MB; ``MALLOC_ARENA_MAX=1`` in the environment keeps it from that.
+    shard is the bytes of its file and 128 a document. Beside these a process has some MB of libraries and of sequences
+    in the making, and what its C library keeps of freed blocks: glibc in an arena for each thread, of blocks below
+    32 MB, which can be half as much again with shards of 2 MB; ``MALLOC_ARENA_MAX=1`` in the environment keeps it from
+    that.
     To go on at any place, at most the two windows are read that a lane's first sequence lies in, 2 ``shuffle_shards``
     shards a lane: its documents may come from any shard of the window. So two shards a slot is with one shard a window.
     Reading: an epoch reads each of its windows once and once more for each slot that begins inside it, as long as the
@@ -288,7 +289,10 @@ class SequenceStream:
         return next(self.each([numbers]))
 
     def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
-        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
+        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads.
+
+        Small steps are made in groups: where one of a group cannot be made, an error comes instead of all of them.
+        """
         self.begin()
         groups = placed(steps, self._places, self.identity["sequence_length"])
         yield from made_ahead(groups, self.expect, self.hungry, self._make)
