@@ -2,13 +2,13 @@
 
 from dcscale.checkpoint.layout import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.lifecycle import Checkpoints
-from dcscale.checkpoint.weights import load_weights, save_weights
+from dcscale.checkpoint.weights import Weights, save_weights
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "Weights",
     "checkpoints_of",
     "find_checkpoint",
-    "load_weights",
     "save_weights",
 ]

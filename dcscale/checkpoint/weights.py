@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcscale.checkpoint.layout import CheckpointError
 from dcscale.files import write_json
@@ -107,16 +106,3 @@ class Weights:
                 yield file
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"weights in {self._folder} cannot be read: {error}") from error
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fills every parameter of ``model`` from ``folder``, converting to the parameter's type and device.
-
-    Raises:
-        CheckpointError: a name, shape or file does not fit; all such names are listed and nothing is loaded.
-    """
-    parameters = dict(model.named_parameters())
-    weights = Weights(folder, {name: parameter.shape for name, parameter in parameters.items()})
-    for name, parameter in parameters.items():
-        parameter.copy_(weights.read(name))

@@ -225,11 +225,5 @@ class Engine:
         on_every_rank(lambda: read_state(self._engine, self._optimizer, saved))
         round_masters(self._engine)
 
-    def weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Every parameter by name, whole, on the CPU; None on ranks other than 0. All ranks must iterate together."""
-        for name, parameter in self.module.named_parameters():
-            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                yield name, parameter.detach().cpu().clone() if self.environment.is_main else None
-
     def _gather_for_writing(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3)

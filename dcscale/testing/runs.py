@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from torch import Tensor
+
 from dcscale.config import Config, check_config, load_config, raise_problems
 from dcscale.data.build import build_shards
 from dcscale.observe import Console
-from dcscale.parallel import discover, share_cores, start_distributed, stop_distributed
+from dcscale.parallel import Engine, discover, share_cores, start_distributed, stop_distributed
 from dcscale.train import Ending, Trainer, build_trainer, write_summary
 
 WORDS = ("attention", "heads", "are", "composed", "by", "small", "matrices", "before", "and", "after", "softmax")
@@ -95,3 +97,12 @@ def train_all(configs: list[Config]) -> None:
     for config in configs:
         train_here(config)
     stop_distributed()
+
+
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """Copies of all parameters; every rank must call it."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with engine._deepspeed.zero.GatheredParameters([parameter], enabled=engine.stage == 3):
+            weights[name] = parameter.detach().cpu().clone()
+    return weights

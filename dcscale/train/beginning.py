@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcscale.checkpoint import CheckpointError, find_checkpoint
+from dcscale.checkpoint import CheckpointError, Weights, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
-from dcscale.checkpoint.layout import CONFIG, WEIGHTS
-from dcscale.checkpoint.weights import Weights
+from dcscale.checkpoint.layout import CONFIG, OPTIMIZER, WEIGHTS, damage
 from dcscale.config import Config, differences
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer
@@ -52,8 +51,10 @@ class InitialWeights(SavedState):
                 target.copy_(self.weights.read(name).flatten()[start : start + target.numel()])
 
 
-def initial_weights(config: Config, tokenizer: TokenizerInfo) -> InitialWeights:
-    """What ``checkpoint.init_from`` names, for the model of ``config`` and data of ``tokenizer``; none is read yet.
+def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ranks: int = 1) -> InitialWeights:
+    """What ``checkpoint.init_from`` names, for the model of ``config`` and data of ``tokenizer``.
+
+    Nothing is loaded yet, but a rank compares the checksums of its share of the files.
 
     Raises:
         CheckpointError: it is not there or damaged, its weights do not fit the model, or its tokens mean other texts.
@@ -65,6 +66,8 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo) -> InitialWeights:
         raise CheckpointError(
             f"checkpoint.init_from: {error}. A model of others is converted first, by tools/convert_checkpoint.py"
         ) from error
+    if problem := damage(source, left_out=OPTIMIZER, rank=rank, ranks=ranks):
+        raise CheckpointError(f"checkpoint.init_from: {problem}; copy it again, or name another")
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in DCFormer(config.model).named_parameters()}
     try:

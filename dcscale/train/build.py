@@ -79,7 +79,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         for warning in beginning_changes(state.initial_weights, config.checkpoint.init_from):
             console.line(f"warning    {warning}")
     elif config.checkpoint.init_from is not None:
-        saved = on_every_rank(lambda: initial_weights(config, stream.tokenizer))
+        ranks = (environment.rank, environment.world_size)
+        saved = on_every_rank(lambda: initial_weights(config, stream.tokenizer, *ranks))
         state.initial_weights = str(saved.source.resolve())
         console.line(f"beginning  with the weights of {saved.source}")
         for warning in saved.warnings:

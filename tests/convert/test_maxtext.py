@@ -13,7 +13,6 @@ import tensorstore
 import torch
 import yaml
 
-from dcscale.checkpoint import load_weights
 from dcscale.checkpoint.contents import read_config
 from dcscale.convert import ConversionError, convert, prepare
 from dcscale.models import DCFormer
@@ -37,7 +36,7 @@ def unpack(name, folder):
 
 def logits_of(folder, ids):
     model = DCFormer(read_config(folder).model)
-    load_weights(model, folder / "weights")
+    model.load_state_dict(tensors_of(folder))
     with torch.no_grad():
         return model(ids)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcscale.checkpoint import load_weights
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.config.schema import ComposeConfig
 from dcscale.convert import ConversionError, conversion, convert, prepare
@@ -73,7 +72,7 @@ def convert_to(source, target, kind):
 
 def logits(folder, config):
     model = DCFormer(config)
-    load_weights(model, folder / "weights")
+    model.load_state_dict(tensors_of(folder))
     with torch.no_grad():
         return model(random_ids(config, 1, 12)).flatten().numpy()
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from dcscale.checkpoint import find_checkpoint, load_weights
+from dcscale.checkpoint import find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.config.schema import RopeScalingConfig
 from dcscale.convert import ConversionError, convert, prepare, upcycle_config
@@ -93,7 +93,7 @@ IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
 
 def model_of(folder):
     model = DCFormer(read_config(folder).model)
-    load_weights(model, folder / "weights")
+    model.load_state_dict(tensors_of(folder))
     return model
 
 
@@ -350,7 +350,7 @@ def test_every_setting_of_transformers_is_known(family):
 def test_the_sources_tell_settings_apart(name, wrong, tmp_path, source):
     convert(source(name)[0], tmp_path / "ours", "dcscale")
     model = DCFormer(replace(read_config(tmp_path / "ours").model, **wrong))
-    load_weights(model, tmp_path / "ours" / "weights")
+    model.load_state_dict(tensors_of(tmp_path / "ours"))
     with torch.no_grad():
         assert (model(IDS) - source(name)[1]).abs().max() > 1e-3
 

@@ -21,7 +21,7 @@ from dcscale.inference import open_trained
 from dcscale.observe import Console
 from dcscale.parallel import KINDS, discover, start_distributed
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_here
+from dcscale.testing.runs import make_shards, tiny_config, train_here, whole_weights
 from dcscale.train import build_trainer
 
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
@@ -34,7 +34,7 @@ def _train_two_steps(configs):
     same = []
     for config in configs:
         trainer, _ = train_here(config)
-        weights = dict(trainer.engine.weights())
+        weights = whole_weights(trainer.engine)
         assert_snapshot_is_a_copy(trainer)
         if trainer.environment.is_main:
             saved = load_file(trainer.latest_checkpoint / "weights" / "model-00001.safetensors")

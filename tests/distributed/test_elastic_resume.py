@@ -17,7 +17,7 @@ from dcscale.checkpoint.layout import OPTIMIZER, WEIGHTS, step_name
 from dcscale.observe import Console, read_metrics
 from dcscale.parallel import discover, start_distributed
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config
+from dcscale.testing.runs import make_shards, tiny_config, whole_weights
 from dcscale.train import build_trainer
 
 pytestmark = pytest.mark.distributed
@@ -79,8 +79,8 @@ def differences(trainer, checkpoint):
     for (name, kind, start), part in snapshot.tensors.items():
         if not part.equal(state[name, kind][start : start + len(part)]):
             found.append(f"{kind} of {name} from {start}")
-    for name, weight in trainer.engine.weights():
-        if weight is not None and not weight.equal(state[name, "master"].to(weight.dtype).view_as(weight)):
+    for name, weight in whole_weights(trainer.engine).items():
+        if not weight.equal(state[name, "master"].to(weight.dtype).view_as(weight)):
             found.append(name)
     return found
 

@@ -12,7 +12,7 @@ from dcscale.data import DataError
 from dcscale.observe import Console
 from dcscale.parallel import NonFiniteError, RankError, decided_by_main, discover, on_every_rank, start_distributed
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_here
+from dcscale.testing.runs import make_shards, tiny_config, train_here, whole_weights
 from dcscale.train import Ending, build_trainer
 from dcscale.train.hooks import Hook
 
@@ -145,7 +145,7 @@ def _gradient_explodes(configs):
         trainer = build(config, Poison())
         weights = {}
         kind, text = failure(trainer.fit)
-        weights = {name: tensor for name, tensor in trainer.engine.weights() if tensor is not None}
+        weights = whole_weights(trainer.engine)
         finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
         results.append((kind, text, trainer.state.step, finite, len(weights)))
     return results

@@ -31,6 +31,11 @@ def begin(tmp_path):
     return call
 
 
+def flip_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def change_state(folder, **changes):
     (folder / "COMPLETE").unlink()
     state = json.loads((folder / "state.json").read_text())
@@ -73,9 +78,29 @@ def test_what_is_not_there_or_damaged(begin, tmp_path):
         CheckpointError, match=r"checkpoint.init_from: .*nothing holds no checkpoint.*convert_checkpoint.py"
     ):
         begin(name="nothing")
-    (tmp_path / "model" / "weights" / "model-00001.safetensors").write_bytes(b"short")
+    shard = tmp_path / "model" / "weights" / "model-00001.safetensors"
+    flip_last_byte(shard)
+    with pytest.raises(CheckpointError, match=r"checkpoint.init_from: .*00001.* has the SHA-256 .*copy it again"):
+        begin()
+    shard.write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"checkpoint.init_from: .* has 5 bytes, .* were written"):
         begin()
+
+
+def test_a_rank_compares_its_share_of_the_files(tmp_path):
+    config = tiny_config(tmp_path / "run", tmp_path, f"checkpoint.init_from={tmp_path / 'model'}")
+    model = write_checkpoint(tmp_path / "model", config.model, shard_bytes=1)
+    shards = sorted((model / "weights").glob("*.safetensors"))
+    for shard in shards:
+        flip_last_byte(shard)
+        refused = 0
+        for rank in range(3):
+            try:
+                initial_weights(config, BYTES, rank, 3)
+            except CheckpointError:
+                refused += 1
+        assert refused == 1, shard
+        flip_last_byte(shard)
 
 
 def test_another_tokenizer(begin, tmp_path):
