@@ -98,7 +98,7 @@ class SequenceBuffer:
     """Builds ``count`` sequences of ``length`` targets each; rows that get no tokens are padding as a whole."""
 
     def __init__(self, count: int, length: int, pad_id: int) -> None:
-        self._tokens_NL1 = np.full((count, length + 1), pad_id, dtype=np.int32)
+        self._tokens_NL1, self._pad_id = np.empty((count, length + 1), dtype=np.int32), pad_id
         self._filled_N = np.zeros(count, dtype=np.int64)
         self._parts: list[tuple[np.ndarray, int, int, np.ndarray]] = []
         self._lost_NL1: np.ndarray | None = None
@@ -134,6 +134,7 @@ class SequenceBuffer:
         targets_NL1 = self._tokens_NL1.copy()
         for row in np.flatnonzero(self._filled_N < width).tolist():
             filled = int(self._filled_N[row])
+            self._tokens_NL1[row, filled:] = self._pad_id
             targets_NL1[row, filled:] = IGNORED
             self._parts.append((np.array([row]), filled, width, np.array([0])))
         if self._lost_NL1 is not None:
