@@ -100,7 +100,8 @@ class SequenceBuffer:
     def __init__(self, count: int, length: int, pad_id: int) -> None:
         self._tokens_NL1, self._pad_id = np.empty((count, length + 1), dtype=np.int32), pad_id
         self._filled_N = np.zeros(count, dtype=np.int64)
-        self._parts: list[tuple[np.ndarray, int, int, np.ndarray]] = []
+        none = np.zeros(0, dtype=np.int64)
+        self._parts = [(none, 0, 1, none)]  # one there always is, also without rows
         self._lost_NL1: np.ndarray | None = None
         self._skipped: dict[int, tuple[SkippedShard, ...]] = {}
 

@@ -138,7 +138,7 @@ class WorkerSequences:
         try:
             made = next(self._shares)
         except Exception as error:
-            dead = [process for process in self._processes if not process.is_alive()]
+            dead = [process for process in self._processes if process.exitcode]
             if not dead:
                 raise
             named = ", ".join(f"{process.pid} (exit code {process.exitcode})" for process in dead)

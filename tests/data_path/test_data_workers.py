@@ -74,6 +74,13 @@ def test_a_limited_part_ends_and_can_be_read_again(folder):
     assert not processes()
 
 
+def test_more_workers_than_sequences_are_left(folder):
+    with loader_of(folder, 0, batch=3, limit=3) as loader:
+        expected = contents(loader.steps())
+    with loader_of(folder, 4, batch=3, limit=3) as loader:
+        assert contents(loader.steps()) == expected
+
+
 def test_close_leaves_no_process_and_the_loader_usable(folder):
     loader = loader_of(folder, 2)
     steps = loader.steps()
