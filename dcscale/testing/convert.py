@@ -36,6 +36,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
+def load_tensors(model: torch.nn.Module, folder: Path) -> None:
+    """Give every parameter of ``model`` its tensor of a model folder, which holds no others."""
+    tensors = tensors_of(folder)
+    assert tensors.keys() == dict(model.named_parameters()).keys()
+    model.load_state_dict(tensors, strict=False)  # which wants tied weights twice otherwise
+
+
 class UpstreamFolder:
     """An upstream folder, from now on in one safetensors file, whose config and tensors may be changed."""
 

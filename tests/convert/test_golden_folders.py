@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dcscale.checkpoint.contents import read_config
 from dcscale.convert import convert, prepare
 from dcscale.models import DCFormer
-from dcscale.testing.convert import tensors_of
+from dcscale.testing.convert import load_tensors
 
 ROOT = Path(__file__).parents[2]
 IN_REPOSITORY, SHARED = ROOT / "tests" / "data" / "models", ROOT.parent / "shared" / "golden"
@@ -57,7 +57,7 @@ def test_there_and_back(name, tmp_path):
     convert(source, tmp_path / "ours", "dcscale", **options)
     config = read_config(tmp_path / "ours").model
     model = DCFormer(config)
-    model.load_state_dict(tensors_of(tmp_path / "ours"))
+    load_tensors(model, tmp_path / "ours")
     values = load_file(source / "io.safetensors")
     logits = (
         values["logits"] if "logits" in values else torch.cat([values["logits_prefill"], values["logits_decode"]], 1)

@@ -16,7 +16,7 @@ import yaml
 from dcscale.checkpoint.contents import read_config
 from dcscale.convert import ConversionError, convert, prepare
 from dcscale.models import DCFormer
-from dcscale.testing.convert import tensors_of
+from dcscale.testing.convert import load_tensors, tensors_of
 
 DATA = Path(__file__).parents[1] / "data" / "maxtext"
 CASES = ("scanned", "ocdbt", "numbered")
@@ -36,7 +36,7 @@ def unpack(name, folder):
 
 def logits_of(folder, ids):
     model = DCFormer(read_config(folder).model)
-    model.load_state_dict(tensors_of(folder))
+    load_tensors(model, folder)
     with torch.no_grad():
         return model(ids)
 

@@ -14,7 +14,7 @@ from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.config.schema import ComposeConfig
 from dcscale.convert import ConversionError, conversion, convert, prepare
 from dcscale.models import DCFormer
-from dcscale.testing.convert import UpstreamFolder, tensors_of, write_checkpoint
+from dcscale.testing.convert import UpstreamFolder, load_tensors, tensors_of, write_checkpoint
 from dcscale.testing.models import random_ids, tiny_config
 
 PYTHIA = {"norm": "layernorm", "ffn": "gelu", "windows": [6, None]}
@@ -72,7 +72,7 @@ def convert_to(source, target, kind):
 
 def logits(folder, config):
     model = DCFormer(config)
-    model.load_state_dict(tensors_of(folder))
+    load_tensors(model, folder)
     with torch.no_grad():
         return model(random_ids(config, 1, 12)).flatten().numpy()
 

@@ -16,7 +16,7 @@ from dcscale.config.schema import RopeScalingConfig
 from dcscale.convert import ConversionError, convert, prepare, upcycle_config
 from dcscale.models import DCFormer
 from dcscale.ops import rope_table
-from dcscale.testing.convert import tensors_of
+from dcscale.testing.convert import load_tensors, tensors_of
 
 SIZES = {
     "vocab_size": 61,
@@ -93,7 +93,7 @@ IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
 
 def model_of(folder):
     model = DCFormer(read_config(folder).model)
-    model.load_state_dict(tensors_of(folder))
+    load_tensors(model, folder)
     return model
 
 
@@ -350,7 +350,7 @@ def test_every_setting_of_transformers_is_known(family):
 def test_the_sources_tell_settings_apart(name, wrong, tmp_path, source):
     convert(source(name)[0], tmp_path / "ours", "dcscale")
     model = DCFormer(replace(read_config(tmp_path / "ours").model, **wrong))
-    model.load_state_dict(tensors_of(tmp_path / "ours"))
+    load_tensors(model, tmp_path / "ours")
     with torch.no_grad():
         assert (model(IDS) - source(name)[1]).abs().max() > 1e-3
 
