@@ -157,14 +157,14 @@ def prepare(
     if found.kind == target != "dcscale":
         raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
     options = {
-        "upstream": {"truth": truth, "gelu": gelu, "local_keys": local_keys},
-        "maxtext": {"maxtext_config": maxtext_config},
-        "transformers": {"seed": seed, "model": model},
+        "upstream": {"--from-copies": truth, "--gelu": gelu, "--local-keys": local_keys},
+        "maxtext": {"--maxtext-config": maxtext_config},
+        "transformers": {"--seed": seed, "--model": model},
     }
     for kind, given in options.items():
         names = ", ".join(name for name, value in given.items() if value is not None)
         if names and kind != found.kind:
-            raise ConversionError(f"{names} is only for {kind} folders, but the source is a {found.words}")
+            raise ConversionError(f"{names}: only for {kind} folders, but the source is a {found.words}; leave it out")
     if found.kind != "dcscale" and target != "dcscale":
         raise ConversionError(f"{found.words} becomes {target} by way of dcscale only: convert it to dcscale first")
     if found.kind == "upstream":
