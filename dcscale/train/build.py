@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dcscale.checkpoint import CheckpointError
+from dcscale.checkpoint.contents import read_state
 from dcscale.checkpoint.fragments import Fragments
 from dcscale.checkpoint.layout import OPTIMIZER, STATE
 from dcscale.checkpoint.lifecycle import point_latest_at, set_aside
@@ -45,7 +46,7 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, read_state, spread_changes
+from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, spread_changes
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
