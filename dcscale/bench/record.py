@@ -44,6 +44,14 @@ def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict
     }
 
 
+def whole_number(text: str) -> int:
+    """An option of 1 or more; ``100_000_000`` is one too."""
+    digits = text.replace("_", "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(digits)
+
+
 def check_output(parser: argparse.ArgumentParser, path: Path | None, beside: str = "") -> None:
     """Ends the tool if a result cannot be written to ``path``; ``beside``: what the message adds of its neighbours."""
     if path is not None and path.suffix != ".json":
