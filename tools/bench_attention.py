@@ -30,7 +30,7 @@ from dcscale.bench.attention.plot import plot
 from dcscale.bench.attention.report import markdown, target_lines
 from dcscale.bench.attention.run import WrongResultsError, run_all
 from dcscale.bench.attention.targets import judge
-from dcscale.bench.record import check_output, facts, print_tables, slug
+from dcscale.bench.record import check_output, facts, print_tables, slug, whole_number
 from dcscale.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,14 +39,8 @@ SECONDS_OF_TIMES = {"cuda": 3.0, "cpu": 10.0, "quick": 3.0}
 """A case's, by what is run."""
 
 
-def number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def window(text: str) -> int | None:
-    return None if text == "none" else number(text)
+    return None if text == "none" else whole_number(text)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -54,12 +48,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on a GPU, fp32 and bf16 on a CPU")
-    parser.add_argument("--batch", type=number, default=1, metavar="B", help="sequences a call (default 1)")
-    parser.add_argument("--length", type=number, nargs="+", metavar="T", help="default: 1024 to 32768; CPU: to 4096")
-    parser.add_argument("--heads", type=number, nargs="+", metavar="H", help="default: 32 and 16; CPU: 16")
-    parser.add_argument("--head-dim", type=number, nargs="+", metavar="D", help="default: 128, 64 and 80; CPU: 64")
+    parser.add_argument("--batch", type=whole_number, default=1, metavar="B", help="sequences a call (default 1)")
+    parser.add_argument(
+        "--length", type=whole_number, nargs="+", metavar="T", help="default: 1024 to 32768; CPU: to 4096"
+    )
+    parser.add_argument("--heads", type=whole_number, nargs="+", metavar="H", help="default: 32 and 16; CPU: 16")
+    parser.add_argument(
+        "--head-dim", type=whole_number, nargs="+", metavar="D", help="default: 128, 64 and 80; CPU: 64"
+    )
     parser.add_argument("--window", type=window, nargs="+", metavar="W", help="keys, or none (default: none 256)")
-    parser.add_argument("--rank", type=number, default=2, metavar="R", help="of the compose weights (default 2)")
+    parser.add_argument("--rank", type=whole_number, default=2, metavar="R", help="of the compose weights (default 2)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="default: all, as far as time allows")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--minutes", type=float, help="begin nothing after these (default: GPU 9, CPU 20, --quick 2.5)")

@@ -33,7 +33,7 @@ from dcscale.bench.data.reader import Settings
 from dcscale.bench.data.readers import KINDS, missing
 from dcscale.bench.data.targets import judge
 from dcscale.bench.data.tasks import written
-from dcscale.bench.record import check_output, facts, print_tables, slug
+from dcscale.bench.record import check_output, facts, print_tables, slug, whole_number
 from dcscale.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,25 +51,20 @@ MINUTES = {"full": 6.0, "quick": 1.0}
 Say = Callable[[str], None]
 
 
-def number(text: str) -> int:
-    digits = text.replace("_", "")
-    if not digits.isdecimal() or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(digits)
-
-
-def number_or_none(text: str) -> int:
-    return 0 if text == "0" else number(text)
+def whole_number_or_0(text: str) -> int:
+    return 0 if text == "0" else whole_number(text)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     description = __doc__ + "\n".join(f"    {name:20} {kind.meaning}" for name, kind in KINDS.items())
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="default: all that the part knows")
-    parser.add_argument("--tokens", type=number, help="of the data, rounded (default 16,777,216; --quick a quarter)")
-    parser.add_argument("--sequence-length", type=number, default=1024, metavar="L", help="default 1024")
-    parser.add_argument("--workers", type=number_or_none, nargs="+", metavar="W", help="default: 0 2")
-    parser.add_argument("--rounds", type=number, help="readings of each reader (default 3, or 1 with --quick)")
+    parser.add_argument(
+        "--tokens", type=whole_number, help="of the data, rounded (default 16,777,216; --quick a quarter)"
+    )
+    parser.add_argument("--sequence-length", type=whole_number, default=1024, metavar="L", help="default 1024")
+    parser.add_argument("--workers", type=whole_number_or_0, nargs="+", metavar="W", help="default: 0 2")
+    parser.add_argument("--rounds", type=whole_number, help="readings of each reader (default 3, or 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="less data, fewer rounds")
     parser.add_argument("--elastic", action="store_true", help="instead: restarts with other ranks and workers")
     parser.add_argument("--faults", action="store_true", help="instead: defects of a shard")

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             stop_id=tokenizer.eos_id,
         )
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds, tokens = time.perf_counter() - begin, sum(map(len, written))

@@ -43,6 +43,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.write_manifest != (options.tokenizer is not None):
         parser.error("--tokenizer is needed for --write-manifest, and for nothing else")
+    if (options.eos_token or options.text_member) and not options.write_manifest:
+        parser.error("--eos-token and --text-member are for --write-manifest only; leave them out")
     if options.workers < 1 or (options.samples is not None and options.samples < 1):
         parser.error("--workers and --samples must be at least 1")
     return options

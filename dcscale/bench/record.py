@@ -22,6 +22,10 @@ import dcscale
 ROOT = Path(__file__).parents[2]
 
 
+class ResultError(ValueError):
+    """A file that is not a result of the benchmark that was asked for its tables."""
+
+
 def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
     """JSON of all of them. ``packages``: those whose versions matter beside torch's; None for one that is missing."""
     return {
@@ -40,6 +44,14 @@ def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict
     }
 
 
+def whole_number(text: str) -> int:
+    """An option of 1 or more; ``100_000_000`` is one too."""
+    digits = text.replace("_", "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(digits)
+
+
 def check_output(parser: argparse.ArgumentParser, path: Path | None, beside: str = "") -> None:
     """Ends the tool if a result cannot be written to ``path``; ``beside``: what the message adds of its neighbours."""
     if path is not None and path.suffix != ".json":
@@ -54,6 +66,11 @@ def print_tables(parser: argparse.ArgumentParser, path: Path, markdown: Callable
         print(markdown(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:  # JSON's error is a ValueError, and so is that of what is no result
         parser.error(f"--markdown {path}: {error}")
+
+
+def short(number: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def slug(device: str) -> str:

@@ -168,9 +168,13 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path`` means: itself, also a model folder, or a run folder's newest whole one.
 
     Raises:
-        CheckpointError: there is none, or the one named is damaged.
+        CheckpointError: there is none, or it may not be looked at, or the one named is damaged.
     """
-    if _NAME.fullmatch(path.name) or (path / MARKER).exists():
+    try:
+        is_checkpoint = _NAME.fullmatch(path.name) or (path / MARKER).exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked at: {error.strerror}; name a folder that can be") from error
+    if is_checkpoint:
         candidates = [path]
     else:
         candidates = checkpoints_of(path)[::-1]

@@ -386,7 +386,7 @@ def _schedule_fits_steps(config: Config) -> Findings:
         rule = f"is only read when schedule.kind is wsd, and it is {schedule.kind}"
         yield "schedule.decay_steps", rule, "set it to null, or schedule.kind=wsd"
     if decay > steps:
-        yield "schedule.decay_steps", f"must be at most train.steps = {steps}", f"use {steps // 5}, a fifth"
+        yield "schedule.decay_steps", f"must be at most train.steps = {steps}", "use null for a fifth of them"
     elif schedule.warmup_steps + decay > steps:
         after = f" less the {decay} steps of decay" if decay else ""
         rule = f"must be at most train.steps = {steps}{after}"

@@ -439,8 +439,8 @@ class LogConfig:
     """Steps between lines of metrics.jsonl and points in TensorBoard. Losses are means over these steps' tokens."""
 
     compose_interval: int = 100
-    """Steps between measurements of how far compose has moved from the identity; each costs one more forward of one
-    sequence. 0 turns them off."""
+    """Steps between measurements of how far compose has moved from the identity, also made at the first step and the
+    last; each costs one more forward of one sequence. 0 turns them off."""
 
     peak_tflops: float | None = None
     """Peak dense TFLOP/s of one device in the run's precision, for MFU;

@@ -27,6 +27,7 @@ from dcscale.convert import huggingface, maxtext, upcycle, upcycle_config, upstr
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.folder import check_target, new_folder
 from dcscale.convert.formats import Found, detect
+from dcscale.convert.huggingface import TOKENIZER
 from dcscale.convert.maxtext_files import MaxTextFiles
 from dcscale.convert.recipe import Plan, Recipe, check_left_out, check_names, non_finite, table
 from dcscale.convert.tensors import TensorFiles, open_tensors
@@ -35,7 +36,6 @@ from dcscale.models import DCFormer
 
 FORMATS = ("dcscale", "upstream", "huggingface")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Conversion:
                 raise ConversionError(f"{target} cannot be written: {error}") from error
             self._refuse(problems)
             byte_tokens = (self.state.get("tokenizer") or {}).get("spec") == "byte"
-            if (self.found.folder / _TOKENIZER).is_file() and not byte_tokens:
-                shutil.copyfile(self.found.folder / _TOKENIZER, folder / _TOKENIZER)
+            if (self.found.folder / TOKENIZER).is_file() and not byte_tokens:
+                shutil.copyfile(self.found.folder / TOKENIZER, folder / TOKENIZER)
             for name, content in self.beside.items():
                 write_atomically(folder / name, content)
             if self.settings is not None:
@@ -157,14 +157,14 @@ def prepare(
     if found.kind == target != "dcscale":
         raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
     options = {
-        "upstream": {"truth": truth, "gelu": gelu, "local_keys": local_keys},
-        "maxtext": {"maxtext_config": maxtext_config},
-        "transformers": {"seed": seed, "model": model},
+        "upstream": {"--from-copies": truth, "--gelu": gelu, "--local-keys": local_keys},
+        "maxtext": {"--maxtext-config": maxtext_config},
+        "transformers": {"--seed": seed, "--model": model},
     }
     for kind, given in options.items():
         names = ", ".join(name for name, value in given.items() if value is not None)
         if names and kind != found.kind:
-            raise ConversionError(f"{names} is only for {kind} folders, but the source is a {found.words}")
+            raise ConversionError(f"{names}: only for {kind} folders, but the source is a {found.words}; leave it out")
     if found.kind != "dcscale" and target != "dcscale":
         raise ConversionError(f"{found.words} becomes {target} by way of dcscale only: convert it to dcscale first")
     if found.kind == "upstream":
@@ -200,7 +200,7 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
         common = DTYPES[dtype] if dtype else functools.reduce(torch.promote_types, files.dtypes.values())
         plan = _same_names(config.model)
         settings = huggingface.write_settings(config, str(common).removeprefix("torch."), tokenizer)
-        beside, about = huggingface.files_beside(config, tokenizer, found.folder / _TOKENIZER)
+        beside, about = huggingface.files_beside(config, tokenizer, found.folder / TOKENIZER)
         notes += about
     elif target == "upstream":
         written = upstream_config.write_upstream(config)
@@ -345,8 +345,8 @@ def _state(found: Found, byte: bool) -> tuple[dict[str, Any], list[str]]:
         eos = eos[0]
     if type(eos) is int and byte:
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
-    elif type(eos) is int and (found.folder / _TOKENIZER).is_file():
-        state["tokenizer"] = {"spec": _TOKENIZER, "eos_id": eos}
+    elif type(eos) is int and (found.folder / TOKENIZER).is_file():
+        state["tokenizer"] = {"spec": TOKENIZER, "eos_id": eos}
     else:
-        return state, [f"no {_TOKENIZER} with an eos_token_id: texts need a tokenizer, named by --tokenizer"]
+        return state, [f"no {TOKENIZER} with an eos_token_id: texts need a tokenizer, named by --tokenizer"]
     return state, []

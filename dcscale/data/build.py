@@ -33,7 +33,9 @@ from dcscale.data.scatter import (
 from dcscale.data.tokenizers import Tokenizer, load_tokenizer
 
 _BUCKET_BYTES = 1 << 28
+"""Bytes of input for a bucket of the shuffle."""
 _MOST_BUCKETS = 512
+"""Each is two files of every worker."""
 _STATE_VERSION = 1
 """To be raised whenever a build can no longer go on from what this code has left on disk."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _BATCH_ROWS = 256
+"""Rows whose texts are held at once."""
 
 
 class RowGroups(NamedTuple):

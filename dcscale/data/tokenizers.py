@@ -148,7 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array([*encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
 
     def save(self, folder: Path) -> TokenizerInfo:
-        write_atomically(folder / TOKENIZER_NAME, self._definition.decode())
+        write_atomically(folder / TOKENIZER_NAME, self._definition)
         return TokenizerInfo(TOKENIZER_NAME, self.fingerprint, self.vocab_size, self.eos_id)
 
 

@@ -107,7 +107,7 @@ def _check_arguments(
             )
     if new_tokens < 1:
         raise ValueError(f"new_tokens is {new_tokens}, but must be 1 or more")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 (most likely token) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1")

@@ -65,8 +65,8 @@ def _sdpa(
     group = q_BTHD.shape[2] // k_BSGD.shape[2]
     # Of the fused kernels, only flash on CUDA is sure to take fewer key/value heads; the others would give way to the
     # dense formula.
-    flash = q_BTHD.is_cuda and causal and q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    if group > 1 and not flash:
+    takes_groups = q_BTHD.is_cuda and causal and q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    if group > 1 and not takes_groups:
         k_BSGD, v_BSGD = (x.repeat_interleave(group, dim=2) for x in (k_BSGD, v_BSGD))
     out_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
@@ -75,6 +75,6 @@ def _sdpa(
         attn_mask=None if seen is None else seen.view(-1, 1, *seen.shape[-2:]),
         is_causal=causal,
         scale=scale,
-        enable_gqa=group > 1 and flash,
+        enable_gqa=group > 1 and takes_groups,
     )
     return out_BHTD.transpose(1, 2)

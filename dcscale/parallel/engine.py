@@ -1,4 +1,4 @@
-"""The only place that knows DeepSpeed: build, forward, backward, update, save and load under any ZeRO stage."""
+"""The only place that imports DeepSpeed: build, forward, backward, update, save and load under any ZeRO stage."""
 
 from __future__ import annotations
 

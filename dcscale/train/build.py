@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from dcscale.checkpoint import CheckpointError
+from dcscale.checkpoint.contents import read_state
 from dcscale.checkpoint.fragments import Fragments
 from dcscale.checkpoint.layout import OPTIMIZER, STATE
 from dcscale.checkpoint.lifecycle import point_latest_at, set_aside
 from dcscale.checkpoint.probe import read_probe
-from dcscale.config import Config, to_yaml
+from dcscale.config import Config, ConfigError, Problem, to_yaml
 from dcscale.data import (
     Access,
     BatchLoader,
@@ -45,7 +46,7 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, read_state, spread_changes
+from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, spread_changes
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -58,6 +59,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     Raises:
         DataError, CheckpointError, RuleError, RankError: the data, the checkpoint or the optimizer's rules do not
             fit, on this rank or on another; nothing has been written then.
+        ConfigError: the run's folder cannot be written to.
     """
     run = Path(config.run.folder)
     data = on_every_rank(lambda: _open_data(config, environment))
@@ -237,12 +239,20 @@ def _loader(
 def _start_folder(
     run: Path, config: Config, checkpoint: Path | None, damaged: dict[Path, str]
 ) -> list[tuple[Path, str]]:
-    """Returns where damaged checkpoints are now, and what is wrong with them."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
-    moved = [(set_aside(other), problem) for other, problem in damaged.items()]
-    if moved and checkpoint is not None:
-        point_latest_at(checkpoint)
+    """Returns where damaged checkpoints are now, and what is wrong with them.
+
+    Raises:
+        ConfigError: there can be no such folder, or nothing can be written into it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
+        moved = [(set_aside(other), problem) for other, problem in damaged.items()]
+        if moved and checkpoint is not None:
+            point_latest_at(checkpoint)
+    except OSError as error:
+        problem = Problem("run.folder", str(run), f"cannot be written to: {error}", "name a folder that can be")
+        raise ConfigError([problem]) from error
     return moved
 
 

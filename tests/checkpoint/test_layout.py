@@ -112,6 +112,8 @@ def test_a_marker_that_is_a_folder(tmp_path):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint: name a run's folder or a step-XXXXXXXX"):
         find_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="aaa cannot be looked at: File name too long; name a folder that can be"):
+        find_checkpoint(tmp_path / ("a" * 300))
 
 
 def test_not_a_checkpoint_name(tmp_path):

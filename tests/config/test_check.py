@@ -241,7 +241,7 @@ BROKEN = [
     ),
     (
         "schedule.kind=wsd; schedule.decay_steps=1001",
-        "schedule.decay_steps = 1001: must be at most train.steps = 1000; use 200, a fifth",
+        "schedule.decay_steps = 1001: must be at most train.steps = 1000; use null for a fifth of them",
     ),
     (
         "schedule.decay_steps=5",

@@ -173,7 +173,7 @@ def test_only_by_way_of_dcscale(folder, tmp_path):
     convert(write_checkpoint(tmp_path / "ours", tiny_config()), tmp_path / "theirs", "upstream")
     with pytest.raises(ConversionError, match="becomes huggingface by way of dcscale only"):
         prepare(tmp_path / "theirs", "huggingface")
-    with pytest.raises(ConversionError, match="gelu is only for upstream folders"):
+    with pytest.raises(ConversionError, match="--gelu: only for upstream folders"):
         prepare(folder, "dcscale", gelu="erf")
 
 

@@ -289,7 +289,7 @@ def test_other_formats_of_zarr_are_refused(run):
 def test_what_does_not_go_together(run, monkeypatch):
     with pytest.raises(ConversionError, match="by way of dcscale only: convert it to dcscale first"):
         prepare(run.folder, "upstream")
-    with pytest.raises(ConversionError, match="seed is only for transformers folders, but the source is a MaxText"):
+    with pytest.raises(ConversionError, match="--seed: only for transformers folders, but the source is a MaxText"):
         prepare(run.folder, "dcscale", seed=1)
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(ConversionError, match="needs the tensorstore package: pip install tensorstore"):

@@ -298,7 +298,7 @@ def test_what_does_not_go_together(tmp_path, upstream_of):
         prepare(upstream_of().folder, "upstream")
     source = write_checkpoint(tmp_path / "ours", tiny_config())
     with pytest.raises(
-        ConversionError, match="gelu, local_keys is only for upstream folders, but the source is a dcscale"
+        ConversionError, match="--gelu, --local-keys: only for upstream folders, but the source is a dcscale"
     ):
         prepare(source, "upstream", gelu="erf", local_keys=3)
     folder = upstream_of(windows=[None])

@@ -452,11 +452,11 @@ def test_options_that_are_refused(tmp_path, source, changed):
         prepare(folder, "dcscale", model=["windows"])
     with pytest.raises(ConversionError, match="by way of dcscale only: convert it to dcscale first"):
         prepare(folder, "upstream")
-    with pytest.raises(ConversionError, match="truth is only for upstream folders, but the source is a Llama folder"):
+    with pytest.raises(ConversionError, match="--from-copies: only for upstream folders, but the source is a Llama"):
         prepare(folder, "dcscale", truth="merged")
     convert(folder, tmp_path / "ours", "dcscale")
     with pytest.raises(
-        ConversionError, match="seed, model is only for transformers folders, but the source is a dcscale"
+        ConversionError, match="--seed, --model: only for transformers folders, but the source is a dcscale"
     ):
         prepare(tmp_path / "ours", "dcscale", seed=0, model=["attention=mha"])
     with pytest.raises(ConversionError, match="upstream cannot hold this model: .*model.kv_heads is 2"):

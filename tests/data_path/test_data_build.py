@@ -341,9 +341,14 @@ def test_the_tool_makes_shards_that_a_stream_reads_and_says_what_to_do_next(corp
     assert stream.sequence(0).targets_NL.max() >= 0
 
 
-def test_the_tool_reports_bad_input_without_a_traceback(tmp_path):
-    done = run_tool(tmp_path / "nowhere", "--output", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("given", "output", "message"),
+    [("nowhere", "out", "nowhere: is neither a file nor a folder"), ("", "a" * 300, "File name too long")],
+)
+def test_the_tool_reports_bad_input_without_a_traceback(tmp_path, given, output, message):
+    (tmp_path / "a.txt").write_text("text")
+    done = run_tool(tmp_path / given, "--output", tmp_path.parent / output)
     assert done.returncode == 1
     assert done.stderr.startswith("make_shards: ")
-    assert "nowhere: is neither a file nor a folder" in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

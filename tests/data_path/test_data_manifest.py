@@ -207,6 +207,8 @@ def test_uint32_tokens_may_be_large(tmp_path):
 def test_missing_folder_and_missing_manifest(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: no such folder; .*make_shards\.py"):
         read_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="aaa: cannot be looked at: File name too long; give a folder that can be"):
+        read_manifest(tmp_path / ("a" * 300))
     with pytest.raises(DataError, match=r"manifest\.json: no such file, .*make the shards"):
         read_manifest(tmp_path)
 

@@ -226,6 +226,7 @@ def test_the_tool_verifies_folders_and_tars(tmp_path, run_tool):
         ),
         (["x", "--write-manifest"], 2, "--tokenizer is needed for --write-manifest, and for nothing else"),
         (["x", "--tokenizer", "byte"], 2, "--tokenizer is needed for --write-manifest, and for nothing else"),
+        (["x", "--eos-token", "</s>"], 2, "--eos-token and --text-member are for --write-manifest only"),
         (["x", "--samples", "0"], 2, "--workers and --samples must be at least 1"),
         ([".", "a.tar", "--write-manifest", "--tokenizer", "byte"], 1, "a.tar: is given beside a folder"),
     ],

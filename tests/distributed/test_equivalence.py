@@ -1,10 +1,16 @@
 """How a step is computed must not change what is computed: sharding, cutting, recomputing, compiling."""
 
 import pytest
+import torch
 
+from dcscale.data import BatchLoader
+from dcscale.models import DCFormer, initialize
 from dcscale.observe import read_metrics
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_shards, tiny_config, train_all
+from dcscale.train.build import open_training_stream
+from dcscale.train.optimizer import build_optimizer
+from dcscale.train.schedule import learning_rate
 
 pytestmark = pytest.mark.distributed
 
@@ -17,15 +23,25 @@ VARIANTS = {
     "small buckets": ["parallel.zero_stage=2", "parallel.bucket_elements=1000"],
     "reference attention": ["parallel.zero_stage=1", "model.backend=reference"],
 }
+BY_HAND = [
+    # Clipped far, and with an epsilon that keeps Adam from undoing it.
+    *("train.gradient_clip=0.05", "optimizer.eps=0.01", "optimizer.learning_rate=0.05"),
+    *("train.micro_batch_size=1", "optimizer.rules=[{match: '*.compose.*', lr_scale: 0.5, weight_decay: 0.3}]"),
+]
 TIED = ["model.tied_embeddings=true", "model.multi_gate=4", "optimizer.rules=[{match: '*.compose.*', lr_scale: 0.5}]"]
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("runs")
-    shards = make_shards(tmp_path_factory.mktemp("data") / "shards")
     runs = {(name, False): settings for name, settings in VARIANTS.items()}
     runs |= {(f"zero{stage}", True): [f"parallel.zero_stage={stage}", *TIED] for stage in range(4)}
+    runs["by hand", False] = BY_HAND
     configs = {
         key: tiny_config(folder / f"{number}", shards, "train.steps=4", "validation.interval=0", *settings)
         for number, (key, settings) in enumerate(runs.items())
@@ -49,3 +65,22 @@ def test_tied_embeddings_and_rules_under_every_stage(losses, stage):
     assert expected != losses["plain", False]
     for found, wanted in zip(losses[f"zero{stage}", True], expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_step_is_that_of_a_plain_loop_over_whole_batches(losses, shards, tmp_path):
+    config = tiny_config(tmp_path, shards, "train.steps=4", *BY_HAND)
+    model = DCFormer(config.model)
+    initialize(model, config.model, config.train.seed)
+    optimizer = build_optimizer(model, config.optimizer, fused=False)
+    stream = open_training_stream(config)
+    loader = BatchLoader(stream, global_batch_size=8, micro_batch_size=8, rank=0, world_size=1)
+    for step, ((batch,), found) in enumerate(zip(loader.steps(), losses["by hand", False])):
+        optimizer.zero_grad()
+        loss = model(batch.input_ids, batch.targets, batch.document_ids) / batch.target_count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(config.schedule, 0.05, 4, step)
+        optimizer.step()
+        assert found == pytest.approx((loss.item(), norm.item()), rel=1e-5), step
+    assert step == 3

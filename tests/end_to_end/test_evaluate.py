@@ -157,7 +157,7 @@ def test_what_is_refused(upstream, files, tmp_path, call):
     for words, message in (
         ([model], "name what to measure by --shards, --text or --jsonl"),
         ([tmp_path / "absent", "--text", text], "absent is no folder"),
-        ([model, "--text", text, "--gelu", "erf"], "gelu is only for upstream folders"),
+        ([model, "--text", text, "--gelu", "erf"], "--gelu: only for upstream folders"),
         ([model, "--text", text, "--batch-size", "0"], "--batch-size: '0' must be a whole number of 1 or more"),
         ([model, "--text", text, "--begin-id", "-1"], "--begin-id: '-1' must be a whole number of 0 or more"),
         ([model, "--text", text, "--begin-id", "257"], "--begin-id is 257, but must be below the model's 257 tokens"),

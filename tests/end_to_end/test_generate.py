@@ -90,6 +90,7 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
     for words, message in (
         ([tmp_path, "--prompt", "a"], "is nothing that can be converted"),
+        ([tmp_path / ("a" * 300), "--prompt", "a"], "File name too long"),
         ([runs / "zero1", "--prompt", ""], "prompt 0 is empty"),
         ([runs / "zero1", "--prompt", "a", "--new-tokens", "0"], "new_tokens is 0"),
         ([runs / "zero1", "--prompt", "a", "--device", "abacus"], "--device: 'abacus' cannot be used: Expected one of"),

@@ -180,6 +180,7 @@ def test_logits_that_are_not_finite_are_reported(temperature):
         ({"prompt_ids": [[-1]]}, "token id -1"),
         ({"new_tokens": 0}, "new_tokens is 0"),
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],

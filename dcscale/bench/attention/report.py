@@ -7,6 +7,7 @@ from typing import Any
 
 from dcscale.bench.attention.cases import PASSES, Case, Row
 from dcscale.bench.attention.implementations import KINDS
+from dcscale.bench.record import ResultError, short
 
 _CASE = tuple(Case.__dataclass_fields__)
 _COLUMNS = ("", "forward ms", "fwd+bwd ms", "quartiles", "x SDPA", "x windowed", "TFLOP/s", "peak MiB", "")
@@ -15,10 +16,6 @@ LEGEND = (
     "the fastest SDPA without a window, x windowed: by that of dcscale.ops.attention; peak MiB: above the inputs"
 )
 NOT_MEASURED = "not measured"
-
-
-class ResultError(ValueError):
-    """A file that is not a result of this benchmark."""
 
 
 def case_lines(rows: Sequence[Row]) -> list[str]:
@@ -40,7 +37,7 @@ def case_lines(rows: Sequence[Row]) -> list[str]:
                 f"{low:.2f}-{high:.2f}",
                 _ratios(row, "times_sdpa"),
                 _ratios(row, "times_windowed"),
-                f"{_short(forward['tflops'])} {_short(both['tflops'])}",
+                f"{short(forward['tflops'])} {short(both['tflops'])}",
                 f"{row['peak_bytes'] / 2**20:,.0f}",
                 "; ".join(notes),
             )
@@ -62,7 +59,7 @@ def target_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line a target."""
     lines = []
     for each in verdicts:
-        ratio = "" if each["ratio"] is None else f"{_short(each['ratio'])} x, "
+        ratio = "" if each["ratio"] is None else f"{short(each['ratio'])} x, "
         lines.append(f"  {each['verdict']:12}  {each['target']}: {ratio}{each['detail']}")
     return lines
 
@@ -101,9 +98,9 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 cells.append("-" if kind == "windowed" and window is None else NOT_MEASURED)
                 continue
             name = f" ({best['implementation'].removeprefix('sdpa ')})" if kind == "sdpa" else ""
-            ratio = "" if kind == "sdpa" or "times_sdpa" not in best else f" ({_short(best['times_sdpa'][PASSES[1]])}x)"
+            ratio = "" if kind == "sdpa" or "times_sdpa" not in best else f" ({short(best['times_sdpa'][PASSES[1]])}x)"
             memory = f"{best['peak_bytes'] / 2**20:,.0f} MiB"
-            cells.append(f"{_short(best['forward_backward']['ms'])} ms{name}{ratio}, {memory}")
+            cells.append(f"{short(best['forward_backward']['ms'])} ms{name}{ratio}, {memory}")
         lines.append(_line(cells))
     return lines
 
@@ -111,7 +108,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 def _targets(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = _head(["target", "measured", ""])
     for each in verdicts:
-        measured = NOT_MEASURED if each["ratio"] is None else f"{_short(each['ratio'])} x: {each['detail']}"
+        measured = NOT_MEASURED if each["ratio"] is None else f"{short(each['ratio'])} x: {each['detail']}"
         lines.append(_line([each["target"], measured, each["detail"] if each["ratio"] is None else each["verdict"]]))
     return lines
 
@@ -125,9 +122,4 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def _ratios(row: Row, name: str) -> str:
-    return " ".join(_short(row[name][each]) for each in PASSES) if name in row else "-"
-
-
-def _short(number: float) -> str:
-    """Three digits, and all before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    return " ".join(short(row[name][each]) for each in PASSES) if name in row else "-"

@@ -18,9 +18,7 @@ from dcscale.data import BatchLoader, open_stream
 class Ours(Reader):
     """Bundles of documents, checksums verified, packed with targets and document ids."""
 
-    library = None
     format = "bundles"
-    rank_from_environment = False
 
     @classmethod
     def write(cls, corpus: Corpus, folder: Path) -> None:

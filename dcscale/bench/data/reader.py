@@ -46,14 +46,8 @@ class Settings:
 class Reader(ABC):
     """Hands over int64 batches [B, L] of token ids, as a model takes them."""
 
-    library: ClassVar[str | None]
-    """Package that must be installed; None for none."""
-
     format: ClassVar[str]
     """Folder of its format, which readers may share."""
-
-    rank_from_environment: ClassVar[bool] = True
-    """Whether the library takes rank and world size from the environment."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

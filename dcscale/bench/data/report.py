@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dcscale.bench.record import ResultError, short
+
 NOT_MEASURED = "not measured"
 _MILLION = 1e6
-
-
-class ResultError(ValueError):
-    """A file that is not a result of this benchmark."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -122,7 +120,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _spread(values: Mapping[str, float], unit: float = 1.0) -> str:
-    median, least, most = (_short(values[name] / unit) for name in ("median", "least", "most"))
+    median, least, most = (short(values[name] / unit) for name in ("median", "least", "most"))
     return f"{median} ({least}-{most})"
 
 
@@ -131,10 +129,6 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 _TABLES = {

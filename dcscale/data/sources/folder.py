@@ -13,12 +13,16 @@ class FolderSource(Source):
     """A folder of this machine.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or it may not be looked at.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not folder.is_dir():
+        try:
+            is_there = folder.is_dir()
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be looked at: {error.strerror}; give a folder that can be") from error
+        if not is_there:
             raise DataError(f"{folder}: no such folder; give a folder of shards, as tools/make_shards.py writes it")
 
     def __str__(self) -> str:

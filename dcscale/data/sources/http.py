@@ -26,7 +26,9 @@ from dcscale.data.sources.remote import AT_ONCE, RemoteSource
 from dcscale.data.sources.retry import Patience, TransientError
 
 _CHUNK = 1 << 18
+"""Bytes of a body read at once."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
+"""Statuses that may pass by themselves."""
 _GONE = {404, 410}
 
 

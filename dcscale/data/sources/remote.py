@@ -12,7 +12,9 @@ from dcscale.data.sources.base import Source, check_size
 from dcscale.data.sources.retry import Patience, Retries
 
 _LOOKED_AT = 64
+"""Objects, of all that are to be checked."""
 AT_ONCE = 8
+"""Objects looked at by as many threads."""
 
 
 class RemoteSource(Source):

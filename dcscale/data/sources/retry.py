@@ -21,6 +21,8 @@ WRONG_CONTENT_TRIES = 3
 """Tries after which content that is wrong is taken for what the other side holds, and not for damage on the way."""
 
 _TELL_AT = 3
+"""Tries after which a person is told."""
+
 _log = logging.getLogger("dcscale.data")
 
 

@@ -17,7 +17,6 @@ from dcscale.bench.data.reader import LoaderReader
 class Chunks(LoaderReader):
     """Rows that were cut when the data were written; nothing is packed or verified."""
 
-    library = "litdata"
     format = "litdata"
 
     @classmethod

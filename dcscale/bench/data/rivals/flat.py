@@ -15,7 +15,6 @@ from dcscale.bench.data.reader import LoaderReader
 class Flat(LoaderReader):
     """Rows in a random order; nothing is packed or verified, and the file must lie on a local disk."""
 
-    library = None
     format = "flat"
 
     @classmethod

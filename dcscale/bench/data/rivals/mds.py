@@ -17,7 +17,6 @@ from dcscale.bench.data.reader import LoaderReader
 class Mds(LoaderReader):
     """Rows that were cut when the data were written, as its documentation has them; nothing is packed or verified."""
 
-    library = "mosaicml-streaming"
     format = "mds"
     hashes: ClassVar[list[str]] = []
 

@@ -17,7 +17,6 @@ from dcscale.files import write_json
 class Stateful(LoaderReader):
     """Shards are divided over ranks and workers by webdataset; torchdata skips what was handed over before."""
 
-    library = "torchdata"
     format = "rows"
 
     @classmethod

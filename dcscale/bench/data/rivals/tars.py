@@ -21,7 +21,6 @@ SHUFFLE_SHARDS, SHUFFLE_SAMPLES = 100, 1000
 class Tars(LoaderReader):
     """A document a sample, decoded; shuffled with a buffer of samples, packed and batched; nothing is verified."""
 
-    library = "webdataset"
     format = "documents"
     buffer = SHUFFLE_SAMPLES
 
