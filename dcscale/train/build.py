@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +120,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         if hook.name in state.hooks:
             hook.load_state_dict(state.hooks[hook.name])
 
-    reporter = Reporter(run, state.step, config.train.steps, console, config.log.progress, environment.is_main)
+    reporter = on_every_rank(lambda: _open_reporter(run, state.step, config, console, environment.is_main))
     trainer = Trainer(
         config,
         engine,
@@ -237,13 +239,33 @@ def _loader(
 def _start_folder(
     run: Path, config: Config, checkpoint: Path | None, damaged: dict[Path, str]
 ) -> list[tuple[Path, str]]:
-    """Returns where damaged checkpoints are now, and what is wrong with them."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
-    moved = [(set_aside(other), problem) for other, problem in damaged.items()]
-    if moved and checkpoint is not None:
-        point_latest_at(checkpoint)
+    """Returns where damaged checkpoints are now, and what is wrong with them.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    with _written_to(run):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
+        moved = [(set_aside(other), problem) for other, problem in damaged.items()]
+        if moved and checkpoint is not None:
+            point_latest_at(checkpoint)
     return moved
+
+
+def _open_reporter(run: Path, last_step: int, config: Config, console: Console, is_main: bool) -> Reporter:
+    """Raises CheckpointError if the run's metrics cannot be written."""
+    with _written_to(run):
+        return Reporter(run, last_step, config.train.steps, console, config.log.progress, is_main)
+
+
+@contextlib.contextmanager
+def _written_to(run: Path) -> Iterator[None]:
+    """Says of which setting a failure speaks."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: metrics.jsonl is not of a run
+        raise CheckpointError(f"run.folder {run} cannot be used: {error}; name another folder") from error
 
 
 def _build_model(config: Config) -> nn.Module:
