@@ -47,7 +47,14 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, read_state, spread_changes
+from dcscale.train.resume import (
+    check_fits,
+    course_changes,
+    data_changes,
+    good_checkpoint_to_resume,
+    read_state,
+    spread_changes,
+)
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -72,7 +79,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         content = decided_by_main(lambda: read_state(checkpoint))
         state = decided_by_main(lambda: check_fits(checkpoint, content, config, stream.identity, stream.tokenizer))
         saved = on_every_rank(lambda: Fragments(checkpoint / OPTIMIZER))
-        for change in spread_changes(content, config, environment.world_size):
+        changes = spread_changes(content, config, environment.world_size)
+        for change in [*changes, *decided_by_main(lambda: course_changes(checkpoint, config))]:
             console.line(f"resuming   {change}")
         for change in data_changes(state.data_identity, stream.identity):
             console.line(f"warning    {change}, as checkpoint.allow_data_change lets them be")

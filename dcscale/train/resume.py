@@ -10,12 +10,16 @@ from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import OLD_OPTIMIZER, OPTIMIZER, WEIGHTS, damage, defect, step_of
 from dcscale.config import Config, differences
+from dcscale.config.problem import show
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.parallel import decided_by_main, of_all_ranks
 from dcscale.train.state import TrainState
 
 MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
 """Fields of the model section that may change between starts of a run."""
+
+_COURSE = ("optimizer", "schedule", "train.steps", "train.gradient_clip")
+"""Settings that may change too, but decide the weights: a run that goes on says what was changed of them."""
 
 
 def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
@@ -73,7 +77,10 @@ def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = No
                 "from a copy, or start anew with another run.name"
             )
         return existing[-1] if existing else None
-    checkpoint = find_checkpoint(Path(resume))
+    try:
+        checkpoint = find_checkpoint(Path(resume))
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.resume: {error}; or use auto or never") from error
     if checkpoint in damaged:
         raise CheckpointError(f"checkpoint.resume is damaged: {damaged[checkpoint]}; name another one")
     if not any((checkpoint / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER)):
@@ -117,6 +124,15 @@ def spread_changes(content: dict[str, Any], config: Config, world_size: int) -> 
     ]
 
 
+def course_changes(checkpoint: Path, config: Config) -> list[str]:
+    """In what the updates from now on are made in another way than those before, in words."""
+    return [
+        f"{path} was {show(there)} there and is {show(here)} here"
+        for path, there, here in differences(read_config(checkpoint), config)
+        if path in _COURSE or path.partition(".")[0] in _COURSE
+    ]
+
+
 def check_fits(
     checkpoint: Path,
     content: dict[str, Any],
@@ -136,7 +152,7 @@ def check_fits(
             "can be converted and evaluated as ever"
         )
     problems = [
-        f"{path} is {there} there and {here} here: that is another model"
+        f"{path} is {show(there)} there and {show(here)} here: that is another model"
         for path, there, here in differences(read_config(checkpoint), config)
         if path.startswith("model.") and path not in MODEL_FIELDS_WITHOUT_WEIGHT
     ]
