@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dcscale.data import BatchLoader
+from dcscale.data import BatchLoader, DataError
 from dcscale.ops import bits_per_byte
 from dcscale.parallel import Engine
 from dcscale.train.batches import next_together
@@ -29,7 +29,7 @@ def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
     """Mean loss over all sequences of ``loader``; every rank calls it and gets the same result.
 
     Raises:
-        DataError: on every rank, if the held-out data of any cannot be read.
+        DataError: on every rank, if the held-out data of any cannot be read, or there is nothing to predict in them.
     """
     device = engine.environment.device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -41,4 +41,8 @@ def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
             for batch in step.micro_batches:
                 batch = batch.to(device)
                 total += forward(batch.input_ids, batch.targets, batch.document_ids)
+    if not targets:
+        raise DataError(
+            "data.validation: there is nothing to predict in the sequences used; raise validation.sequences"
+        )
     return Evaluation(float(engine.sum_tensor_over_ranks(total)) / targets, targets)
