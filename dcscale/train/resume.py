@@ -41,8 +41,7 @@ def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Pa
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
             return checkpoint, damaged
-        run = Path(config.run.folder)
-        if checkpoint.resolve().parents[1] != run.resolve():
+        if not _is_of_run(checkpoint, config):
             raise CheckpointError(f"the checkpoint to go on from is damaged: {problem}; name another one")
         if config.checkpoint.on_damaged == "fail":
             raise CheckpointError(
@@ -50,6 +49,11 @@ def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Pa
                 "checkpoint.on_damaged=previous to set it aside and go on from the newest good one"
             )
         damaged[checkpoint] = problem
+
+
+def _is_of_run(checkpoint: Path, config: Config) -> bool:
+    """Whether it lies among the run's own; their folder may be a link to another disk."""
+    return checkpoint.resolve().parent == (Path(config.run.folder) / "checkpoints").resolve()
 
 
 def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Path | None:
@@ -167,7 +171,7 @@ def check_fits(
         way_out = ", or set checkpoint.allow_data_change=true to go on with other sequences"
     elif changes and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         problems.append("the data's tokenizer is another one: the same token would mean another text")
-    if checkpoint.resolve().parents[1] != Path(config.run.folder).resolve():
+    if not _is_of_run(checkpoint, config):
         state.branched_from = str(checkpoint.resolve())
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")

@@ -93,6 +93,18 @@ def test_a_damaged_newest_checkpoint(config, one_rank, harm, problem):
         good_checkpoint_to_resume(config, 0, 1)
 
 
+def test_checkpoints_on_another_disk_are_the_runs_own(config, tmp_path, one_rank):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    older, newest = write(config, 2), write(config, 4)
+    assert fits(newest, config).branched_from is None
+    (newest / "state.json").unlink()
+    config.checkpoint.on_damaged = "previous"
+    checkpoint, damaged = good_checkpoint_to_resume(config, 0, 1)
+    assert (checkpoint, list(damaged)) == (older, [newest])
+
+
 def test_damage_on_another_rank_counts_too(config, monkeypatch, one_rank):
     write(config, 4)
     monkeypatch.setattr(resume, "of_all_ranks", lambda value: [value, "x/optimizer/rank-00001.safetensors is missing"])
