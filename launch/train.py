@@ -9,7 +9,8 @@ YAML files are merged in order, later wins, then key=value. `python tools/check_
 every key; `python tools/check_config.py CONFIG.yaml ...` shows what a run would use, without starting it.
 
 Exit code: 0 done, 2 settings, data or checkpoint do not fit or training diverged, 75 stopped by a signal with a
-checkpoint written (start again with the same words to go on), 1 anything else. torchrun makes 1 of all but 0.
+checkpoint written (start again with the same words to go on), 130 interrupted before training began or twice, 1
+anything else. torchrun makes 1 of all but 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from dcscale.parallel import (
 from dcscale.train import Ending, build_trainer, summary_lines, write_summary
 from dcscale.train.optimizer import RuleError
 
-DONE, FAILED, UNFIT, SIGNALLED = 0, 1, 2, 75
+DONE, FAILED, UNFIT, SIGNALLED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         stop_distributed()
         return UNFIT
+    except KeyboardInterrupt:
+        if environment is None or environment.is_main:
+            print("interrupted: earlier checkpoints are whole, and the same words go on from them", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     except Exception:
         # Other ranks may be waiting for this one; to leave the process group would be to wait for them in turn.
         traceback.print_exc()

@@ -56,7 +56,9 @@ def check_output(parser: argparse.ArgumentParser, path: Path | None, beside: str
     """Ends the tool if a result cannot be written to ``path``; ``beside``: what the message adds of its neighbours."""
     if path is not None and path.suffix != ".json":
         parser.error(f"--output {path}: must end in .json{beside}")
-    if path is not None and not os.access(path.parent, os.W_OK):
+    if path is not None and path.is_dir():
+        parser.error(f"--output {path}: is a folder")
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         parser.error(f"--output {path}: {path.parent} is no folder that can be written to")
 
 

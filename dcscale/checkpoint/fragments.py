@@ -19,13 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcscale.checkpoint.layout import CheckpointError
+from dcscale.checkpoint.layout import CheckpointError, some_of
 from dcscale.files import sync_folder
 from dcscale.parallel import KINDS, MASTER, Snapshot
 
 FORMAT = 1
-NAMED_AT_MOST = 8
-"""Problems that an error names; the others are counted."""
 
 
 class _Range(NamedTuple):
@@ -73,7 +71,7 @@ class Fragments:
         if len(found) != self.ranks or found != [file_name(rank) for rank in range(self.ranks)]:
             raise CheckpointError(
                 f"{folder} must hold the files of {self.ranks} ranks, {first.name} to {file_name(self.ranks - 1)}, but "
-                f"holds {len(found)}: {_some(found)}"
+                f"holds {len(found)}: {some_of(found)}"
             )
         self._ranges: dict[tuple[str, str], list[_Range]] = {(n, kind): [] for n in self.shapes for kind in KINDS}
         for name in found:
@@ -115,7 +113,7 @@ class Fragments:
 
     def _refuse(self, problems: list[str], verdict: str) -> None:
         if problems:
-            raise CheckpointError(f"{self._folder} {verdict}: {_some(problems)}")
+            raise CheckpointError(f"{self._folder} {verdict}: {some_of(problems)}")
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Checks that the state is of a model with these parameters.
@@ -196,8 +194,3 @@ def _parse_key(key: str, path: Path) -> tuple[str, str, int]:
     if not start.isdecimal():
         raise CheckpointError(f"{path}: {key!r} must be PARAMETER:KIND:START")
     return parameter, kind, int(start)
-
-
-def _some(words: list[str]) -> str:
-    more = len(words) - NAMED_AT_MOST
-    return "; ".join(words[:NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")

@@ -42,11 +42,19 @@ OLD_OPTIMIZER = "deepspeed"
 """Where checkpoints once had pickles of DeepSpeed in place of ``OPTIMIZER``: they are not loaded any more."""
 TEMPORARY_PREFIX = ".unfinished-"
 """Of a folder that is being written, or removed."""
+NAMED_AT_MOST = 8
+"""Problems that an error names; the others are counted."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, found, or used for this run."""
+
+
+def some_of(problems: list[str]) -> str:
+    """The first problems in words, and how many more there are."""
+    more = len(problems) - NAMED_AT_MOST
+    return "; ".join(problems[:NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
 
 
 def step_name(step: int) -> str:

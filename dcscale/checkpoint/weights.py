@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcscale.checkpoint.layout import CheckpointError
+from dcscale.checkpoint.layout import CheckpointError, some_of
 from dcscale.files import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -68,7 +68,7 @@ class Weights:
         shapes: of all tensors that must be there, by name.
 
     Raises:
-        CheckpointError: a name, shape or file does not fit; all such names are listed.
+        CheckpointError: names, shapes or a file do not fit; says which, of many names the first and how many more.
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]):
@@ -92,7 +92,7 @@ class Weights:
                     if name in shapes and shape != wanted:
                         problems.append(f"{name} has shape {shape}, the model wants {wanted}")
         if problems:
-            raise CheckpointError(f"{folder} does not fit the model: " + "; ".join(problems))
+            raise CheckpointError(f"{folder} does not fit the model: {some_of(problems)}")
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU."""

@@ -313,6 +313,9 @@ def _best_checkpoints_are_known(config: Config) -> Findings:
     if not validated:
         fix = "set validation.interval to checkpoint.interval, or this to null"
         yield "checkpoint.keep_best", "needs validation, but validation.interval is 0", fix
+    elif every == 0:
+        rule = "needs checkpoints to choose from, but checkpoint.interval is 0"
+        yield "checkpoint.keep_best", rule, f"set checkpoint.interval={validated}, or this to null"
     elif every % validated:
         rule = f"needs a validation at every checkpoint: checkpoint.interval = {every} must be a multiple of "
         fix = f"use checkpoint.interval={max(1, round(every / validated)) * validated}, or null"

@@ -36,6 +36,9 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if node.tag not in _TAGS:
             raise yaml.composer.ComposerError(None, None, f"the tag {node.tag} is not supported", node.start_mark)
+        if isinstance(node, yaml.ScalarNode) and (half := re.search("[\ud800-\udfff]", node.value)):
+            problem = f"\\u{ord(half[0]):04x} is half a character: write the whole one"  # as JSON escapes those beyond
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.Node:

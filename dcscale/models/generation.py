@@ -75,6 +75,7 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tenso
     if temperature == 0:
         return logits_BV.argmax(-1)
     centred_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # nor become the 0 of the logits' type
     probability_BV, token_BV = (centred_BV / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     # The first token has nothing before it, so it is always kept.
     before_BV = probability_BV.cumsum(-1) - probability_BV

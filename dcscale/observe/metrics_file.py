@@ -17,17 +17,22 @@ class MetricsFile:
     """Appends records to a file; opening it for a run that goes on after ``last_step`` drops what lies beyond.
 
     Records of one step are merged when read by :func:`read_metrics`: validation comes as its own line.
+
+    Raises:
+        ValueError: what is there are no metrics of a run; it is left as it is.
     """
 
     def __init__(self, path: Path, last_step: int):
         kept = []
         if path.exists():
             # A line cut off by a crash is dropped with everything after it.
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     break
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError(f"{path}, line {number}: is no record of a run, as it has no step")
                 if record["step"] > last_step:
                     break
                 kept.append(line + "\n")

@@ -15,6 +15,7 @@ from dcscale.checkpoint import CheckpointError, Weights, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import CONFIG, OPTIMIZER, WEIGHTS, damage
 from dcscale.config import Config, differences
+from dcscale.config.problem import show
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer
 from dcscale.models import DCFormer
@@ -77,7 +78,7 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ran
             f"checkpoint.init_from: {error}. Begin with the settings under model in {source / CONFIG}"
         ) from error
     warnings = [
-        f"{path} is {value} in {source} and {here} here: the weights fit, but were trained with the former"
+        f"{path} is {show(value)} in {source} and {show(here)} here: the weights fit, but were trained with the former"
         for path, value, here in differences(there, config)
         if path.startswith("model.") and path not in _WITHOUT_MEANING
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from dcscale.checkpoint.fragments import Fragments
 from dcscale.checkpoint.layout import OPTIMIZER, STATE
 from dcscale.checkpoint.lifecycle import point_latest_at, set_aside
 from dcscale.checkpoint.probe import read_probe
-from dcscale.config import Config, ConfigError, Problem, to_yaml
+from dcscale.config import Config, to_yaml
 from dcscale.data import (
     Access,
     BatchLoader,
@@ -46,7 +48,7 @@ from dcscale.train.hooks import (
 )
 from dcscale.train.optimizer import build_optimizer
 from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.resume import check_fits, data_changes, good_checkpoint_to_resume, spread_changes
+from dcscale.train.resume import check_fits, course_changes, data_changes, good_checkpoint_to_resume, spread_changes
 from dcscale.train.state import TrainState
 from dcscale.train.trainer import Trainer
 
@@ -72,7 +74,8 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         content = decided_by_main(lambda: read_state(checkpoint))
         state = decided_by_main(lambda: check_fits(checkpoint, content, config, stream.identity, stream.tokenizer))
         saved = on_every_rank(lambda: Fragments(checkpoint / OPTIMIZER))
-        for change in spread_changes(content, config, environment.world_size):
+        changes = spread_changes(content, config, environment.world_size)
+        for change in [*changes, *decided_by_main(lambda: course_changes(checkpoint, config))]:
             console.line(f"resuming   {change}")
         for change in data_changes(state.data_identity, stream.identity):
             console.line(f"warning    {change}, as checkpoint.allow_data_change lets them be")
@@ -120,7 +123,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         if hook.name in state.hooks:
             hook.load_state_dict(state.hooks[hook.name])
 
-    reporter = Reporter(run, state.step, config.train.steps, console, config.log.progress, environment.is_main)
+    reporter = on_every_rank(lambda: _open_reporter(run, state.step, config, console, environment.is_main))
     trainer = Trainer(
         config,
         engine,
@@ -242,18 +245,30 @@ def _start_folder(
     """Returns where damaged checkpoints are now, and what is wrong with them.
 
     Raises:
-        ConfigError: there can be no such folder, or nothing can be written into it.
+        CheckpointError: the folder cannot be written to.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
+    with _written_to(run):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
         moved = [(set_aside(other), problem) for other, problem in damaged.items()]
         if moved and checkpoint is not None:
             point_latest_at(checkpoint)
-    except OSError as error:
-        problem = Problem("run.folder", str(run), f"cannot be written to: {error}", "name a folder that can be")
-        raise ConfigError([problem]) from error
     return moved
+
+
+def _open_reporter(run: Path, last_step: int, config: Config, console: Console, is_main: bool) -> Reporter:
+    """Raises CheckpointError if the run's metrics cannot be written."""
+    with _written_to(run):
+        return Reporter(run, last_step, config.train.steps, console, config.log.progress, is_main)
+
+
+@contextlib.contextmanager
+def _written_to(run: Path) -> Iterator[None]:
+    """Says of which setting a failure speaks."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: metrics.jsonl is not of a run
+        raise CheckpointError(f"run.folder {run} cannot be used: {error}; name another folder") from error
 
 
 def _build_model(config: Config) -> nn.Module:

@@ -43,7 +43,7 @@ def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
                 total += forward(batch.input_ids, batch.targets, batch.document_ids)
     if not targets:
         raise DataError(
-            "there is nothing to predict in the held-out sequences that are used: raise validation.sequences, or set "
-            "validation.interval=0"
+            "data.validation: there is nothing to predict in the sequences that are used; raise validation.sequences, "
+            "or set validation.interval=0"
         )
     return Evaluation(float(engine.sum_tensor_over_ranks(total)) / targets, targets)

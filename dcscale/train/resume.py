@@ -10,12 +10,16 @@ from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.contents import read_config, read_state
 from dcscale.checkpoint.layout import OLD_OPTIMIZER, OPTIMIZER, WEIGHTS, damage, defect, step_of
 from dcscale.config import Config, differences
+from dcscale.config.problem import show
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.parallel import decided_by_main, of_all_ranks
 from dcscale.train.state import TrainState
 
 MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
 """Fields of the model section that may change between starts of a run."""
+
+_COURSE = ("optimizer", "schedule", "train.steps", "train.gradient_clip")
+"""Settings that may change too, but decide the weights: a run that goes on says what was changed of them."""
 
 
 def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
@@ -37,8 +41,7 @@ def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Pa
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
             return checkpoint, damaged
-        run = Path(config.run.folder)
-        if checkpoint.resolve().parents[1] != run.resolve():
+        if not _is_of_run(checkpoint, config):
             raise CheckpointError(f"the checkpoint to go on from is damaged: {problem}; name another one")
         if config.checkpoint.on_damaged == "fail":
             raise CheckpointError(
@@ -46,6 +49,11 @@ def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Pa
                 "checkpoint.on_damaged=previous to set it aside and go on from the newest good one"
             )
         damaged[checkpoint] = problem
+
+
+def _is_of_run(checkpoint: Path, config: Config) -> bool:
+    """Whether it lies among the run's own; their folder may be a link to another disk."""
+    return checkpoint.resolve().parent == (Path(config.run.folder) / "checkpoints").resolve()
 
 
 def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Path | None:
@@ -73,7 +81,10 @@ def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = No
                 "from a copy, or start anew with another run.name"
             )
         return existing[-1] if existing else None
-    checkpoint = find_checkpoint(Path(resume))
+    try:
+        checkpoint = find_checkpoint(Path(resume))
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.resume: {error}; or use auto or never") from error
     if checkpoint in damaged:
         raise CheckpointError(f"checkpoint.resume is damaged: {damaged[checkpoint]}; name another one")
     if not any((checkpoint / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER)):
@@ -117,6 +128,15 @@ def spread_changes(content: dict[str, Any], config: Config, world_size: int) -> 
     ]
 
 
+def course_changes(checkpoint: Path, config: Config) -> list[str]:
+    """In what the updates from now on are made in another way than those before, in words."""
+    return [
+        f"{path} was {show(there)} there and is {show(here)} here"
+        for path, there, here in differences(read_config(checkpoint), config)
+        if path in _COURSE or path.partition(".")[0] in _COURSE
+    ]
+
+
 def check_fits(
     checkpoint: Path,
     content: dict[str, Any],
@@ -136,7 +156,7 @@ def check_fits(
             "can be converted and evaluated as ever"
         )
     problems = [
-        f"{path} is {there} there and {here} here: that is another model"
+        f"{path} is {show(there)} there and {show(here)} here: that is another model"
         for path, there, here in differences(read_config(checkpoint), config)
         if path.startswith("model.") and path not in MODEL_FIELDS_WITHOUT_WEIGHT
     ]
@@ -151,7 +171,7 @@ def check_fits(
         way_out = ", or set checkpoint.allow_data_change=true to go on with other sequences"
     elif changes and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         problems.append("the data's tokenizer is another one: the same token would mean another text")
-    if checkpoint.resolve().parents[1] != Path(config.run.folder).resolve():
+    if not _is_of_run(checkpoint, config):
         state.branched_from = str(checkpoint.resolve())
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")

@@ -75,7 +75,8 @@ class Trainer:
         """Trains until the run is complete or must stop; always leaves a checkpoint of the last step.
 
         Raises:
-            DataError: the data of one rank failed; raised on all ranks, after a checkpoint of what was done.
+            DataError: the data of one rank failed, held-out ones too; raised on all ranks, after a checkpoint of what
+                was done.
             NonFiniteError: a gradient is infinite or not a number; its update was not made.
             CheckpointError: a checkpoint could not be written by one rank; raised on all ranks.
         """
@@ -83,7 +84,7 @@ class Trainer:
             try:
                 return self._train(signals)
             except DataError as error:
-                raise DataError(f"{error}{self._end_saving()}") from error
+                raise DataError(f"{error}{self._save_before_failing()}") from error
 
     def _train(self, signals: StopSignals) -> Ending:
         train = self.config.train
@@ -122,19 +123,24 @@ class Trainer:
             return f"; and {failure}"
         return ""
 
+    def _save_before_failing(self) -> str:
+        """Writes a checkpoint of what was done, where the ranks fail together; returns as :meth:`_end_saving`."""
+        also = self._end_saving()
+        if self.state.step == 0:
+            return also
+        try:
+            self.save()
+        except CheckpointError as failure:
+            return f"{also}; and {failure}"
+        return also + self._end_saving()
+
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
             step = next_together(self.engine, batches, stop=lambda: signals.received is not None)
             if step is not None and step.skipped:
                 self._give_up(step.skipped)
         except DataError as error:
-            also = self._end_saving()
-            if self.state.step > 0:
-                try:
-                    self.save()
-                except CheckpointError as failure:
-                    also += f"; and {failure}"
-            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}{also}") from error
+            raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
         assert step is not None, "the training data is endless"
         return step
 

@@ -52,6 +52,12 @@ def test_every_misfit_is_listed(tmp_path):
         assert part in str(error.value)
 
 
+def test_of_many_misfits_some_are_named_and_the_others_counted(tmp_path):
+    save_weights(((f"blocks.{n}.weight", torch.zeros(1)) for n in range(20)), tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="blocks.7.weight is unknown to the model; and 12 more$"):
+        Weights(tmp_path / "weights", {})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -196,6 +196,11 @@ BROKEN = [
         "needs a validation at every checkpoint: checkpoint.interval = 1000 must be a multiple of validation.interval "
         "= 300; use checkpoint.interval=900, or null",
     ),
+    (
+        "checkpoint.keep_best=2; checkpoint.interval=0; validation.interval=300; data.validation=x",
+        "checkpoint.keep_best = 2: needs checkpoints to choose from, but checkpoint.interval is 0; set "
+        "checkpoint.interval=300, or this to null",
+    ),
     ("checkpoint.on_error=ignore", 'checkpoint.on_error = "ignore": must be one of fail, warn'),
     ("checkpoint.on_damaged=skip", 'checkpoint.on_damaged = "skip": must be one of fail, previous'),
     ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold texts to be continued'),

@@ -113,6 +113,7 @@ OVERRIDES = [
     ("model={? [1] : 2}", "this is not valid YAML: a key must be a word"),
     ("model={dim: 1, dim: 2}", "this is not valid YAML: the key dim is there twice, first in line 1"),
     ("run.name=\x07", "this is not valid YAML: unacceptable character #x0007"),
+    (r'samples.prompts=["a\ud83d"]', r"this is not valid YAML: \ud83d is half a character: write the whole one"),
     ("run.name=" + "[" * 1000, "this is not valid YAML: nested too deeply"),
     ("train.steps=" + "9" * 5000, "must be int; the default is 1000"),
     # References.

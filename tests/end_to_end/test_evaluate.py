@@ -166,6 +166,7 @@ def test_what_is_refused(upstream, files, tmp_path, call):
         ([model, "--text", text, "--device", "abacus"], "--device: 'abacus' cannot be used: "),
         ([model, "--text", text, "--output", tmp_path / "a.txt"], "must end in .json"),
         ([model, "--text", text, "--output", tmp_path / "absent" / "a.json"], "is no folder that can be written to"),
+        ([model, "--text", text, "--output", text / "a.json"], "text.txt is no folder that can be written to"),
         ([model, "--text", text, "--tokenizer", tmp_path / "t.json"], "t.json: cannot be read: No such file"),
         ([model, "--text", text, tmp_path / "no.txt"], "no.txt: cannot be read as UTF-8 text"),
         ([model, "--shards", tmp_path / "no"], "no: no such folder; give a folder of shards"),

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from dcscale.observe import MetricsFile, read_metrics
 
 
@@ -27,6 +29,22 @@ def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     MetricsFile(path, last_step=10).close()
     assert steps(path) == [1]
+
+
+def test_bytes_that_a_crash_has_left_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n\xff\x00\n')
+    MetricsFile(path, last_step=10).close()
+    assert steps(path) == [1]
+
+
+@pytest.mark.parametrize("line", ['{"epoch": 1}', '{"step": "one"}', "[1]"])
+def test_a_file_of_something_else_is_left_alone(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 1: is no record of a run, as it has no step"):
+        MetricsFile(path, last_step=0)
+    assert path.read_text() == line + "\n"
 
 
 def test_a_new_run_starts_empty(tmp_path):

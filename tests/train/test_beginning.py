@@ -57,7 +57,7 @@ def test_settings_that_leave_the_shapes_may_change_and_are_told(begin, tmp_path)
     there = tmp_path / "model"
     assert found.warnings == [
         f"model.rope_base is 10000.0 in {there} and 500000.0 here: the weights fit, but were trained with the former",
-        f"model.windows is [8, None] in {there} and [4] here: the weights fit, but were trained with the former",
+        f"model.windows is [8, null] in {there} and [4] here: the weights fit, but were trained with the former",
     ]
 
 

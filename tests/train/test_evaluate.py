@@ -35,5 +35,5 @@ def test_sequences_in_which_there_is_nothing_to_predict(tmp_path):
     stream = open_stream(tmp_path, vocab_size=257, sequence_length=4, **settings)
     batch = {"global_batch_size": 2, "micro_batch_size": 2, "rank": 0, "world_size": 1}
     assert evaluate(OneRank(), BatchLoader(stream, limit=4, **batch)).targets == 4
-    with pytest.raises(DataError, match=r"nothing to predict in .*: raise validation\.sequences, or set"):
+    with pytest.raises(DataError, match=r"nothing to predict in .*; raise validation\.sequences, or set"):
         evaluate(OneRank(), BatchLoader(stream, limit=1, **batch))

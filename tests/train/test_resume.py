@@ -15,6 +15,7 @@ from dcscale.train.build import _start_folder
 from dcscale.train.resume import (
     check_fits,
     checkpoint_to_resume,
+    course_changes,
     data_changes,
     good_checkpoint_to_resume,
     read_state,
@@ -93,6 +94,18 @@ def test_a_damaged_newest_checkpoint(config, one_rank, harm, problem):
         good_checkpoint_to_resume(config, 0, 1)
 
 
+def test_checkpoints_on_another_disk_are_the_runs_own(config, tmp_path, one_rank):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    older, newest = write(config, 2), write(config, 4)
+    assert fits(newest, config).branched_from is None
+    (newest / "state.json").unlink()
+    config.checkpoint.on_damaged = "previous"
+    checkpoint, damaged = good_checkpoint_to_resume(config, 0, 1)
+    assert (checkpoint, list(damaged)) == (older, [newest])
+
+
 def test_damage_on_another_rank_counts_too(config, monkeypatch, one_rank):
     write(config, 4)
     monkeypatch.setattr(resume, "of_all_ranks", lambda value: [value, "x/optimizer/rank-00001.safetensors is missing"])
@@ -165,7 +178,10 @@ def test_going_back_in_the_same_folder_would_leave_newer_checkpoints_of_another_
 
 def test_a_missing_checkpoint(config, tmp_path):
     config.checkpoint.resume = str(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="nothing holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoint.resume: .*nothing holds no checkpoint"):
+        checkpoint_to_resume(config)
+    config.checkpoint.resume = "Auto"
+    with pytest.raises(CheckpointError, match="checkpoint.resume: Auto holds no checkpoint: .*; or use auto or never"):
         checkpoint_to_resume(config)
 
 
@@ -192,7 +208,8 @@ def test_the_backend_may_change(config):
     ("overrides", "message"),
     [
         (["model.dim=64"], "model.dim is 32 there and 64 here: that is another model"),
-        (["model.attention=mha"], "model.attention is dcmha there and mha here"),
+        (["model.attention=mha"], 'model.attention is "dcmha" there and "mha" here'),
+        (["model.windows=[null]"], r"model.windows is \[8, null\] there and \[null\] here"),
         (["model.compose.rank=1"], "model.compose.rank is 2 there and 1 here"),
         (["train.global_batch_size=16"], "train.global_batch_size is 8 there and 16 here: steps would have another"),
         (["train.steps=2"], "it is at step 3, past train.steps 2"),
@@ -225,6 +242,19 @@ def test_what_is_spread_in_another_way_is_told(config, tmp_path):
         "ranks was 2 there and is 4 here",
         "parallel.zero_stage was 1 there and is 3 here",
         "train.precision was fp32 there and is bf16 here",
+    ]
+
+
+def test_what_changes_the_course_of_training_is_told(config, tmp_path):
+    folder = write(config, 3)
+    assert course_changes(folder, config) == []
+    rule = 'optimizer.rules=[{match: "*.compose.*", lr_scale: 0.5}]'
+    words = ["optimizer.learning_rate=0.002", rule, "schedule.kind=constant", "train.steps=9", "log.interval=2"]
+    assert course_changes(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *words)) == [
+        "train.steps was 8 there and is 9 here",
+        "optimizer.learning_rate was 0.01 there and is 0.002 here",
+        'optimizer.rules was [] there and is [{"match": "*.compose.*", "lr_scale": 0.5, "weight_decay": null}] here',
+        'schedule.kind was "cosine" there and is "constant" here',
     ]
 
 
