@@ -7,11 +7,10 @@ import pytest
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import seal, step_name
-from dcscale.config import ConfigError, to_yaml
+from dcscale.config import to_yaml
 from dcscale.data.manifest import TokenizerInfo
 from dcscale.testing.runs import tiny_config
 from dcscale.train import resume
-from dcscale.train.build import _start_folder
 from dcscale.train.resume import (
     check_fits,
     checkpoint_to_resume,
@@ -304,10 +303,3 @@ def test_damaged_parts_are_named(config):
     (other / "config.yaml").write_text("model: {colour: red}")
     with pytest.raises(CheckpointError, match=r"(?s)config of .* cannot be read.*colour"):
         fits(other, config)
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(config, tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ConfigError, match=rf'run\.folder = "{folder}": cannot be written to: .*; name a folder'):
-            _start_folder(folder, config, None, {})
