@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = build_shards(inputs, output, suffixes=suffixes, progress=True, **options)
     except (DataError, OSError, KeyboardInterrupt) as error:
         print(f"make_shards: {str(error) or 'interrupted'}", file=sys.stderr)
-        if os.path.exists(state := state_folder(Path(output).absolute())):
+        path = Path(os.path.abspath(output))
+        if path.name and os.path.exists(state := state_folder(path)):
             print(f"The same command goes on where it stopped; or to give up, remove {state}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 

@@ -52,6 +52,9 @@ def write_manifest_for(
     names = [tar.relative_to(folder).as_posix() for tar in tars]
     if odd := [name for name in names if not re.fullmatch(SHARD_NAME[0], name)]:
         raise DataError(f"{folder}: {len(odd)} tars such as {odd[0]!r} have a name that is not {SHARD_NAME[1]}; rename")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{folder / twice}: is given twice, so its text would be trained on twice; name it once")
     if not names:
         raise DataError(f"{folder}: holds no file that ends in .tar; give the folder of the tars")
     loaded = load_tokenizer(tokenizer, eos_token)

@@ -135,6 +135,8 @@ def build_shards(
             f"data.sequence_length of the runs that will read the rows, and without pack it must be left out"
         )
     output = Path(os.path.abspath(output))
+    if not output.name:
+        raise DataError(f"{output}: is no folder that could be made; give another output")
     loaded = load_tokenizer(tokenizer, eos_token)
     files = find_files(inputs, suffixes=suffixes, exclude=[*exclude, glob.escape(state_folder(output).name)])
     total_bytes = sum(file.bytes for file in files)
@@ -242,6 +244,8 @@ def _write_part(
             building.add_shard(part, shard)
             bar.update(shard.documents)
     if not done:
+        if not any(sum(chunk.documents.values()) for chunk in building.chunks.values()):
+            raise DataError("the inputs hold no text: all their documents are empty or left out; give other inputs")
         raise DataError(
             f"the inputs give no document for {part}: in which part a document is follows from its name alone; "
             f"give more text, or another --hold-out"

@@ -272,9 +272,11 @@ def _text_of(where: str, line: str, text_field: str, skip: bool) -> str | None:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON: {error}; correct or remove the line") from error
     if not isinstance(content, dict) or not isinstance(content.get(text_field), str):
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        found = f"has {sorted(content) if isinstance(content, dict) else type(content).__name__}"
+        if isinstance(content, dict) and text_field in content:
+            found = f"there it is {json.dumps(content[text_field])[:60]}"
         raise DataError(
-            f"{where}: must be an object whose field {text_field!r} is a string, but has {found}; "
+            f"{where}: must be an object whose field {text_field!r} is a string, but {found}; "
             f"name the right field with --text-field"
         )
     text = content[text_field]

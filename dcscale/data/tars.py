@@ -98,7 +98,7 @@ def _members(path: str, data: bytes) -> list[Member]:
                     if not member.isdir()
                 ]
                 found = members, tar.offset
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two from PAX and sparse headers
             fail(path, f"it is not a readable tar: {error}")
     members, end = found
     rest = data[end:]

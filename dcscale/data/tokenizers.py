@@ -144,7 +144,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._library.decode(known, skip_special_tokens=False)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception, such as for words that its vocabulary lacks
+            raise DataError(f"{self.spec}: cannot tokenise a document: {error}; give another tokenizer") from error
         return [np.array([*encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
 
     def save(self, folder: Path) -> TokenizerInfo:

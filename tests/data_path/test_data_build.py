@@ -305,7 +305,7 @@ def test_arguments_that_cannot_be_met(corpus, tmp_path, changes, message):
 
 def test_text_that_is_all_empty(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match="give no document for train"):
+    with pytest.raises(DataError, match="the inputs hold no text: all their documents are empty"):
         build_shards([tmp_path / "a.txt"], tmp_path / "out")
 
 
@@ -352,3 +352,6 @@ def test_the_tool_reports_bad_input_without_a_traceback(tmp_path, given, output,
     assert done.stderr.startswith("make_shards: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    (tmp_path / "a.txt").write_text("text")
+    done = run_tool(tmp_path / "a.txt", "--output", "/")
+    assert done.stderr.startswith("make_shards: /: is no folder that could be made")

@@ -225,7 +225,7 @@ def test_parquet_text_that_is_not_utf8_is_named_or_skipped(tmp_path):
         ("[" * 100_000, r"is not JSON"),
         ('"text"', r"must be an object whose field 'text' is a string, but has str"),
         ('{"body": "x", "id": 1}', r".* but has \['body', 'id'\]; name the right field with --text-field"),
-        ('{"text": null}', r"must be an object whose field 'text' is a string"),
+        ('{"text": null}', r"must be an object whose field 'text' is a string, but there it is null; name"),
     ],
 )
 @pytest.mark.parametrize("skip", [False, True])

@@ -307,6 +307,24 @@ def test_random_damage_gives_the_data_or_a_data_error(tmp_path, format):
     assert refused > 150
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},  # its map is then looked for in the content
+        {"GNU.sparse.map": "1,x"},
+        {"GNU.sparse.size": "x"},
+    ],
+)
+def test_headers_on_which_tarfile_stumbles_are_refused(tmp_path, header):
+    info = write(tmp_path)
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("k.tokens.npy")
+        member.size, member.pax_headers = len(TOKENS[1]), header
+        tar.addfile(member, io.BytesIO(TOKENS[1]))
+    with pytest.raises(DataError, match=r"s\.tar: it is not a readable tar: "):
+        read(tmp_path, info_of(tmp_path, info), verify=False)
+
+
 def test_a_tar_that_ends_without_a_mark_is_refused(tmp_path):
     """As where it was cut off between two members; without the manifest's size nothing else would tell."""
     info = write(tmp_path)

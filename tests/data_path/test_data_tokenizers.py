@@ -143,6 +143,15 @@ def test_missing_and_malformed_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_text_that_a_tokenizer_cannot_take_is_told_of(tmp_path):
+    library = Tokenizer(models.WordLevel({"known": 0, "</s>": 1}, unk_token="<unk>"))
+    library.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert [ids.tolist() for ids in tokenizer.encode_documents(["known"])] == [[0, 1]]
+    with pytest.raises(DataError, match=r"words\.json: cannot tokenise a document: .*UNK.*; give another tokenizer"):
+        tokenizer.encode_documents(["known", "other"])
+
+
 def test_without_the_library_bytes_work_and_the_error_names_the_way_out(tokenizer_json, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer("byte").vocab_size == 257

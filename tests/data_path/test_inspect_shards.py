@@ -421,6 +421,8 @@ def test_what_is_in_the_way_of_a_manifest(tmp_path):
     with pytest.raises(DataError, match=r"holds no file that ends in \.tar"):
         write_manifest_for(tmp_path / "t", [], tokenizer="byte")
     write_tar(tmp_path / "t/a.tar", [("0.txt", b"one")])
+    with pytest.raises(DataError, match=r"t/a\.tar: is given twice, so its text would be trained on twice"):
+        write_manifest_for(tmp_path / "t", [tmp_path / "t/a.tar"] * 2, tokenizer="byte")
     make_word_tokenizer(tmp_path / "t/tokenizer.json")
     with pytest.raises(
         DataError, match=r"tokenizer\.json: is not the tokenizer byte; give this one, or remove the file"

@@ -335,6 +335,14 @@ def test_other_kinds_of_places_are_refused(root):
         open_source(root)
 
 
-def test_an_address_without_a_host():
-    with pytest.raises(DataError, match=r"names no host; write it as http://HOST/FOLDER"):
-        open_source("http:///x")
+@pytest.mark.parametrize("root", ["http:///x", "http://h:99999/x", "http://h:0/x", "http://h:port/x", "http://[::1/x"])
+def test_an_address_without_a_host_or_port(root):
+    with pytest.raises(DataError, match=r"names no host, or no port from 1 to 65535; write it as http://HOST/FOLDER"):
+        open_source(root)
+
+
+def test_a_host_in_brackets_is_no_pattern():
+    source = open_source("http://[::1]:8080/part-{0,1}/train", QUICK)
+    assert [part.where("s.tar") for part in source.parts] == [f"http://[::1]:8080/part-{i}/train/s.tar" for i in (0, 1)]
+    with pytest.raises(DataError, match=r"\* and \[ cannot be used here"):
+        open_source("http://[::1]:8080/part-*/train", QUICK)

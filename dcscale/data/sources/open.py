@@ -60,8 +60,16 @@ def _open_one(root: str, access: Access) -> Source:
     if scheme is None:
         return FolderSource(Path(root))
     if scheme in ("http", "https"):
-        if not urlsplit(root).hostname:
-            raise DataError(f"{shown(root)}: names no host; write it as {scheme}://HOST/FOLDER")
+        try:
+            address = urlsplit(root)
+            well_formed = address.hostname and address.port != 0
+        except ValueError:  # a port that is no number up to 65535, or [ without ]
+            well_formed = False
+        if not well_formed:
+            raise DataError(
+                f"{shown(root)}: names no host, or no port from 1 to 65535; write it as {scheme}://HOST/FOLDER or "
+                f"{scheme}://HOST:PORT/FOLDER"
+            )
         return _cached(HttpSource(root, access.patience), access)
     if scheme in SCHEMES:
         return _cached(ObjectSource(root, access.patience), access)

@@ -53,7 +53,7 @@ def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]
     for one in written:
         found = [one]
         if scheme in ("http", "https"):
-            if glob.has_magic(re.split(r"[?#]", one)[0]):
+            if glob.has_magic(re.sub(r"^[^/]*//[^/]*", "", re.split(r"[?#]", one)[0])):  # [::1] may be the host
                 raise DataError(
                     f"{shown(one)}: * and [ cannot be used here, since a web server does not list its folders; name "
                     f"them, as in part-{{00..15}}"
