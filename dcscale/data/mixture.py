@@ -239,13 +239,10 @@ class MixedStream:
         return next(self.each([numbers]))
 
     def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
-        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads.
-
-        Small steps are made in groups: where one of a group cannot be made, an error comes instead of all of them.
-        """
+        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         for stream in self.streams:
             stream.begin()
-        groups = placed(steps, self._places, self.identity["sequence_length"])
+        groups = placed(steps, self._needed, self._places, self.identity["sequence_length"])
         yield from made_ahead(groups, self._expect, self._hungry, self._make)
 
     def skip(self, sha256: Collection[str]) -> None:
@@ -267,6 +264,16 @@ class MixedStream:
         for source, place in group:
             self.streams[source].append(buffer, place)
         return buffer.finish(self.identity["document_mask"]).split(group.sizes)
+
+    def _needed(self, numbers_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows as :func:`placed` wants them: no two sources share a number."""
+        needed_2N = np.empty((2, len(numbers_N)), dtype=np.int64)
+        source_N = self.order.sources(numbers_N)
+        for source in np.unique(source_N).tolist():
+            of_n = source_N == source
+            windows = self.streams[source].windows(*self.order.locate_in(source, numbers_N[of_n]))
+            needed_2N[:, of_n] = np.array(windows) * len(self.streams) + source
+        return needed_2N[0], needed_2N[1]
 
     def _places(
         self, numbers_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray

@@ -120,8 +120,7 @@ class Order:
         Sequences of one group that follow each other there and in a window are taken together.
         """
         found = []
-        begin_N = index_N * self.stride
-        end_N = np.minimum(begin_N + self.sequence_length + 1, self.tokens)
+        begin_N, end_N = self._ends(index_N)
         for epoch in np.unique(epoch_N).tolist():
             _, starts = self._epoch(epoch)
             of_n = np.flatnonzero(epoch_N == epoch)
@@ -142,6 +141,17 @@ class Order:
             found += map(Stretch, columns[0], counts.tolist(), repeat(epoch), *columns[1:])
         return sorted(found)
 
+    def windows(self, epoch_N: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last window of sequences, int64 [N] each, numbered through all epochs."""
+        first_N, last_N = np.empty_like(index_N), np.empty_like(index_N)
+        begin_N, end_N = self._ends(index_N)
+        for epoch in np.unique(epoch_N).tolist():
+            _, starts = self._epoch(epoch)
+            of_n = epoch_N == epoch
+            first_N[of_n] = epoch * len(starts) + np.searchsorted(starts, begin_N[of_n], side="right") - 1
+            last_N[of_n] = epoch * len(starts) + np.searchsorted(starts, end_N[of_n]) - 1
+        return first_N, last_N
+
     def shards(self, epoch: int, window: int) -> list[int]:
         """Numbers of the shards of a window, in order."""
         shards, _ = self._epoch(epoch)
@@ -152,6 +162,11 @@ class Order:
         if not self.shuffle:
             return np.arange(count)
         return permutation(count, "documents", *self._rng_key, epoch, window)
+
+    def _ends(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token of sequences in the epoch, and the end of their tokens."""
+        begin_N = index_N * self.stride
+        return begin_N, np.minimum(begin_N + self.sequence_length + 1, self.tokens)
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(order of the shards [S], first token of each window and the epoch's end [windows + 1])."""

@@ -1,6 +1,8 @@
 """Steps of sequences on their way from numbers to batches: where many lie is found at once, and told ahead.
 
 Small steps are made in groups: what a part of a window costs apart from its tokens is then paid once for all of them.
+A group needs no window that its first step does not need. So no step waits for what only a later one needs, or fails
+with it.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ Numbers = Sequence["int | None"]
 class Group(Generic[T]):
     """What steps consist of that are made together; its length is the sequences in them, rows of padding included."""
 
-    def __init__(self, steps: list[Numbers]) -> None:
-        self.sizes = list(map(len, steps))
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
         """Sequences of each step."""
         self._places: list[T] = []
 
@@ -47,46 +49,54 @@ class Group(Generic[T]):
 
 def placed(
     steps: Iterable[Numbers],
+    windows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     places: Callable[[np.ndarray, np.ndarray, np.ndarray], Iterable[tuple[int, T]]],
     length: int,
 ) -> Iterator[Group[T]]:
     """Steps of numbers, of sequences of ``length`` tokens, as what ``places`` makes of them, in groups.
 
-    ``places`` takes numbers, and the group and row in it of each, int64 [N]; it gives places with the groups that they
-    belong to. Groups are counted anew in each call.
+    ``windows`` takes numbers, int64 [N], and gives the first and the last window of each, int64 [N]. ``places`` takes
+    numbers, and the group and row in it of each, int64 [N]; it gives places with the groups that they belong to. Groups
+    are counted anew in each call.
 
     Raises:
         DataError: a number is negative.
     """
-    sequences = min(-(-_GROUP_TOKENS // length), _GROUP_SEQUENCES)
-    for block in _cut(_cut(steps, sequences, len), _PLACED, lambda group: sum(map(len, group))):
-        groups: list[Group[T]] = [Group(group) for group in block]
+    most = min(-(-_GROUP_TOKENS // length), _GROUP_SEQUENCES)
+    for block in _blocks(steps):
+        given = [g for step in block for g in step if g is not None]
+        if given and min(given) < 0:
+            raise DataError(f"sequence number {min(given)} must not be negative")
+        numbers_N = np.array(given, dtype=np.int64)
+        used = zip(*(windows_N.tolist() for windows_N in windows(numbers_N)))
+        groups: list[Group[T]] = []
+        needed: set[int] = set()
+        for step in block:
+            needs = {window for g in step if g is not None for window in next(used)}
+            if not groups or len(groups[-1]) >= most or not needs <= needed:
+                groups.append(Group())
+                needed = needs
+            groups[-1].sizes.append(len(step))
         rows = list(map(len, groups))
-        group_N = np.repeat(np.arange(len(groups)), rows)
-        row_N = np.concatenate([np.arange(count) for count in rows])
-        numbers = [g for group in block for step in group for g in step]
-        if None in numbers:
-            given = [i for i, g in enumerate(numbers) if g is not None]
-            numbers, group_N, row_N = [numbers[i] for i in given], group_N[given], row_N[given]
-        if numbers:
-            if min(numbers) < 0:
-                raise DataError(f"sequence number {min(numbers)} must not be negative")
-            for n, place in places(np.array(numbers), group_N, row_N):
+        is_given = [g is not None for step in block for g in step]
+        group_N = np.repeat(np.arange(len(groups)), rows)[is_given]
+        row_N = np.concatenate([np.arange(count) for count in rows])[is_given]
+        if given:
+            for n, place in places(numbers_N, group_N, row_N):
                 groups[n].append(place)
         yield from groups
 
 
-def _cut(items: Iterable[T], size: int, size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items that follow each other, as many as together have the size."""
-    cut, so_far = [], 0
-    for item in items:
-        cut.append(item)
-        so_far += size_of(item)
-        if so_far >= size:
-            yield cut
-            cut, so_far = [], 0
-    if cut:
-        yield cut
+def _blocks(steps: Iterable[Numbers]) -> Iterator[list[Numbers]]:
+    block, rows = [], 0
+    for step in steps:
+        block.append(step)
+        rows += len(step)
+        if rows >= _PLACED:
+            yield block
+            block, rows = [], 0
+    if block:
+        yield block
 
 
 def made_ahead(

@@ -289,12 +289,9 @@ class SequenceStream:
         return next(self.each([numbers]))
 
     def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
-        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads.
-
-        Small steps are made in groups: where one of a group cannot be made, an error comes instead of all of them.
-        """
+        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
         self.begin()
-        groups = placed(steps, self._places, self.identity["sequence_length"])
+        groups = placed(steps, self._needed, self._places, self.identity["sequence_length"])
         yield from made_ahead(groups, self.expect, self.hungry, self._make)
 
     def skip(self, sha256: Collection[str]) -> None:
@@ -317,6 +314,9 @@ class SequenceStream:
             self.append(buffer, place)
         return buffer.finish(self.identity["document_mask"]).split(group.sizes)
 
+    def _needed(self, numbers_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.windows(*self._order.locate(numbers_N))
+
     def _places(self, numbers_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray) -> Iterator[tuple[int, Place]]:
         return self.places(numbers_N % self._order.slots, *self._order.locate(numbers_N), group_N, row_N)
 
@@ -325,6 +325,10 @@ class SequenceStream:
         return SequenceBuffer(count, self._order.sequence_length, self.tokenizer.eos_id)
 
     # -- for what leads several streams: it says what comes next, and takes it in that order ------------------------
+
+    def windows(self, epoch_N: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`dcscale.data.order.Order.windows`."""
+        return self._order.windows(epoch_N, index_N)
 
     def places(
         self, lane_N: np.ndarray, epoch_N: np.ndarray, index_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray
