@@ -100,6 +100,8 @@ def write_manifest(options: argparse.Namespace) -> bool:
     paths = [Path(path).absolute() for path in options.paths]
     folder, tars = paths[0], sorted(paths[0].rglob("*.tar"))
     if not folder.is_dir():
+        if strange := [path for path in options.paths if not Path(path).is_file()]:
+            raise DataError(f"{strange[0]}: is no file of this machine; give one folder, or tars only")
         folder, tars = Path(os.path.commonpath([path.parent for path in paths])), sorted(paths)
     elif len(paths) > 1:
         raise DataError(f"{paths[1]}: is given beside a folder; give one folder, or tars only")

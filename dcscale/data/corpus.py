@@ -50,11 +50,11 @@ class SourceFile:
 
     @property
     def is_jsonl(self) -> bool:
-        return self.name.endswith(_JSONL)
+        return self.name.lower().endswith(_JSONL)
 
     @property
     def is_parquet(self) -> bool:
-        return self.name.endswith(".parquet")
+        return self.name.lower().endswith(".parquet")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def find_files(
         if path in seen:
             raise DataError(f"{file.path}: is given twice, so its text would be trained on twice; name it once")
         seen.add(path)
-        if not file.is_jsonl and file.name.endswith(_FOREIGN):
+        if not file.is_jsonl and file.name.lower().endswith(_FOREIGN):
             raise DataError(f"{file.path}: files of this kind are not read; unpack it, or write it as .jsonl.gz")
     return files
 
@@ -190,9 +190,10 @@ def _split_lines(file: SourceFile, number: int, chunk_bytes: int) -> Iterator[Ch
 
 
 def _unpacked(file: SourceFile, raw: IO[bytes]) -> IO[bytes]:
-    if file.name.endswith(".gz"):
+    name = file.name.lower()
+    if name.endswith(".gz"):
         return gzip.open(raw)
-    if file.name.endswith(".zst"):
+    if name.endswith(".zst"):
         if zstd is None:
             raise DataError(
                 f"{file.path}: reading .zst needs the backports.zstd package, which is not installed; install it with "

@@ -34,6 +34,7 @@ def stand_in(info: ShardInfo, row_tokens: int | None, dtype: str, fill: int) -> 
     So the documents of the other shards of its window are put into the same order as with it. Their exact places differ
     where documents are cut anywhere, since the manifest does not state how long the lost ones were; rows keep theirs.
     """
+    fill = min(fill, int(np.iinfo(dtype).max))  # uint16 tokens of others may lack the end of their large vocabulary
     if row_tokens is not None:
         return [np.full(row_tokens, fill, dtype)] * (info.tokens // row_tokens)
     length, longer = divmod(info.tokens, info.documents)

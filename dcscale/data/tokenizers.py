@@ -168,6 +168,8 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
         DataError: there is no such tokenizer, it cannot be loaded, or it is not the one that made the shards.
     """
     if spec == "byte":
+        if eos is not None:
+            raise DataError(f"the tokenizer is 'byte', whose documents end with token 256, not {eos!r}; leave that out")
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir() and (path / MANIFEST_NAME).exists():

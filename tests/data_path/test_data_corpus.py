@@ -87,6 +87,14 @@ def test_lines_of_jsonl_and_packed_jsonl_are_documents(tmp_path):
     ]  # fmt: skip
 
 
+def test_kinds_of_files_are_told_by_suffixes_in_capitals_too(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "three"}'))
+    write_parquet(tmp_path / "C.PARQUET", ["four"])
+    found = documents_of([tmp_path / name for name in ("A.JSONL", "B.JSONL.GZ", "C.PARQUET")])
+    assert [document.text for document in found] == ["one", "two", "three", "four"]
+
+
 def test_zst_of_the_largest_window_is_read(tmp_path):
     options = {zstd.CompressionParameter.window_log: 30, zstd.CompressionParameter.checksum_flag: 1}
     with zstd.open(
@@ -325,7 +333,7 @@ def test_a_file_given_twice(tmp_path):
         find_files([tmp_path, tmp_path / "a" / ".." / "a.txt"])
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.arrow", "a.txt.zst", "a.zip"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.arrow", "a.txt.zst", "a.zip", "A.ZIP"])
 def test_packed_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name}: files of this kind are not read; unpack it"):

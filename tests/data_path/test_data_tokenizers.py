@@ -131,6 +131,11 @@ def test_a_folder_of_byte_shards(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_bytes_have_an_end_of_their_own():
+    with pytest.raises(DataError, match=r"is 'byte', whose documents end with token 256, not '</s>'; leave that out"):
+        load_tokenizer("byte", "</s>")
+
+
 def test_a_folder_with_a_tokenizer_json(tokenizer_json):
     assert load_tokenizer(tokenizer_json.parent).spec == str(tokenizer_json)
 

@@ -256,6 +256,19 @@ def test_in_rows_every_other_row_stays_where_it_is(tmp_path):
     assert (after.document_ids_NL[lost] == 0).all()
 
 
+def test_a_shard_whose_type_cannot_hold_the_end_of_a_document_is_given_up_too(tmp_path):
+    manifest = write_token_shards(tmp_path, numbered_shards([40, 50]), vocab_size=100_000)
+    tokenizer = dataclasses.replace(manifest.tokenizer, eos_id=99_999)
+    write_manifest(tmp_path, dataclasses.replace(manifest, tokenizer=tokenizer))
+    (tmp_path / "shard-000.tar").unlink()
+    settings = {"vocab_size": 100_000, "sequence_length": 8, "seed": 0, "shuffle_shards": 2, "slots": 1}
+    stream = open_stream(tmp_path, **settings, document_mask=True, verify=True, on_error="skip", max_skipped=1.0)
+    rows = stream.sequences(range(stream.sequences_per_epoch))
+    lost = {shard.name for shards in rows.skipped.values() for shard in shards}
+    assert lost == {str(tmp_path / "shard-000.tar")}
+    assert rows.targets_NL.max() == 89
+
+
 def test_what_was_skipped_once_is_skipped_again_though_it_is_there(clean, damaged):
     """So a resumed run, or another rank, reads the same: known to be lost and found to be lost are one thing."""
     stream = open_stream(damaged(lambda data: None), on_error="skip", max_skipped=0.5, **SETTINGS)

@@ -229,6 +229,7 @@ def test_the_tool_verifies_folders_and_tars(tmp_path, run_tool):
         (["x", "--eos-token", "</s>"], 2, "--eos-token and --text-member are for --write-manifest only"),
         (["x", "--samples", "0"], 2, "--workers and --samples must be at least 1"),
         ([".", "a.tar", "--write-manifest", "--tokenizer", "byte"], 1, "a.tar: is given beside a folder"),
+        (["http://h/x", "--write-manifest", "--tokenizer", "byte"], 1, "http://h/x: is no file of this machine"),
     ],
 )
 def test_arguments_that_cannot_be_met(run_tool, arguments, code, message):
