@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -64,26 +65,28 @@ def placed(
     """
     most = min(-(-_GROUP_TOKENS // length), _GROUP_SEQUENCES)
     for block in _blocks(steps):
-        given = [g for step in block for g in step if g is not None]
-        if given and min(given) < 0:
-            raise DataError(f"sequence number {min(given)} must not be negative")
-        numbers_N = np.array(given, dtype=np.int64)
-        used = zip(*(windows_N.tolist() for windows_N in windows(numbers_N)))
+        numbers = [g for step in block for g in step]
+        is_given_N = np.array([g is not None for g in numbers], dtype=bool)
+        numbers_n = np.array([g for g in numbers if g is not None], dtype=np.int64)
+        if (numbers_n < 0).any():
+            raise DataError(f"sequence number {numbers_n.min()} must not be negative")
+        windows_2N = np.full((2, len(numbers)), -1)
+        windows_2N[:, is_given_N] = windows(numbers_n)
+        first, last = windows_2N.tolist()
         groups: list[Group[T]] = []
         needed: set[int] = set()
-        for step in block:
-            needs = {window for g in step if g is not None for window in next(used)}
+        for step, end in zip(block, accumulate(map(len, block))):
+            needs = {*first[end - len(step) : end], *last[end - len(step) : end]}
             if not groups or len(groups[-1]) >= most or not needs <= needed:
                 groups.append(Group())
                 needed = needs
             groups[-1].sizes.append(len(step))
         rows = list(map(len, groups))
-        is_given = [g is not None for step in block for g in step]
-        group_N = np.repeat(np.arange(len(groups)), rows)[is_given]
-        row_N = np.concatenate([np.arange(count) for count in rows])[is_given]
-        if given:
-            for n, place in places(numbers_N, group_N, row_N):
-                groups[n].append(place)
+        group_n = np.repeat(np.arange(len(groups)), rows)[is_given_N]
+        row_n = np.concatenate([np.arange(count) for count in rows])[is_given_N]
+        if len(numbers_n):
+            for number, place in places(numbers_n, group_n, row_n):
+                groups[number].append(place)
         yield from groups
 
 
