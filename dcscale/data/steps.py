@@ -19,11 +19,11 @@ from dcscale.data.errors import DataError
 LOOK_AHEAD = 4096
 """Sequences that are looked at for windows to read ahead: of 4096 tokens each, read 200,000 a second, those of 80 s."""
 
-_PLACED = 256
+_PLACED = 512
 """Sequences that are placed together: enough for NumPy to cost little for each."""
 
-_GROUP_TOKENS, _GROUP_SEQUENCES = 1 << 16, 64
-"""So many tokens or sequences are made together, where a step has fewer: half a millisecond of work."""
+_GROUP_TOKENS, _GROUP_SEQUENCES = 1 << 17, 128
+"""So many tokens or sequences are made together, where a step has fewer: a millisecond of work."""
 
 T, U = TypeVar("T"), TypeVar("U")
 Numbers = Sequence["int | None"]

@@ -207,14 +207,16 @@ def test_prefetch_reads_no_further_ahead_than_asked(folder):
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_an_error_while_reading_is_raised_in_the_consumer(tmp_path, prefetch):
-    write_token_shards(tmp_path, numbered_shards([2000, 2000]), vocab_size=5000)
+    write_token_shards(tmp_path, numbered_shards([200, 200]), vocab_size=5000)
     loader = loader_of(tmp_path, prefetch=prefetch, shuffle_shards=1, slots=1)
     shard = tmp_path / f"shard-{stream_of(tmp_path, shuffle_shards=1, slots=1)._order.shards(0, 1)[0]:03d}.tar"
     shard.write_bytes(bytes(shard.stat().st_size))
-    iterator = loader.steps()
-    next(iterator)
+    iterator, before = loader.steps(), 0
     with pytest.raises(DataError, match=rf"{shard.name}.*SHA-256"):
-        list(iterator)
+        for before, _ in enumerate(iterator, start=1):
+            pass
+    # Sequences of 8 + 1 tokens, from the first 200, in steps of 12: small steps are made together, but fail alone.
+    assert before == 199 // 8 // 12
     if prefetch:
         with pytest.raises(DataError):
             next(iterator)

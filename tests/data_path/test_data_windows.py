@@ -229,11 +229,9 @@ def test_reading_ahead_changes_nothing(folder, ahead, rows, ranks):
             assert made.tokens_NL1.tobytes() == plain.sequences(step).tokens_NL1.tobytes()
 
 
-def test_what_is_needed_next_is_read_before_it_is_needed(tmp_path, monkeypatch):
+def test_what_is_needed_next_is_read_before_it_is_needed(tmp_path):
     """Between steps the reading comes to rest; during a step nothing can be read, and no step waits for anything. Each
-    lane has two windows an epoch, which begin and end for all lanes at once: the worst case. Every step is a group, as
-    these windows are smaller than the groups of small steps would be."""
-    monkeypatch.setattr("dcscale.data.steps._GROUP_SEQUENCES", 1)
+    lane has two windows an epoch, which begin and end for all lanes at once: the worst case."""
     write_token_shards(tmp_path, numbered_shards([100] * 24), vocab_size=5000)
     stream, gate, late = stream_of(tmp_path), threading.Event(), []
     read = stream._windows._read
