@@ -268,23 +268,24 @@ class MixedStream:
     def _needed(self, numbers_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Windows as :func:`placed` wants them: no two sources share a number."""
         needed_2N = np.empty((2, len(numbers_N)), dtype=np.int64)
-        source_N = self.order.sources(numbers_N)
-        for source in np.unique(source_N).tolist():
-            of_n = source_N == source
-            windows = self.streams[source].windows(*self.order.locate_in(source, numbers_N[of_n]))
-            needed_2N[:, of_n] = np.array(windows) * len(self.streams) + source
+        for source, of_n, located in self._by_source(numbers_N):
+            needed_2N[:, of_n] = np.array(self.streams[source].windows(*located)) * len(self.streams) + source
         return needed_2N[0], needed_2N[1]
 
     def _places(
         self, numbers_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray
     ) -> Iterator[tuple[int, tuple[int, Place]]]:
+        for source, of_n, located in self._by_source(numbers_N):
+            lane_n = numbers_N[of_n] % self.order.slots
+            places = self.streams[source].places(lane_n, *located, group_N[of_n], row_N[of_n])
+            yield from ((group, (source, place)) for group, place in places)
+
+    def _by_source(self, numbers_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+        """Each source that numbers belong to: which do, and their epochs and indices in it."""
         source_N = self.order.sources(numbers_N)
         for source in np.unique(source_N).tolist():
             of_n = source_N == source
-            numbers_n = numbers_N[of_n]
-            located = self.order.locate_in(source, numbers_n)
-            places = self.streams[source].places(numbers_n % self.order.slots, *located, group_N[of_n], row_N[of_n])
-            yield from ((group, (source, place)) for group, place in places)
+            yield source, of_n, self.order.locate_in(source, numbers_N[of_n])
 
     def _hungry(self) -> bool:
         return any(stream.hungry() for stream in self.streams)

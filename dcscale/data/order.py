@@ -124,8 +124,8 @@ class Order:
         for epoch in np.unique(epoch_N).tolist():
             _, starts = self._epoch(epoch)
             of_n = np.flatnonzero(epoch_N == epoch)
-            window_n = np.searchsorted(starts, begin_N[of_n], side="right") - 1
-            parts_n = np.searchsorted(starts, end_N[of_n]) - window_n
+            window_n, last_n = _windows(starts, begin_N[of_n], end_N[of_n])
+            parts_n = last_n - window_n + 1
             # A part is that of a sequence which lies in one window.
             of_P = np.repeat(of_n, parts_n)
             window_P = np.arange(len(of_P)) + np.repeat(window_n - np.cumsum(parts_n) + parts_n, parts_n)
@@ -148,8 +148,8 @@ class Order:
         for epoch in np.unique(epoch_N).tolist():
             _, starts = self._epoch(epoch)
             of_n = epoch_N == epoch
-            first_N[of_n] = epoch * len(starts) + np.searchsorted(starts, begin_N[of_n], side="right") - 1
-            last_N[of_n] = epoch * len(starts) + np.searchsorted(starts, end_N[of_n]) - 1
+            windows = _windows(starts, begin_N[of_n], end_N[of_n])
+            first_N[of_n], last_N[of_n] = (epoch * len(starts) + window_n for window_n in windows)
         return first_N, last_N
 
     def shards(self, epoch: int, window: int) -> list[int]:
@@ -174,3 +174,8 @@ class Order:
         shards = permutation(count, "shards", *self._rng_key, epoch) if self.shuffle else np.arange(count)
         ends = np.cumsum(self._shard_tokens[shards])
         return shards, np.concatenate([[0], ends[self.shuffle_shards - 1 : -1 : self.shuffle_shards], [self.tokens]])
+
+
+def _windows(starts: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last window that tokens [begin, end) lie in, by the windows' first tokens."""
+    return np.searchsorted(starts, begin_N, side="right") - 1, np.searchsorted(starts, end_N) - 1
