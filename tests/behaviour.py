@@ -70,7 +70,7 @@ def losses(folder: Path, shards: Path) -> dict[str, list[dict[str, float]]]:
 def sequences(folder: Path, shards: Path) -> dict[str, str]:
     """Hashes of the first sequences, by kind of stream."""
     from dcscale.testing.runs import make_text, tiny_config
-    from dcscale.train.build import open_training_stream
+    from dcscale.train.data import open_training_stream
 
     packed = folder / "packed"
     make_shards = ("--tokenizer", "byte", "--shard-tokens", "6000", "--pack", "best-fit", "--sequence-length", "32")

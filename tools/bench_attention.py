@@ -24,14 +24,12 @@ from typing import Any
 
 import torch
 
-from dcscale.bench.attention.cases import DTYPES, Case, make_cases, too_slow
-from dcscale.bench.attention.implementations import KINDS
-from dcscale.bench.attention.plot import plot
-from dcscale.bench.attention.report import markdown, target_lines
-from dcscale.bench.attention.run import WrongResultsError, run_all
-from dcscale.bench.attention.targets import judge
-from dcscale.bench.record import check_output, facts, print_tables, slug, whole_number
+from dcscale.bench.attention.cases import DTYPES, KINDS, Case, make_cases, too_slow
+from dcscale.bench.attention.measure import WrongResultsError, run_all
+from dcscale.bench.attention.report import judge, markdown, plot, target_lines
+from dcscale.cli import check_output, print_tables, whole_number
 from dcscale.files import write_json
+from dcscale.provenance import facts, slug
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = {"cuda": 9.0, "cpu": 20.0, "quick": 2.5}

@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from dcscale.bench.data import costs, elastic, faults, probe, rates, report
+from dcscale.bench.data import elastic, faults, probe, rates, report
 from dcscale.bench.data.corpus import make_corpus
-from dcscale.bench.data.mixing import compare_orders
-from dcscale.bench.data.reader import Settings
-from dcscale.bench.data.readers import KINDS, missing
-from dcscale.bench.data.targets import judge
-from dcscale.bench.data.tasks import written
-from dcscale.bench.record import check_output, facts, print_tables, slug, whole_number
+from dcscale.bench.data.order import compare_orders
+from dcscale.bench.data.probe import written
+from dcscale.bench.data.reader import KINDS, Settings, missing
+from dcscale.bench.data.report import judge
+from dcscale.cli import check_output, print_tables, whole_number
 from dcscale.files import write_json
+from dcscale.provenance import facts, slug
 
 RESULTS = Path(__file__).parent / "results"
 TIMED = ("dcscale", "dcscale-documents", "webdataset", "webdataset-bundles", "flat", "litdata", "mosaic")
@@ -140,16 +140,16 @@ def run_figures(options: argparse.Namespace, say: Say) -> dict[str, Any]:
             if "dcscale" in folders:
                 ours = Settings(str(folders["dcscale"]), **settings)
                 address = f"{server.address}/{folders['dcscale'].name}"
-                result["amplification"] = costs.amplification(address, server, ours, options.workers)
+                result["amplification"] = rates.amplification(address, server, ours, options.workers)
                 shapes = [(1, 1), (4, 2)] if options.quick else [(1, 1), (4, 2), (4, 4)]
                 large, small = (
                     written("dcscale", make_corpus(MEMORY_SHARDS, tokens, 1 << 10), root / name)
                     for name, tokens in (("large", 1 << 20), ("small", 1 << 14))
                 )
-                result["memory"] = costs.memory(large, small, Settings("", 1 << 10, BATCH), shapes)
+                result["memory"] = rates.memory(large, small, Settings("", 1 << 10, BATCH), shapes)
         at, times = ([0.5], 1) if options.quick else ([0.1, 0.5, 0.9], 3)
         epoch = corpus.tokens_ST.size // step
-        result["restarts"] = costs.restarts(folders, Settings("", **settings), epoch, at, times)
+        result["restarts"] = rates.restarts(folders, Settings("", **settings), epoch, at, times)
         result["plan"] = probe.run("plan", "dcscale", Settings("", **settings))
     say("  costs are done")
     result["orders"] = compare_orders()

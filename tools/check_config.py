@@ -14,9 +14,8 @@ import json
 import sys
 
 from dcscale.config import Config, ConfigError, Loaded, check_config, load_config, raise_problems
-from dcscale.config.fields import FIELDS, get
-from dcscale.config.problem import show
-from dcscale.config.reference import reference
+from dcscale.config.errors import show
+from dcscale.config.reference import FIELDS, get, reference
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +80,7 @@ def print_numbers(config: Config, world_size: int | None) -> None:
 def print_epochs(config: Config) -> None:
     """How much of each source the run would use, where the training data lie on this machine."""
     from dcscale.data import DataError, MixedStream
-    from dcscale.train.build import open_training_stream
+    from dcscale.train.data import open_training_stream
 
     if any("://" in root for root in config.data.roots):
         return

@@ -17,7 +17,7 @@ tools/convert_checkpoint.py reads, which is taken as it is. --shards, --text and
 its tokens but the first (with --begin-id: all) once, in windows of C = --context tokens that are S = --stride tokens
 apart: the first window predicts all of its tokens, each further one its last S, from C - S + 1 tokens or more. --jsonl
 reads objects with task_id and texts, in which answers are marked: "... a kind of [ fruit ]" (format:
-dcscale/inference/marks.py). The same command on the same machine gives the same figures.
+dcscale/evaluation/task_format.py). The same command on the same machine gives the same figures.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcscale.bench.record import check_output, facts
+from dcscale.cli import check_output, whole_number
+from dcscale.evaluation import evaluate_shards, evaluate_tasks, evaluate_text, open_shards, read_tasks, read_text
+from dcscale.evaluation.loading import add_model_options, dtype_of, open_model
+from dcscale.evaluation.results import accuracy_rows, result_lines
 from dcscale.files import write_json
-from dcscale.inference import evaluate_shards, evaluate_tasks, evaluate_text, open_shards, read_tasks, read_text
-from dcscale.inference.options import add_model_options, dtype_of, open_model, whole_number
-from dcscale.inference.report import accuracy_rows, result_lines
 from dcscale.observe import Progress, printable
+from dcscale.provenance import facts
 
 
 def arguments_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 
-from dcscale.inference.options import add_model_options, dtype_of, open_model
+from dcscale.evaluation.loading import add_model_options, dtype_of, open_model
 from dcscale.models import generate
 from dcscale.observe import printable
 

@@ -53,7 +53,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def roots_of(paths: list[str]) -> dict[str, list[str] | None]:
     """Roots of shards -> the shards of them that were named; None stands for all."""
     from dcscale.data.errors import DataError
-    from dcscale.data.manifest import MANIFEST_NAME
+    from dcscale.data.shards.manifest import MANIFEST_NAME
 
     roots: dict[str, list[str] | None] = {}
     for path in paths:
@@ -70,7 +70,7 @@ def roots_of(paths: list[str]) -> dict[str, list[str] | None]:
 
 
 def verify(paths: list[str], workers: int) -> bool:
-    from dcscale.data.survey import survey
+    from dcscale.data.prepare.inspect import survey
 
     good = True
     for root, names in roots_of(paths).items():
@@ -81,7 +81,7 @@ def verify(paths: list[str], workers: int) -> bool:
 
 
 def show_samples(paths: list[str], count: int) -> bool:
-    from dcscale.data.survey import sample_documents
+    from dcscale.data.prepare.inspect import sample_documents
     from dcscale.observe import printable
 
     for root, names in roots_of(paths).items():
@@ -94,8 +94,8 @@ def show_samples(paths: list[str], count: int) -> bool:
 
 
 def write_manifest(options: argparse.Namespace) -> bool:
-    from dcscale.data.adopt import write_manifest_for
     from dcscale.data.errors import DataError
+    from dcscale.data.prepare.index import write_manifest_for
 
     paths = [Path(path).absolute() for path in options.paths]
     folder, tars = paths[0], sorted(paths[0].rglob("*.tar"))

@@ -51,10 +51,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
     # After the arguments, since these take seconds and --help should not.
-    from dcscale.data.build import build_shards
-    from dcscale.data.building import state_folder
-    from dcscale.data.corpus import DEFAULT_SUFFIXES
     from dcscale.data.errors import DataError
+    from dcscale.data.prepare.build import build_shards
+    from dcscale.data.prepare.documents import DEFAULT_SUFFIXES
+    from dcscale.data.prepare.journal import state_folder
 
     inputs, output = options.pop("inputs"), options.pop("output")
     suffixes = options.pop("suffix") or DEFAULT_SUFFIXES

@@ -18,6 +18,8 @@ samples are functions of the seed, a name and a number, and the model has no dro
 
 A *model folder*, as tools/convert_checkpoint.py writes it, is the same without optimizer/ and
 probe.safetensors, under any name.
+
+What a checkpoint's config and state say.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from dcscale.config import Config, ConfigError, load_config
 from dcscale.files import sha256_of, write_json
 
 FORMAT = 2
@@ -195,3 +198,26 @@ def find_checkpoint(path: Path) -> Path:
             return candidate
         defects.append(problem)
     raise CheckpointError(f"no whole checkpoint in {path}: " + "; ".join(defects))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's ``state.json``."""
+    path = checkpoint / STATE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must be a JSON object, but is a {type(content).__name__}")
+    if content.get("format") != STATE_FORMAT:
+        found = content.get("format")
+        raise CheckpointError(f"{path} has format {found!r}, this version of dcscale reads {STATE_FORMAT}")
+    return content
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The resolved config a checkpoint was written with."""
+    try:
+        return load_config([str(checkpoint / CONFIG)], []).config
+    except ConfigError as error:
+        raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error

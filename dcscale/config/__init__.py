@@ -1,8 +1,8 @@
 """Settings: what there is (schema), read from YAML and arguments (load), and whether they go together (check)."""
 
 from dcscale.config.check import check_config
+from dcscale.config.errors import ConfigError, Problem, raise_problems
 from dcscale.config.load import Loaded, config_to_dict, differences, from_dict, load_config, to_yaml
-from dcscale.config.problem import ConfigError, Problem, raise_problems
 from dcscale.config.schema import CheckpointConfig, Config, DataConfig, DataSource, ModelConfig
 
 __all__ = [

@@ -9,100 +9,11 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from dcscale.config.fields import FIELDS, get, has_type, type_name
-from dcscale.config.problem import Problem, did_you_mean, show
-from dcscale.config.schema import CHOICES, Config
-
-
-@dataclass(frozen=True)
-class Range:
-    """An interval."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"{'above' if self.open_low else 'at least'} {self.low}"
-        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
-
-
-_COUNT, _NOT_NEGATIVE, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
-
-RANGES: dict[str, Range] = {
-    "model.compose.rank": Range(1, 4),
-    "model.compose.gate_init": _NOT_NEGATIVE,
-    "model.scratch_mib": _COUNT,
-    "model.vocab_size": Range(2, 2**31 - 1),  # tokens are int32
-    "model.layers": _COUNT,
-    "model.dim": _COUNT,
-    "model.heads": _COUNT,
-    "model.kv_heads": _COUNT,
-    "model.head_dim": _COUNT,
-    "model.ffn_dim": _COUNT,
-    "model.multi_gate": _COUNT,
-    "model.norm_eps": _POSITIVE,
-    "model.qk_norm_eps": _POSITIVE,
-    "model.rope_base": Range(1, open_low=True),
-    "model.rope_fraction": Range(0, 1, open_low=True),
-    "model.rope_scaling.factor": Range(1),
-    "model.rope_scaling.low_freq_factor": _POSITIVE,
-    "model.rope_scaling.high_freq_factor": _POSITIVE,
-    "model.rope_scaling.original_length": _COUNT,
-    "model.windows": _COUNT,
-    "data.sequence_length": Range(2),
-    "data.shuffle_shards": _COUNT,
-    "data.slots": _COUNT,
-    "data.prefetch_steps": _NOT_NEGATIVE,
-    "data.workers": _NOT_NEGATIVE,
-    "data.max_skipped": Range(0, 1),
-    "data.read_ahead": _NOT_NEGATIVE,
-    "data.read_threads": _COUNT,
-    "data.timeout_seconds": _POSITIVE,
-    "data.retry_seconds": _POSITIVE,
-    "data.give_up_seconds": _POSITIVE,
-    "data.cache_bytes": _COUNT,
-    "train.steps": _COUNT,
-    "train.stop_after": _COUNT,
-    "train.global_batch_size": _COUNT,
-    "train.micro_batch_size": _COUNT,
-    "train.gradient_clip": _NOT_NEGATIVE,
-    "train.seed": Range(0, 2**63, open_high=True),
-    "train.loss_chunk": _NOT_NEGATIVE,
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.betas": Range(0, 1, open_high=True),
-    "optimizer.eps": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "schedule.warmup_steps": _NOT_NEGATIVE,
-    "schedule.decay_steps": _COUNT,
-    "schedule.final_ratio": Range(0, 1),
-    "parallel.bucket_elements": _COUNT,
-    "parallel.whole_elements": _NOT_NEGATIVE,
-    "parallel.timeout_minutes": _POSITIVE,
-    "validation.interval": _NOT_NEGATIVE,
-    "validation.sequences": _COUNT,
-    "samples.interval": _NOT_NEGATIVE,
-    "samples.new_tokens": _COUNT,
-    "samples.temperature": _NOT_NEGATIVE,
-    "samples.top_p": Range(0, 1, open_low=True),
-    "checkpoint.interval": _NOT_NEGATIVE,
-    "checkpoint.keep_last": _COUNT,
-    "checkpoint.keep_every": _COUNT,
-    "checkpoint.keep_best": _COUNT,
-    "log.interval": _COUNT,
-    "log.compose_interval": _NOT_NEGATIVE,
-    "log.peak_tflops": _POSITIVE,
-}
-"""The allowed values of every number, also of those in a list; null is allowed where the type allows it."""
+from dcscale.config.errors import Problem, did_you_mean, show
+from dcscale.config.reference import FIELDS, get, has_type, type_name
+from dcscale.config.schema import Config
+from dcscale.config.schema.limits import NOT_NEGATIVE, POSITIVE, Range
 
 _SHARDS = "name a folder that tools/make_shards.py has written"
 _NEEDS_TEXT = {
@@ -157,14 +68,14 @@ def _single_values(config: Config) -> Findings:
         value, fix = get(config, path), f"the default is {show(field.default)}"
         if not has_type(value, field.type):
             yield path, f"must be {type_name(field.type)}", fix
-        elif path in CHOICES and value not in CHOICES[path]:
-            names = [str(choice) for choice in CHOICES[path]]
+        elif field.choices is not None and value not in field.choices:
+            names = [str(choice) for choice in field.choices]
             yield path, f"must be one of {', '.join(names)}", did_you_mean(str(value), names) or fix
-        elif path in RANGES:
+        elif field.range is not None:
             places = [f"{path}[{i}]" for i in range(len(value))] if isinstance(value, list) else [path]
             for place in places:
                 number = get(config, place)
-                if number is not None and (rule := _broken(RANGES[path], number)):
+                if number is not None and (rule := _broken(field.range, number)):
                     yield place, rule, fix
         elif path in _NEEDS_TEXT and value == "":
             yield path, "must not be empty", _NEEDS_TEXT[path]
@@ -260,7 +171,7 @@ def _sources_are_complete(config: Config) -> Findings:
         names.setdefault(source.name, i)
         if source.path == "":
             yield f"{path}.path", "must not be empty", _SHARDS
-        if rule := _broken(_POSITIVE, source.weight):
+        if rule := _broken(POSITIVE, source.weight):
             yield f"{path}.weight", rule, "weights are relative to each other; leave a source out for none of it"
 
 
@@ -373,9 +284,9 @@ def _rules_are_complete(config: Config) -> Findings:
         path = f"optimizer.rules[{i}]"
         if item.match == "":
             yield f"{path}.match", "must not be empty", "name parameters by a pattern, such as *.compose.*"
-        if rule := _broken(_NOT_NEGATIVE, item.lr_scale):
+        if rule := _broken(NOT_NEGATIVE, item.lr_scale):
             yield f"{path}.lr_scale", rule, "0 freezes the parameters, 1 changes nothing"
-        if item.weight_decay is not None and (rule := _broken(_NOT_NEGATIVE, item.weight_decay)):
+        if item.weight_decay is not None and (rule := _broken(NOT_NEGATIVE, item.weight_decay)):
             yield f"{path}.weight_decay", rule, "0 is none, null changes nothing"
 
 

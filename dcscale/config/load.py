@@ -20,9 +20,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from dcscale.config import dialect
-from dcscale.config.fields import FIELDS, SECTIONS, Field, has_type, type_name
-from dcscale.config.problem import NO_VALUE, ConfigError, Problem, did_you_mean, show
+from dcscale.config import yaml_syntax
+from dcscale.config.errors import NO_VALUE, ConfigError, Problem, did_you_mean, show
+from dcscale.config.reference import FIELDS, SECTIONS, Field, has_type, type_name
 from dcscale.config.schema import Config
 
 COMMAND_LINE = "command line"
@@ -63,7 +63,7 @@ def from_dict(values: Mapping[str, Any], source: str = "dictionary", overrides: 
     if not isinstance(values, Mapping):
         raise ValueError(f"{source} is no mapping of sections but {values!r}")
     merge = _Merge()
-    merge.section("", dialect.nodes(_escape(values)), source)
+    merge.section("", yaml_syntax.nodes(_escape(values)), source)
     for override in overrides:
         merge.override(override)
     return merge.finish().config
@@ -87,7 +87,7 @@ def to_yaml(config: Config, paths: Iterable[str] | None = None) -> str:
             chosen.setdefault(section, {})[name] = everything[section][name]
         else:
             chosen[section] = everything[section]
-    return dialect.dump(_escape(chosen))
+    return yaml_syntax.dump(_escape(chosen))
 
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
@@ -121,10 +121,10 @@ class _Merge:
 
     def file(self, path: Path) -> None:
         try:
-            node = dialect.parse(path.read_text(encoding="utf-8"))
+            node = yaml_syntax.parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.report(str(path), "there is no such file", _near_files(path))
-        except dialect.DialectError as error:
+        except yaml_syntax.DialectError as error:
             place = f"{path}:{error.line}" if error.line else str(path)
             self.report(place, f"this is not valid: {error}", "correct the file")
         except (OSError, UnicodeDecodeError) as error:
@@ -141,8 +141,8 @@ class _Merge:
             self.report(text, "is not of the form key=value", "write, for example, train.steps=10", origin=COMMAND_LINE)
             return
         try:
-            self.setting(path, dialect.parse(value), COMMAND_LINE)
-        except dialect.DialectError as error:
+            self.setting(path, yaml_syntax.parse(value), COMMAND_LINE)
+        except yaml_syntax.DialectError as error:
             self.report(path, f"this is not valid YAML: {error}", "put text in quotes", value, COMMAND_LINE)
 
     def setting(self, path: str, node: yaml.Node, source: str) -> None:
@@ -155,7 +155,7 @@ class _Merge:
         elif item and item[1] in FIELDS and source == COMMAND_LINE:
             self.item(FIELDS[item[1]], int(item[2]), item[3], node)
         else:
-            self.report(path, "unknown key", _suggestion(path), dialect.plain(node), _place(source, node))
+            self.report(path, "unknown key", _suggestion(path), yaml_syntax.plain(node), _place(source, node))
 
     def section(self, prefix: str, node: yaml.Node, source: str) -> None:
         """Takes over the keys of a section; one that is written without any, as a null, changes nothing."""
@@ -163,12 +163,12 @@ class _Merge:
             for key, value in node.value:
                 if "." in key.value:
                     fix = "dots are for the command line: here write a section with its keys indented below it"
-                    self.report(prefix + key.value, "unknown key", fix, dialect.plain(value), _place(source, key))
+                    self.report(prefix + key.value, "unknown key", fix, yaml_syntax.plain(value), _place(source, key))
                 else:
                     self.setting(prefix + key.value, value, source)
-        elif node.tag != dialect.NULL:
+        elif node.tag != yaml_syntax.NULL:
             fix = f"its keys are {', '.join(_below(prefix))}"
-            self.report(prefix[:-1], "must be a section", fix, dialect.plain(node), _place(source, node))
+            self.report(prefix[:-1], "must be a section", fix, yaml_syntax.plain(node), _place(source, node))
 
     def field(self, field: Field, node: yaml.Node, source: str) -> None:
         origin = _place(source, node)
@@ -180,7 +180,7 @@ class _Merge:
             self.origins[field.path] = origin
         except OmegaConfBaseException:
             fix = f"the default is {show(field.default)}"
-            self.report(field.path, f"must be {type_name(field.type)}", fix, dialect.plain(node), origin)
+            self.report(field.path, f"must be {type_name(field.type)}", fix, yaml_syntax.plain(node), origin)
         except _Refused as refused:
             self.report(*refused.args, origin=origin)
 
@@ -191,17 +191,19 @@ class _Merge:
         path = f"{field.path}[{number}]"
         if number >= count:
             rule, fix = f"there is no such item: {field.path} has {count} so far", f"give {field.path} whole"
-            self.report(path, rule, fix, dialect.plain(node), COMMAND_LINE)
+            self.report(path, rule, fix, yaml_syntax.plain(node), COMMAND_LINE)
             return
-        whole = dialect.nodes(OmegaConf.to_container(items))
+        whole = yaml_syntax.nodes(OmegaConf.to_container(items))
         if key is None:
             whole.value[number] = node
         elif isinstance(whole.value[number], yaml.MappingNode):
             keys = {name.value: (name, value) for name, value in whole.value[number].value}
-            keys[key] = (dialect.nodes(key), node)
+            keys[key] = (yaml_syntax.nodes(key), node)
             whole.value[number].value = list(keys.values())
         else:
-            self.report(f"{path}.{key}", "unknown key", f"{path} is a single value", dialect.plain(node), COMMAND_LINE)
+            self.report(
+                f"{path}.{key}", "unknown key", f"{path} is a single value", yaml_syntax.plain(node), COMMAND_LINE
+            )
             return
         self.field(field, whole, COMMAND_LINE)
         self.origins[field.path] = before if before.endswith(COMMAND_LINE) else f"{before}, {COMMAND_LINE}"
@@ -231,13 +233,13 @@ def _value(path: str, node: yaml.Node, wanted: Any) -> Any:
         for key, value in node.value:
             if hints and key.value not in hints:
                 fix = did_you_mean(key.value, hints) or f"the keys are {', '.join(hints)}"
-                raise _Refused(f"{path}.{key.value}", "unknown key", fix, dialect.plain(value))
+                raise _Refused(f"{path}.{key.value}", "unknown key", fix, yaml_syntax.plain(value))
         return {key.value: _value(f"{path}.{key.value}", item, hints.get(key.value)) for key, item in node.value}
     if node.value == "???":
         raise _Refused(path, "there is no value yet", "write one in place of the ???", "???")
     _check_references(path, node.value)
     is_text = wanted is str or str in typing.get_args(wanted) or "${" in node.value
-    return node.value if is_text and node.tag != dialect.NULL else dialect.plain(node)
+    return node.value if is_text and node.tag != yaml_syntax.NULL else yaml_syntax.plain(node)
 
 
 def _check_references(path: str, text: str) -> None:

@@ -1,15 +1,126 @@
-"""The config reference in Markdown, made from the schema: types, defaults, allowed values and docstrings."""
+"""Every setting as a table: path, type, default and meaning, read from the schema; and that table as text."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
+import itertools
+import re
+import types
 import typing
-from dataclasses import is_dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
 
-from dcscale.config.check import RANGES
-from dcscale.config.fields import Field, sections, type_name, walk
-from dcscale.config.problem import show
-from dcscale.config.schema import CHOICES, Config
+from dcscale.config.errors import show
+from dcscale.config.schema import Config
+from dcscale.config.schema.limits import Range
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting."""
+
+    path: str
+    """Dotted path, such as ``model.compose.rank``."""
+
+    type: Any
+    """Type of its values: a scalar, ``scalar | None`` or a list of scalars or dataclasses."""
+
+    default: Any
+    """Its value where nothing else is said."""
+
+    meaning: str
+    """The docstring below the field."""
+
+    choices: tuple[Any, ...] | None = None
+    """The allowed values, where there are only a few."""
+
+    range: Range | None = None
+    """The allowed numbers, also of those in a list."""
+
+    @property
+    def allowed(self) -> str:
+        """Choices or range in words."""
+        if self.choices is not None:
+            return ", ".join(map(str, self.choices))
+        return "" if self.range is None else str(self.range)
+
+
+def walk(section: type, prefix: str = "") -> Iterator[Field]:
+    """Yields every field that holds a value, in the order of the schema; sections are gone into."""
+    hints, meanings = typing.get_type_hints(section), docstrings(section)
+    for item in fields(section):
+        path, hint = f"{prefix}{item.name}", hints[item.name]
+        if is_dataclass(hint):
+            yield from walk(hint, f"{path}.")
+        else:
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            yield Field(path, hint, default, meanings.get(item.name, ""), **item.metadata)
+
+
+def sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yields path and class of every section below ``section``, outer before inner."""
+    for name, hint in typing.get_type_hints(section).items():
+        if is_dataclass(hint):
+            yield f"{prefix}{name}", hint
+            yield from sections(hint, f"{prefix}{name}.")
+
+
+@functools.cache
+def docstrings(section: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, on one line, by the field's name."""
+    body = ast.parse(inspect.getsource(section)).body[0].body
+    found = {}
+    for node, below in itertools.pairwise(body):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and is_text and isinstance(below.value.value, str):
+            found[node.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+FIELDS: dict[str, Field] = {field.path: field for field in walk(Config)}
+"""Every setting of :class:`~dcscale.config.schema.Config` by its path."""
+
+SECTIONS: dict[str, type] = dict(sections(Config))
+"""Every section by its path."""
+
+
+def get(config: Any, path: str) -> Any:
+    """The value of ``config`` at a path, which may name an item, such as ``optimizer.rules[0].match``."""
+    for part in re.findall(r"\w+", path):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
+
+
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether ``value`` is of a field's type; an int is a float too, a bool is neither."""
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) is list:
+        return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
+    if arguments:
+        return any(has_type(value, argument) for argument in arguments)
+    if is_dataclass(wanted):
+        hints = typing.get_type_hints(wanted)
+        return isinstance(value, wanted) and all(has_type(getattr(value, name), hint) for name, hint in hints.items())
+    if wanted in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def type_name(wanted: Any) -> str:
+    """A field's type in words, such as ``list of (int or null)``."""
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) is list:
+        inner = type_name(arguments[0])
+        return f"list of ({inner})" if typing.get_args(arguments[0]) else f"list of {inner}"
+    if arguments:
+        return " or ".join(type_name(argument) for argument in arguments)
+    if is_dataclass(wanted):
+        hints = typing.get_type_hints(wanted)
+        return "{" + ", ".join(f"{name}: {type_name(hint)}" for name, hint in hints.items()) + "}"
+    return "null" if wanted is types.NoneType else wanted.__name__
 
 
 def reference() -> str:
@@ -34,12 +145,6 @@ def _table(title: str, section: type, rows: list[Field]) -> list[str]:
         "|-" * 5 + "|",
     ]
     for row in rows:
-        cells = [row.path, type_name(row.type), show(row.default), _allowed(row.path), row.meaning]
+        cells = [row.path, type_name(row.type), show(row.default), row.allowed, row.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, ""]
-
-
-def _allowed(path: str) -> str:
-    if path in CHOICES:
-        return ", ".join(map(str, CHOICES[path]))
-    return str(RANGES.get(path, ""))

@@ -17,20 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dcscale.checkpoint import CheckpointError, save_weights
-from dcscale.checkpoint.contents import read_config, read_state
-from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, seal
+from dcscale.checkpoint.layout import CONFIG, STATE, STATE_FORMAT, WEIGHTS, read_config, read_state, seal
 from dcscale.checkpoint.probe import check_model
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
 from dcscale.config.schema import ModelConfig
-from dcscale.convert import huggingface, maxtext, upcycle, upcycle_config, upstream, upstream_config
+from dcscale.convert.detect import Found, detect
 from dcscale.convert.errors import ConversionError
-from dcscale.convert.folder import check_target, new_folder
-from dcscale.convert.formats import Found, detect
-from dcscale.convert.huggingface import TOKENIZER
-from dcscale.convert.maxtext_files import MaxTextFiles
-from dcscale.convert.recipe import Plan, Recipe, check_left_out, check_names, non_finite, table
-from dcscale.convert.tensors import TensorFiles, open_tensors
+from dcscale.convert.formats import huggingface, maxtext, transformers, upstream, upstream_config
+from dcscale.convert.formats.huggingface import TOKENIZER
+from dcscale.convert.formats.maxtext import MaxTextFiles
+from dcscale.convert.output import check_target, new_folder
+from dcscale.convert.tensor_files import TensorFiles, open_tensors
+from dcscale.convert.tensor_map import Plan, Recipe, check_left_out, check_names, non_finite, table
 from dcscale.files import write_atomically, write_json
 from dcscale.models import DCFormer
 
@@ -148,7 +147,7 @@ def prepare(
         gelu, local_keys: instead of what is known of an upstream folder, see :func:`read_upstream`.
         seed: of the compose weights that a plain Transformer gets; None is 0.
         maxtext_config: YAML of the MaxText run; None looks for config.yml in its folders.
-        model: ``key=value`` of the model that a plain Transformer becomes, see :func:`upcycle_config.read_config`.
+        model: ``key=value`` of the model that a plain Transformer becomes, see :func:`transformers.read_config`.
 
     Raises:
         ConversionError: it cannot be; everything in the way is listed.
@@ -271,11 +270,11 @@ def _from_transformers(found: Found, dtype: str | None, seed: int, model: Sequen
     family = settings["model_type"]
     _check_layers("num_hidden_layers", settings, files)
     embedding, output = (
-        f"{upcycle.source_module(part, family, files.shapes)}.weight" for part in ("embedding", "output")
+        f"{transformers.source_module(part, family, files.shapes)}.weight" for part in ("embedding", "output")
     )
     tied = _tied(settings, files, embedding, output, notes)
-    read = upcycle_config.read_config(settings, tied=tied, overrides=model)
-    plan = upcycle.plan_upcycle(read.config.model, family, read.biases, files.dtypes, seed)
+    read = transformers.read_config(settings, tied=tied, overrides=model)
+    plan = transformers.plan_upcycle(read.config.model, family, read.biases, files.dtypes, seed)
     check_names(plan, files)
     if read.config.model.attention == "dcmha":
         notes.append("compose begins at the identity")

@@ -1,22 +1,17 @@
 """Data: from text to token shards, and from shards to batches in a fixed order.
 
-Building: :mod:`corpus <dcscale.data.corpus>` -> :mod:`tokenizers <dcscale.data.tokenizers>` ->
-:mod:`scatter <dcscale.data.scatter>` -> :mod:`shards <dcscale.data.shards>` and
-:mod:`manifest <dcscale.data.manifest>` (which describes the format), all called by :mod:`build <dcscale.data.build>`;
-:mod:`survey <dcscale.data.survey>` looks at the result, :mod:`adopt <dcscale.data.adopt>` takes the tars of others.
-Reading: manifest -> :mod:`order <dcscale.data.order>` -> shards, from their :mod:`source <dcscale.data.sources>` ->
-:mod:`packing <dcscale.data.packing>` -> :mod:`windows <dcscale.data.windows>` -> :mod:`stream <dcscale.data.stream>`
-(-> :mod:`mixture <dcscale.data.mixture>`) -> :mod:`loader <dcscale.data.loader>`.
+:mod:`shards <dcscale.data.shards>` says what a shard is, :mod:`storage <dcscale.data.storage>` where its bytes are;
+:mod:`prepare <dcscale.data.prepare>` makes shards of text, :mod:`stream <dcscale.data.stream>` makes batches of shards.
 """
 
-from dcscale.data.build import BuildReport, build_shards
 from dcscale.data.errors import DataError
-from dcscale.data.loader import Batch, BatchLoader
-from dcscale.data.manifest import Manifest, read_manifest
-from dcscale.data.mixture import MixedStream, Stream, open_mixture
-from dcscale.data.skipping import SkippedShard
-from dcscale.data.sources import Access, Patience
-from dcscale.data.stream import SequenceStream, open_stream
+from dcscale.data.prepare.build import BuildReport, build_shards
+from dcscale.data.shards.manifest import Manifest, read_manifest
+from dcscale.data.shards.skipped import SkippedShard
+from dcscale.data.storage import Access, Patience
+from dcscale.data.stream.loader import Batch, BatchLoader
+from dcscale.data.stream.mixture import MixedStream, Stream, open_mixture
+from dcscale.data.stream.stream import SequenceStream, open_stream
 from dcscale.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dcscale.data.errors import DataError
-from dcscale.data.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
-from dcscale.data.sources import FolderSource, Source, UnreadableError
+from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
+from dcscale.data.storage import FolderSource, Source, UnreadableError
 from dcscale.files import write_atomically
 
 TOKENIZER_NAME = "tokenizer.json"

@@ -9,7 +9,7 @@ import torch
 from dcscale.config.schema import ModelConfig
 from dcscale.models.dcformer import DCFormer
 from dcscale.models.dcmha import ComposeProjection
-from dcscale.ops.visibility import visible_pairs
+from dcscale.ops.masks import visible_pairs
 
 
 class _Breakdown:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dcscale.config.schema import CHOICES, ModelConfig, RopeScalingConfig
+from dcscale.config.reference import FIELDS
+from dcscale.config.schema import ModelConfig, RopeScalingConfig
 from dcscale.models.blocks import Block, make_norm
 from dcscale.models.cache import DecodingCache
 from dcscale.models.dcmha import rotary_dim
@@ -167,8 +168,9 @@ def _check_settings(config: ModelConfig, recompute: str, loss_chunk: int) -> Non
         "train.recompute": recompute,
     }
     for name, value in values.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, CHOICES[name]))}")
+        choices = FIELDS[name].choices
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
     if not config.windows or any(window is not None and window < 1 for window in config.windows):
         raise ValueError(f"model.windows is {config.windows}, but must list numbers of 1 or more, or null, per layer")
     if loss_chunk < 0:

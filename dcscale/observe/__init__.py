@@ -1,7 +1,7 @@
 """How a run is seen: terminal, metrics file, TensorBoard."""
 
 from dcscale.observe.console import Console, Progress, printable
-from dcscale.observe.metrics_file import MetricsFile, read_metrics
+from dcscale.observe.metrics import MetricsFile, read_metrics
 
 __all__ = [
     "Console",

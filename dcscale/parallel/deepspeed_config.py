@@ -26,15 +26,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         # In plain data parallelism with float32 DeepSpeed clips without keeping the norm; the engine does it there.
-        "gradient_clipping": 0.0 if stage == 0 and not bf16 else (train.gradient_clip or NO_CLIP),
+        "gradient_clipping": 0.0 if stage == 0 and not bf16 else (train.gradient_clipping or NO_CLIP),
         # A non-finite gradient must stop the run, not be skipped silently: the engine checks it on every path.
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": parallel.overlap_comm and stage > 0,
             "contiguous_gradients": True,
-            "reduce_bucket_size": parallel.bucket_elements,
-            "allgather_bucket_size": parallel.bucket_elements,
+            "reduce_bucket_size": parallel.bucket_size,
+            "allgather_bucket_size": parallel.bucket_size,
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -44,8 +44,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # Its own Adam for CPUs needs a C++ compiler at the first start; torch's fused AdamW does not.
         result["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
-        result["zero_optimization"]["stage3_prefetch_bucket_size"] = parallel.bucket_elements
-        result["zero_optimization"]["stage3_param_persistence_threshold"] = parallel.whole_elements
+        result["zero_optimization"]["stage3_prefetch_bucket_size"] = parallel.bucket_size
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = parallel.param_persistence_threshold
     if stage > 0 and bf16:
         # Micro-batches are summed in float32; without ZeRO DeepSpeed has no such mode.
         result["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcscale.config import Config
+from dcscale.parallel.collectives import errors_of_ranks, of_all_ranks, on_every_rank
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
-from dcscale.parallel.fragments import SavedState, Snapshot, read_state, round_masters, take_snapshot
-from dcscale.parallel.together import errors_of_ranks, of_all_ranks, on_every_rank
+from dcscale.parallel.zero_state import SavedState, Snapshot, read_state, round_masters, take_snapshot
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class Engine:
         self._deepspeed = _import_deepspeed(environment)
         self.environment = environment
         self.stage = config.parallel.zero_stage
-        self._clip = config.train.gradient_clip or NO_CLIP
+        self._clip = config.train.gradient_clipping or NO_CLIP
         self._clips_here = self.stage == 0 and config.train.precision == "fp32"
         self._grad_norm: float | None = None
         ds_config = deepspeed_config(config, environment.world_size)
@@ -201,11 +201,11 @@ class Engine:
         return tensor
 
     def of_all_ranks(self, value: T) -> list[T]:
-        """:func:`dcscale.parallel.together.of_all_ranks`, on the CPU."""
+        """:func:`dcscale.parallel.collectives.of_all_ranks`, on the CPU."""
         return of_all_ranks(value, self._control)
 
     def errors_of_ranks(self, error: str | None) -> str:
-        """:func:`dcscale.parallel.together.errors_of_ranks`, on the CPU."""
+        """:func:`dcscale.parallel.collectives.errors_of_ranks`, on the CPU."""
         return errors_of_ranks(error, self._control)
 
     # -- state ------------------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dcscale.ops.compose import triton_kernels
-from dcscale.ops.compose.triton_staged import LANES
-from dcscale.ops.compose.triton_tiles import Tile, tiles_for
+from dcscale.ops.compose.triton import kernels
+from dcscale.ops.compose.triton.staging import LANES
+from dcscale.ops.compose.triton.tiles import Tile, tiles_for
 
 HEADS = 32
 _STEPS = {
-    "scores to logits": triton_kernels.SCORES_TO_LOGITS,
-    "scores to probabilities": triton_kernels.SCORES_TO_PROBABILITIES,
-    "logits to mixed": triton_kernels.LOGITS_TO_MIXED,
+    "scores to logits": kernels.SCORES_TO_LOGITS,
+    "scores to probabilities": kernels.SCORES_TO_PROBABILITIES,
+    "logits to mixed": kernels.LOGITS_TO_MIXED,
 }
 
 
@@ -36,13 +36,13 @@ def variants(capability: int, rank: int) -> dict[str, tuple[Any, Tile, dict[str,
     weights = {"HEADS": HEADS, "QUERY_RANK": rank, "QUERY_GATE": 1, "KEY_RANK": rank, "KEY_GATE": 1}
     found = {}
     for name, step in _STEPS.items():
-        tile = tiles.backward if step == triton_kernels.SCORES_TO_PROBABILITIES else tiles.forward
-        found[name] = (triton_kernels.mix_forward, tile, {**weights, "STEP": step, "DOCUMENTS": step != 2})
+        tile = tiles.backward if step == kernels.SCORES_TO_PROBABILITIES else tiles.forward
+        found[name] = (kernels.mix_forward, tile, {**weights, "STEP": step, "DOCUMENTS": step != 2})
     for name, post in (("backward of post", True), ("backward of pre", False)):
-        found[name] = (triton_kernels.mix_backward, tiles.backward, {**weights, "POST": post})
+        found[name] = (kernels.mix_backward, tiles.backward, {**weights, "POST": post})
     adding = Tile(1, LANES, 4)  # warps as Triton's default
-    found["statistics"] = (triton_kernels.finish_statistics, adding, {"HEADS": HEADS, "BLOCK": LANES})
-    found["sums of parts"] = (triton_kernels.add_parts, adding, {"ADD": True, "BLOCK": LANES})
+    found["statistics"] = (kernels.finish_statistics, adding, {"HEADS": HEADS, "BLOCK": LANES})
+    found["sums of parts"] = (kernels.add_parts, adding, {"ADD": True, "BLOCK": LANES})
     return found
 
 
@@ -68,12 +68,12 @@ def resources(capability: int, kernel: Any, tile: Tile, constants: dict[str, Any
 
 
 def _type(name: str, constants: dict[str, Any]) -> str:
-    """As dcscale.ops.compose.triton_staged makes them of bfloat16 input."""
+    """As dcscale.ops.compose.triton.staging makes them of bfloat16 input."""
     if name == "out_ptr":
         return {
-            triton_kernels.SCORES_TO_LOGITS: "*fp32",
-            triton_kernels.SCORES_TO_PROBABILITIES: "*fp16",
-            triton_kernels.LOGITS_TO_MIXED: "*bf16",
+            kernels.SCORES_TO_LOGITS: "*fp32",
+            kernels.SCORES_TO_PROBABILITIES: "*fp16",
+            kernels.LOGITS_TO_MIXED: "*bf16",
         }[constants["STEP"]]
     if name == "probabilities_ptr" or (name == "maps_ptr" and constants.get("POST")):
         return "*fp16"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcscale.checkpoint.layout import STATE_FORMAT
-from dcscale.train.provenance import versions
+from dcscale.provenance import versions
 
 
 @dataclass

@@ -1,14 +1,51 @@
-"""``summary.json``: a run's result in one small file."""
+"""What is shown of a run at its start, and ``summary.json``: its result in one small file."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from dcscale.data import MixedStream, Stream
+from dcscale.data.storage import shown
 from dcscale.files import write_json
+from dcscale.hardware import device_name
 from dcscale.models import count_parameters
-from dcscale.observe import printable
-from dcscale.train.hooks import Samples, Validation
+from dcscale.observe import Console, printable
+from dcscale.parallel.deepspeed_config import accumulation_steps
 from dcscale.train.trainer import Ending, Trainer
+
+
+def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
+    """Prints what is about to run, with everything that was derived."""
+    config, environment = trainer.config, trainer.environment
+    parameters = count_parameters(config.model)
+    model = "DCFormer" if config.model.attention == "dcmha" else "Transformer"
+    console.line(f"model      {model}, {parameters.total:,} parameters ({parameters.compose:,} of compose)")
+    for name, why in trainer.engine.module.implementations(environment.device):
+        console.line(f"attention  {name}: {why}")
+    console.line(
+        f"ranks      {environment.world_size} x {device_name(environment.device)}, "
+        f"ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
+    )
+    console.line(
+        f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
+        f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, "
+        f"{accumulation_steps(config, environment.world_size)} times"
+    )
+    epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
+    tokens = f"{config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens"
+    if isinstance(stream, MixedStream):
+        console.line(f"run        {tokens}")
+        for source, share in zip(config.data.sources, stream.shares):
+            used = f"{epochs[source.name]:.2f} epochs of {shown(source.path)}"
+            console.line(f"mixture    {share:.2%} {source.name}, {used}")
+    else:
+        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {shown(config.data.train)}")
+    console.line(f"folder     {trainer.run}")
+    if trainer.latest_checkpoint is not None:
+        console.line(
+            f"resuming   from {trainer.latest_checkpoint}, with sequence {trainer.state.sequences:,} of data "
+            f"{stream.fingerprint}"
+        )
 
 
 def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
@@ -19,25 +56,23 @@ def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
     run; ``completed`` tells whether ``train.steps`` was reached.
     """
     state = trainer.state
-    validation = next((hook.last for hook in trainer.hooks if isinstance(hook, Validation)), {})
-    sample = next((hook.last for hook in trainer.hooks if isinstance(hook, Samples)), None)
+    of_hooks = {key: value for hook in trainer.hooks for key, value in hook.summary(trainer).items()}
     return {
         "completed": ending is Ending.COMPLETED,
         "steps": state.step,
         "tokens": state.tokens,
         "first_loss": state.first_loss,
         "last_loss": state.last_loss,
-        "validation_loss": validation.get("validation_loss"),
-        "bits_per_byte": validation.get("bits_per_byte"),
+        "validation_loss": None,
+        "bits_per_byte": None,
         "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
         "train_seconds": state.train_seconds,
-        "skipped_shards": len(state.skipped),
-        "skipped_tokens": sum(shard["tokens"] for shard in state.skipped),
         "parameters": count_parameters(trainer.config.model).total,
         "world_size": trainer.environment.world_size,
         "device": str(trainer.environment.device.type),
         "last_checkpoint": str(trainer.latest_checkpoint) if trainer.latest_checkpoint else None,
-        "sample": sample or None,
+        "sample": None,
+        **of_hooks,
     }
 
 

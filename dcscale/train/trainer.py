@@ -15,12 +15,13 @@ from dcscale.checkpoint.layout import CONFIG, PROBE
 from dcscale.checkpoint.probe import Probe, probe_tokens, take_probe
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError, SkippedShard
+from dcscale.observe.metrics import Record
+from dcscale.observe.reporter import Reporter
 from dcscale.parallel import Engine, NonFiniteError
-from dcscale.train.batches import StepBatches, next_together
-from dcscale.train.hooks import Hook, Record, due
-from dcscale.train.provenance import git_revision
-from dcscale.train.report import Reporter, without_secrets
-from dcscale.train.schedule import learning_rate
+from dcscale.provenance import git_revision
+from dcscale.train.data import StepBatches, next_together, without_secrets
+from dcscale.train.hooks.base import Hook, due
+from dcscale.train.optimizer import learning_rate
 from dcscale.train.signals import StopSignals
 from dcscale.train.state import TrainState
 

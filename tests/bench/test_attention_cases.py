@@ -2,8 +2,7 @@
 
 import pytest
 
-from dcscale.bench.attention.cases import CENTRE, Case, make_cases, too_slow
-from dcscale.bench.attention.implementations import KINDS
+from dcscale.bench.attention.cases import CENTRE, KINDS, Case, make_cases, too_slow
 
 CASE = Case(dtype="fp32", batch=2, length=10, heads=3, head_dim=5, window=4, rank=2)
 

@@ -6,12 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dcscale.bench.attention import implementations as made
+from dcscale.bench.attention import cases as made
 from dcscale.bench.attention import measure as measuring
-from dcscale.bench.attention.cases import Case
-from dcscale.bench.attention.errors import check_errors
-from dcscale.bench.attention.implementations import Implementation, implementations
-from dcscale.bench.attention.measure import Prediction, candidates, measure
+from dcscale.bench.attention.cases import Case, Implementation, implementations
+from dcscale.bench.attention.measure import Prediction, candidates, check_errors, measure
 from dcscale.ops import compose_attention, flash
 from dcscale.testing.attention import unfused_attention
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcscale.bench.attention.targets import TARGETS, judge
+from dcscale.bench.attention.report import TARGETS, judge
 
 GPU = {"device": "cuda", "threads": 16}
 CPU = {"device": "cpu", "threads": 2}

@@ -8,10 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dcscale.bench.data import elastic, faults, probe, tasks
+from dcscale.bench.data import elastic, faults, probe
 from dcscale.bench.data.corpus import EOS_ID, VOCAB_SIZE, make_corpus
-from dcscale.bench.data.reader import Settings
-from dcscale.bench.data.readers import KINDS, missing
+from dcscale.bench.data.reader import KINDS, Settings, missing
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def in_process(monkeypatch):
     """Probes as calls, since processes that import torch take seconds; errors as they are told of a process."""
 
     def start(task, kind, settings, *, port=0, **more):
-        return lambda: tasks.TASKS[task](kind, settings, **more)
+        return lambda: probe.TASKS[task](kind, settings, **more)
 
     def finish(call, timeout):
         try:
@@ -41,7 +40,7 @@ def test_dcscale_goes_on_with_the_same_batches_on_any_ranks(tmp_path, in_process
 
 
 def test_a_reader_without_a_state_is_not_said_to_have_passed(tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr("dcscale.bench.data.ours.Ours.state", lambda self: 1 / 0)
+    monkeypatch.setattr("dcscale.bench.data.reader.DcscaleReader.state", lambda self: 1 / 0)
     (row,) = elastic.check("dcscale", tmp_path, print, (1, 0), [(1, 0)])
     assert row["outcome"] == "not run"
     assert row["error"].startswith("ZeroDivisionError")
@@ -51,7 +50,7 @@ def test_a_state_that_is_refused_is_told(tmp_path, in_process, monkeypatch):
     def refuse(self, state):
         raise ValueError("another shape")
 
-    monkeypatch.setattr("dcscale.bench.data.ours.Ours.restore", refuse)
+    monkeypatch.setattr("dcscale.bench.data.reader.DcscaleReader.restore", refuse)
     (row,) = elastic.check("dcscale", tmp_path, print, (1, 0), [(1, 0)])
     assert (row["outcome"], row["error"]) == ("refused", "ValueError: another shape")
 
@@ -64,7 +63,7 @@ def test_a_restart_that_loses_and_repeats_is_found(tmp_path, in_process, monkeyp
         self._consumed = state["consumed"] - elastic.GLOBAL_BATCH
 
     for restore, outcome in ((too_far, "12 lost, 0 repeated"), (too_near, "0 lost, 12 repeated")):
-        monkeypatch.setattr("dcscale.bench.data.ours.Ours.restore", restore)
+        monkeypatch.setattr("dcscale.bench.data.reader.DcscaleReader.restore", restore)
         (row,) = elastic.check("dcscale", tmp_path, print, (1, 0), [(1, 0)])
         assert row["outcome"] == outcome
 
@@ -151,21 +150,21 @@ def test_every_reader_gives_the_tokens_of_the_data(kind, tmp_path):
     if missing([kind]):
         pytest.skip(f"{KINDS[kind].library} is not installed")
     corpus = make_corpus(4, 64 * 16, 64)
-    settings = Settings(str(tasks.written(kind, corpus, tmp_path)), 64, 16)
+    settings = Settings(str(probe.written(kind, corpus, tmp_path)), 64, 16)
     np.save(tmp_path / "histogram.npy", corpus.histogram())
-    found = tasks.rate(kind, settings, str(tmp_path / "histogram.npy"), epochs=1)
+    found = probe.rate(kind, settings, str(tmp_path / "histogram.npy"), epochs=1)
     assert found["wrong"] is None
     assert found["epochs"][0]["tokens"] == corpus.tokens_ST.size
 
 
 def test_wrong_tokens_are_not_timed(tmp_path):
-    settings = Settings(str(tasks.written("flat", make_corpus(4, 1024, 64), tmp_path)), 64, 16)
+    settings = Settings(str(probe.written("flat", make_corpus(4, 1024, 64), tmp_path)), 64, 16)
     np.save(tmp_path / "histogram.npy", make_corpus(4, 1024, 64, seed=1).histogram())
-    found = tasks.rate("flat", settings, str(tmp_path / "histogram.npy"), epochs=1)
+    found = probe.rate("flat", settings, str(tmp_path / "histogram.npy"), epochs=1)
     assert "tokens are not those of the data" in found["wrong"]
     assert "epochs" not in found
     np.save(tmp_path / "histogram.npy", make_corpus(5, 1024, 64).histogram())
-    found = tasks.rate("flat", settings, str(tmp_path / "histogram.npy"), epochs=1)
+    found = probe.rate("flat", settings, str(tmp_path / "histogram.npy"), epochs=1)
     assert found["wrong"] == "4,096 tokens in an epoch instead of 5,120"
 
 
@@ -173,9 +172,9 @@ def test_one_token_of_padding_is_allowed_and_no_more():
     expected = np.full(VOCAB_SIZE, 2)
     found = expected.copy()
     found[[3, EOS_ID]] += [-1, 1]
-    assert tasks.difference(expected, found, 1, expected.sum()) is None
+    assert probe.difference(expected, found, 1, expected.sum()) is None
     found[[4, EOS_ID]] += [-1, 1]
-    assert tasks.difference(expected, found, 1, expected.sum()).startswith("2 of")
+    assert probe.difference(expected, found, 1, expected.sum()).startswith("2 of")
 
 
 def test_shards_that_rows_do_not_fill_are_refused():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dcscale.bench.data.mixing import LONG, compare_orders, shuffle_statistics
+from dcscale.bench.data.order import LONG, compare_orders, shuffle_statistics
 
 
 def test_a_random_order_is_as_good_as_random():
@@ -39,8 +39,8 @@ def test_too_few_batches_are_refused():
 
 
 def test_orders_stand_as_they_should(monkeypatch):
-    monkeypatch.setattr("dcscale.bench.data.mixing.SHARDS", 256)
-    monkeypatch.setattr("dcscale.bench.data.mixing.DOCUMENTS", 64)
+    monkeypatch.setattr("dcscale.bench.data.order.SHARDS", 256)
+    monkeypatch.setattr("dcscale.bench.data.order.DOCUMENTS", 64)
     found = {row["order"]: row["batch_variance"] for row in compare_orders()}
     assert found["random"] == pytest.approx(1, abs=0.1)
     assert found["dcscale, 64 slots, 2 shards, scattered"] == pytest.approx(1, abs=0.1)

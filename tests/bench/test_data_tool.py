@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dcscale.bench.data import probe, rates, targets, tasks
+from dcscale.bench.data import probe, rates, report
 from dcscale.bench.data.reader import Settings
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_data.py"
@@ -20,14 +20,14 @@ def tool(monkeypatch):
     spec.loader.exec_module(module)
 
     def run(task, kind, settings, *, timeout=0, environment=None, **more):
-        return json.loads(json.dumps(tasks.TASKS[task](kind, settings, **more)))
+        return json.loads(json.dumps(probe.TASKS[task](kind, settings, **more)))
 
     monkeypatch.setattr(probe, "run", run)
     monkeypatch.setattr(rates, "LATENCY", 0.001)
     monkeypatch.setattr(module, "MEMORY_SHARDS", 2)
     monkeypatch.setattr(module, "EPOCHS", 1)
-    monkeypatch.setattr("dcscale.bench.data.mixing.SHARDS", 128)
-    monkeypatch.setattr("dcscale.bench.data.planning.planning.__defaults__", (1000,))
+    monkeypatch.setattr("dcscale.bench.data.order.SHARDS", 128)
+    monkeypatch.setattr("dcscale.bench.data.order.planning.__defaults__", (1000,))
     return module
 
 
@@ -58,7 +58,7 @@ def test_a_small_run_end_to_end(tool, tmp_path, capsys):
 
 
 def test_wrong_results_end_with_an_error(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "difference", lambda *_: "2 tokens are not those of the data")
+    monkeypatch.setattr(probe, "difference", lambda *_: "2 tokens are not those of the data")
     output = tmp_path / "result.json"
     arguments = ["--quick", "--kinds", "flat", "--workers", "0", "--tokens", "50_000", "--sequence-length", "64"]
     assert tool.main([*arguments, "--output", str(output)]) == 1
@@ -90,11 +90,11 @@ def test_targets_are_judged_by_the_medians():
         figures = {"tokens_per_cpu_second": {"median": cpu}, "tokens_per_second": {"median": wall}}
         return {"kind": kind, "place": "disk", "workers": workers, "not_measured": None, **figures}
 
-    found = targets.judge({"rates": [row("dcscale", 0, 30e6), row("dcscale", 2, 1, 2.0), row("mosaic", 0, 10.1e6)]})
+    found = report.judge({"rates": [row("dcscale", 0, 30e6), row("dcscale", 2, 1, 2.0), row("mosaic", 0, 10.1e6)]})
     verdicts = [each["verdict"] for each in found]
     assert verdicts == ["not measured", "missed", "not measured", "reached"]
     absent = rates.absent_row("litdata", "not installed: litdata")
-    found = targets.judge({"rates": [row("dcscale", 0, 30e6), absent]})
+    found = report.judge({"rates": [row("dcscale", 0, 30e6), absent]})
     assert found[0]["detail"] == "no figure for litdata"
 
 

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.checkpoint.fragments import Fragments, write_fragments
+from dcscale.checkpoint.training_state import Fragments, write_fragments
 from dcscale.parallel import MASTER
-from dcscale.testing.ranks import SHAPES, tiny_snapshot
+from dcscale.testing.distributed import SHAPES, tiny_snapshot
 
 
 @pytest.fixture

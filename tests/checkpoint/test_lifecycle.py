@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcscale.checkpoint import CheckpointError, Checkpoints, checkpoints_of, find_checkpoint, lifecycle
-from dcscale.checkpoint.fragments import Fragments
+from dcscale.checkpoint import CheckpointError, Checkpoints, checkpointer, checkpoints_of, find_checkpoint
+from dcscale.checkpoint.checkpointer import set_aside
 from dcscale.checkpoint.layout import damage, read_marker
-from dcscale.checkpoint.lifecycle import set_aside
+from dcscale.checkpoint.training_state import Fragments
 from dcscale.config import CheckpointConfig
-from dcscale.testing.ranks import SHAPES, on_threads, tiny_snapshot
+from dcscale.testing.distributed import SHAPES, on_threads, tiny_snapshot
 
 RANKS = 2
 FILES = [
@@ -87,13 +87,13 @@ def test_weights_are_read_in_batches(tmp_path):
 
 def hold_writing(monkeypatch):
     """Lets no rank write before the returned event is set."""
-    go, write = threading.Event(), lifecycle.write_fragments
+    go, write = threading.Event(), checkpointer.write_fragments
 
     def held(snapshot, folder):
         assert go.wait(30)
         return write(snapshot, folder)
 
-    monkeypatch.setattr(lifecycle, "write_fragments", held)
+    monkeypatch.setattr(checkpointer, "write_fragments", held)
     return go
 
 
@@ -163,14 +163,14 @@ def test_a_stage_that_fails_on_one_rank_fails_on_all_and_the_next_checkpoint_suc
 
     def train(engine):
         checkpoints = Checkpoints(engine, tmp_path, CheckpointConfig(), find_checkpoint(tmp_path))
-        whole = getattr(lifecycle, name, None)
+        whole = getattr(checkpointer, name, None)
         if name == "snapshot" and engine.environment.rank == broken_rank:
             engine.snapshot = fail
         elif name == "write_fragments":
             broken = lambda copy, folder: fail() if copy.rank == broken_rank else whole(copy, folder)  # noqa: E731
-            monkeypatch.setattr(lifecycle, name, broken)
+            monkeypatch.setattr(checkpointer, name, broken)
         elif whole is not None:
-            monkeypatch.setattr(lifecycle, name, fail)
+            monkeypatch.setattr(checkpointer, name, fail)
         engine.of_all_ranks(None)
         said = failure(lambda: (save(checkpoints, engine, 2), checkpoints.wait()))
         kept = checkpoints.latest.name, checkpoints.busy
@@ -192,7 +192,7 @@ def test_a_stage_that_fails_on_one_rank_fails_on_all_and_the_next_checkpoint_suc
 
 
 def test_a_part_that_does_not_fit_the_others_is_found_before_the_checkpoint_has_a_name(tmp_path, monkeypatch):
-    write = lifecycle.write_fragments
+    write = checkpointer.write_fragments
 
     def cut(snapshot, folder):
         path = write(snapshot, folder)
@@ -200,20 +200,20 @@ def test_a_part_that_does_not_fit_the_others_is_found_before_the_checkpoint_has_
             path.write_bytes(path.read_bytes()[:-4])
         return path
 
-    monkeypatch.setattr(lifecycle, "write_fragments", cut)
+    monkeypatch.setattr(checkpointer, "write_fragments", cut)
     assert "rank-00001.safetensors cannot be read" in failure(saved, tmp_path, 1)
     assert checkpoints_of(tmp_path) == []
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(lifecycle.shutil, "disk_usage", lambda folder: usage(416))
+    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda folder: usage(416))
     # 29 parameters: three float32 values each, a bfloat16 weight each, and config.yaml.
     assert (29 * 12 + 29 * 2 + 11) == 417
     said = failure(saved, tmp_path, 1)
     assert f"{tmp_path}/checkpoints has 416 bytes free, but the checkpoint takes 417: make room, keep fewer" in said
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    monkeypatch.setattr(lifecycle.shutil, "disk_usage", lambda folder: usage(417))
+    monkeypatch.setattr(checkpointer.shutil, "disk_usage", lambda folder: usage(417))
     saved(tmp_path, 1)
 
 
@@ -250,7 +250,7 @@ def test_old_ones_that_cannot_be_removed_do_not_undo_the_new_one(tmp_path, monke
     def fail(checkpoint):
         raise PermissionError(f"no right to remove {checkpoint.name}")
 
-    monkeypatch.setattr(lifecycle, "discard", fail)
+    monkeypatch.setattr(checkpointer, "discard", fail)
     said = failure(lambda: saved(tmp_path, 2, keep_last=1))
     assert (
         "step-00000002 was written, but older checkpoints were not removed: rank 0: PermissionError: no right" in said

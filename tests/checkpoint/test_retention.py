@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from dcscale.checkpoint import checkpoints_of
+from dcscale.checkpoint.checkpointer import discard, superfluous
 from dcscale.checkpoint.layout import seal, step_name, step_of
-from dcscale.checkpoint.retention import discard, superfluous
 from dcscale.config import CheckpointConfig
 
 

@@ -9,10 +9,10 @@ import typing
 import pytest
 
 from dcscale.config import Config, check_config, load_config
-from dcscale.config.check import RANGES, Range
-from dcscale.config.fields import FIELDS, get
-from dcscale.config.problem import show
-from dcscale.config.schema import CHOICES, DataConfig, OptimizerRule, ValidationConfig
+from dcscale.config.errors import show
+from dcscale.config.reference import FIELDS, get
+from dcscale.config.schema import DataConfig, OptimizerRule, ValidationConfig
+from dcscale.config.schema.limits import Range
 
 VALID = ["data.train=shards", "validation.interval=0"]
 
@@ -363,15 +363,15 @@ COUNTS = (
     "model.multi_gate model.windows model.rope_scaling.original_length "
     "data.shuffle_shards data.slots data.read_threads data.cache_bytes "
     "train.steps train.stop_after train.global_batch_size train.micro_batch_size "
-    "schedule.decay_steps parallel.bucket_elements validation.sequences samples.new_tokens "
+    "schedule.decay_steps parallel.bucket_size validation.sequences samples.new_tokens "
     "checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best "
     "log.interval"
 )
 FROM_ZERO = (
     "data.prefetch_steps data.workers data.read_ahead train.loss_chunk schedule.warmup_steps "
-    "validation.interval samples.interval checkpoint.interval log.compose_interval parallel.whole_elements"
+    "validation.interval samples.interval checkpoint.interval log.compose_interval parallel.param_persistence_threshold"
 )
-FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clip optimizer.weight_decay samples.temperature"
+FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clipping optimizer.weight_decay samples.temperature"
 POSITIVE = (
     "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops "
     "data.timeout_seconds data.retry_seconds data.give_up_seconds "
@@ -398,9 +398,10 @@ BOUNDS = {
 
 def test_every_number_has_bounds_and_every_rule_a_field() -> None:
     numbers = {path for path, field in FIELDS.items() if {int, float} & scalar_types(field.type)}
-    assert set(RANGES) == set(BOUNDS) == numbers - set(CHOICES)
-    assert set(CHOICES) <= set(FIELDS)
-    assert all(FIELDS[path].default in allowed for path, allowed in CHOICES.items())
+    few = {path: field.choices for path, field in FIELDS.items() if field.choices is not None}
+    limited = {path for path, field in FIELDS.items() if field.range is not None}
+    assert limited == set(BOUNDS) == numbers - set(few)
+    assert all(FIELDS[path].default in allowed for path, allowed in few.items())
 
 
 @pytest.mark.parametrize("path", BOUNDS)

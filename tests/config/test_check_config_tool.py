@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dcscale.config.fields import FIELDS
-from dcscale.config.reference import reference
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
+from dcscale.config.reference import FIELDS, reference
+from dcscale.testing.runs import numbered_shards, write_token_shards
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "check_config.py"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dcscale.config import Config, ConfigError, config_to_dict, differences, from_dict, load_config, to_yaml
-from dcscale.config.fields import FIELDS, get
+from dcscale.config.reference import FIELDS, get
 from dcscale.config.schema import ComposeConfig, DataSource, ModelConfig, OptimizerRule
 
 
@@ -65,7 +65,7 @@ def test_a_whole_section_can_be_an_override() -> None:
         ("optimizer.learning_rate=.5", 0.5),
         ("optimizer.learning_rate=2.", 2.0),
         ("optimizer.learning_rate=1", 1.0),
-        ("parallel.bucket_elements=1_000_000", 1_000_000),
+        ("parallel.bucket_size=1_000_000", 1_000_000),
         ("train.seed=010", 10),
         ("train.steps='12'", 12),
         ("model.qk_norm=false", False),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dcscale.config import ConfigError, Problem, load_config, raise_problems
-from dcscale.config.fields import FIELDS, SECTIONS
+from dcscale.config.reference import FIELDS, SECTIONS
 
 
 def problems_of(files: list, overrides: list[str]) -> list[str]:

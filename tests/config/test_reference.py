@@ -9,8 +9,7 @@ import typing
 import pytest
 
 from dcscale.config import schema
-from dcscale.config.fields import FIELDS, docstrings, get, has_type, sections, type_name, walk
-from dcscale.config.reference import reference
+from dcscale.config.reference import FIELDS, docstrings, get, has_type, reference, sections, type_name, walk
 from dcscale.config.schema import Config, OptimizerRule
 
 CLASSES = [c for c in vars(schema).values() if dataclasses.is_dataclass(c)]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dcscale.convert import convert
-from dcscale.testing.convert import UpstreamFolder, write_checkpoint
-from dcscale.testing.models import tiny_config
+from dcscale.testing.models import UpstreamFolder, tiny_config, write_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

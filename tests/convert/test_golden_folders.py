@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcscale.checkpoint.contents import read_config
+from dcscale.checkpoint.layout import read_config
 from dcscale.convert import convert, prepare
 from dcscale.models import DCFormer
-from dcscale.testing.convert import load_tensors
+from dcscale.testing.models import load_tensors
 
 ROOT = Path(__file__).parents[2]
 IN_REPOSITORY, SHARED = ROOT / "tests" / "data" / "models", ROOT.parent / "shared" / "golden"

@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcscale.checkpoint.contents import read_config, read_state
+from dcscale.checkpoint.layout import read_config, read_state
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
 from dcscale.convert import convert
 from dcscale.models import generate
-from dcscale.testing.convert import tensors_of, write_checkpoint
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import lively_model, random_ids, tensors_of, tiny_config, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("own_modules")

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, processors
 
 from dcscale.checkpoint.layout import MARKER, seal
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
-from dcscale.convert import ConversionError, convert, modeling_dcscale, prepare
-from dcscale.convert.huggingface import FORMAT
+from dcscale.convert import ConversionError, convert, prepare
+from dcscale.convert.formats import modeling_dcscale
+from dcscale.convert.formats.huggingface import FORMAT
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
-from dcscale.testing.convert import tensors_of, write_checkpoint
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import lively_model, random_ids, tensors_of, tiny_config, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("own_modules")

@@ -13,10 +13,10 @@ import tensorstore
 import torch
 import yaml
 
-from dcscale.checkpoint.contents import read_config
+from dcscale.checkpoint.layout import read_config
 from dcscale.convert import ConversionError, convert, prepare
 from dcscale.models import DCFormer
-from dcscale.testing.convert import load_tensors, tensors_of
+from dcscale.testing.models import load_tensors, tensors_of
 
 DATA = Path(__file__).parents[1] / "data" / "maxtext"
 CASES = ("scanned", "ocdbt", "numbered")

@@ -12,8 +12,7 @@ import torch
 from dcscale.checkpoint.layout import seal
 from dcscale.config.schema import ComposeConfig
 from dcscale.convert import ConversionError, convert, prepare
-from dcscale.testing.convert import write_checkpoint
-from dcscale.testing.models import tiny_config
+from dcscale.testing.models import tiny_config, write_checkpoint
 
 COMPOSE = "layers.0.attention.dyn_w_proj."
 TENSORS = {

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcscale.checkpoint.contents import read_config, read_state
+from dcscale.checkpoint.layout import read_config, read_state
 from dcscale.config.schema import ComposeConfig
 from dcscale.convert import ConversionError, conversion, convert, prepare
 from dcscale.models import DCFormer
-from dcscale.testing.convert import UpstreamFolder, load_tensors, tensors_of, write_checkpoint
-from dcscale.testing.models import random_ids, tiny_config
+from dcscale.testing.models import UpstreamFolder, load_tensors, random_ids, tensors_of, tiny_config, write_checkpoint
 
 PYTHIA = {"norm": "layernorm", "ffn": "gelu", "windows": [6, None]}
 MODELS = {

@@ -13,10 +13,9 @@ from tokenizers import Tokenizer, models
 
 from dcscale.checkpoint import find_checkpoint
 from dcscale.convert import ConversionError, conversion, convert
-from dcscale.inference import open_trained
+from dcscale.evaluation import open_trained
 from dcscale.models import generate
-from dcscale.testing.convert import tensors_of, write_checkpoint
-from dcscale.testing.models import tiny_config
+from dcscale.testing.models import tensors_of, tiny_config, write_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

@@ -11,12 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from dcscale.checkpoint import find_checkpoint
-from dcscale.checkpoint.contents import read_config, read_state
+from dcscale.checkpoint.layout import read_config, read_state
 from dcscale.config.schema import RopeScalingConfig
-from dcscale.convert import ConversionError, convert, prepare, upcycle_config
+from dcscale.convert import ConversionError, convert, prepare
+from dcscale.convert.formats import transformers as plain
 from dcscale.models import DCFormer
 from dcscale.ops import rope_table
-from dcscale.testing.convert import load_tensors, tensors_of
+from dcscale.testing.models import load_tensors, tensors_of
 
 SIZES = {
     "vocab_size": 61,
@@ -324,11 +325,11 @@ def test_the_config_says_only_what_is_known(tmp_path, source):
     assert [line for line in lines if line.startswith("  ")][-2:] == ["  sequence_length: 64", "  precision: fp32"]
 
 
-@pytest.mark.parametrize("family", upcycle_config.FAMILIES)
+@pytest.mark.parametrize("family", plain.FAMILIES)
 def test_every_setting_of_transformers_is_known(family):
     """A setting that a later version of transformers adds must be read, or be found to mean nothing here."""
     settings = transformers.AutoConfig.for_model(family).to_dict()
-    known = {*upcycle_config._KNOWN[family], *upcycle_config.WITHOUT_MEANING}
+    known = {*plain._KNOWN[family], *plain.WITHOUT_MEANING}
     assert settings.keys() - known == set()
 
 

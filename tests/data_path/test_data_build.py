@@ -16,10 +16,10 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dcscale.data import DataError, build_shards, open_stream, read_manifest
-from dcscale.data.corpus import find_files, zstd
-from dcscale.data.scatter import document_key, part_of
-from dcscale.data.shards import read_shard
-from dcscale.data.sources import open_source
+from dcscale.data.prepare.documents import find_files, zstd
+from dcscale.data.prepare.shuffle import document_key, part_of
+from dcscale.data.shards.shard import read_shard
+from dcscale.data.storage import open_source
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -122,7 +122,7 @@ def test_the_result_is_the_same_for_any_workers_buckets_batches_and_time(corpus,
     assert len(expected) > 8
     assert tree(tmp_path / "two") == expected
     assert tree(tmp_path / "buckets") == expected
-    monkeypatch.setattr("dcscale.data.scatter.CHUNK_BYTES", 50)
+    monkeypatch.setattr("dcscale.data.prepare.shuffle.CHUNK_BYTES", 50)
     assert small(corpus, tmp_path / "batches").empty == 2
     assert tree(tmp_path / "batches") == expected
 
@@ -199,7 +199,7 @@ def test_a_tokenizer_that_changes_under_its_name_is_noticed(tmp_path, monkeypatc
         make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1})
         return find_files(*arguments, **options)
 
-    monkeypatch.setattr("dcscale.data.build.find_files", change_then_find)
+    monkeypatch.setattr("dcscale.data.prepare.build.find_files", change_then_find)
     make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "two": 2})
     with pytest.raises(DataError, match=r"t\.json: was changed while shards were made with it"):
         build_shards([tmp_path / "a.txt"], tmp_path / "out3", tokenizer=str(path))

@@ -11,9 +11,10 @@ import pytest
 import webdataset
 
 from dcscale.data import build_shards, open_stream, read_manifest
-from dcscale.data.packing import IGNORED, pack_best_fit, pack_one_per_row
-from dcscale.data.shards import read_shard
-from dcscale.data.sources import open_source
+from dcscale.data.prepare.packing import pack_best_fit, pack_one_per_row
+from dcscale.data.shards.shard import read_shard
+from dcscale.data.storage import open_source
+from dcscale.data.stream.sequences import IGNORED
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"shard_tokens": 2000, "bundle_tokens": 300, "hold_out": 0.2}

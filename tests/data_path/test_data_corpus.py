@@ -10,10 +10,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dcscale.data import DataError, corpus
-from dcscale.data.corpus import find_files, read_documents, split
+from dcscale.data import DataError
+from dcscale.data.prepare import documents
+from dcscale.data.prepare.documents import find_files, read_documents, split
 
-zstd = corpus.zstd
+zstd = documents.zstd
 
 
 def documents_of(inputs, chunk_bytes=1 << 22, text_field="text", skip_undecodable=False, **options):
@@ -262,7 +263,7 @@ def test_damaged_zst_is_named(tmp_path, change):
 
 def test_zst_and_parquet_without_their_packages(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    monkeypatch.setattr(corpus, "zstd", None)
+    monkeypatch.setattr(documents, "zstd", None)
     with pytest.raises(DataError, match=r"a\.jsonl\.zst: reading \.zst needs .*'pip install backports\.zstd'"):
         documents_of([tmp_path / "a.jsonl.zst"])
     write_parquet(tmp_path / "a.parquet", ["x"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcscale.data import BatchLoader, DataError, open_stream
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
+from dcscale.testing.runs import numbered_shards, write_token_shards
 
 GLOBAL_BATCH = 12
 LENGTH = 8

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dcscale.data import DataError, read_manifest
-from dcscale.data.manifest import Manifest, ShardInfo, TextInfo, TokenizerInfo, write_manifest
-from dcscale.data.survey import sample_documents, survey
+from dcscale.data.prepare.inspect import sample_documents, survey
+from dcscale.data.shards.manifest import Manifest, ShardInfo, TextInfo, TokenizerInfo, write_manifest
 
 TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
 SHARDS = (

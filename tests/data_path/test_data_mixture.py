@@ -12,8 +12,15 @@ import pytest
 
 from dcscale.config import DataSource
 from dcscale.data import BatchLoader, DataError, open_stream
-from dcscale.data.mixture import LONGEST_PATTERN, MIXTURE_VERSION, MixedOrder, open_mixture, share_out, whole_parts
-from dcscale.testing.token_shards import numbered_shards, packed_shards, write_token_shards
+from dcscale.data.stream.mixture import (
+    LONGEST_PATTERN,
+    MIXTURE_VERSION,
+    MixedOrder,
+    open_mixture,
+    share_out,
+    whole_parts,
+)
+from dcscale.testing.runs import numbered_shards, packed_shards, write_token_shards
 
 WEIGHTS = [
     *([1], [1, 1], [3, 3, 3], [0.7, 0.2, 0.1], [0.5, 0.25, 0.125, 0.125], [0.9, 0.1], [1, 2, 3, 4, 5, 6]),

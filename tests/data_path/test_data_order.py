@@ -6,7 +6,7 @@ import operator
 import numpy as np
 import pytest
 
-from dcscale.data.order import ORDER_VERSION, Order, permutation
+from dcscale.data.stream.order import ORDER_VERSION, Order, permutation
 
 CASES = {
     "several windows": {

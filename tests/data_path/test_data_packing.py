@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcscale.data import DataError
-from dcscale.data.packing import pack_best_fit, pack_one_per_row
+from dcscale.data.prepare.packing import pack_best_fit, pack_one_per_row
 
 
 def naive_best_fit(lengths, row_tokens):

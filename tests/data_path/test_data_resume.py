@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dcscale.data import ByteTokenizer, DataError, build_shards, read_manifest, scatter
-from dcscale.data.building import Building
-from dcscale.data.corpus import find_files, split
+from dcscale.data import ByteTokenizer, DataError, build_shards, read_manifest
+from dcscale.data.prepare import shuffle
+from dcscale.data.prepare.documents import find_files, split
+from dcscale.data.prepare.journal import Building
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"shard_tokens": 400, "bundle_tokens": 100, "hold_out": 0.3, "bucket_bytes": 1000}
@@ -110,7 +111,7 @@ def count_work(monkeypatch, chunks=1000, shards=1000):
     did = {"spool_chunk": 0, "write_planned_shard": 0}
 
     def count(name, most):
-        function = getattr(sys.modules["dcscale.data.build"], name)
+        function = getattr(sys.modules["dcscale.data.prepare.build"], name)
 
         def counted(*arguments):
             if did[name] == most:
@@ -118,7 +119,7 @@ def count_work(monkeypatch, chunks=1000, shards=1000):
             did[name] += 1
             return function(*arguments)
 
-        monkeypatch.setattr(f"dcscale.data.build.{name}", counted)
+        monkeypatch.setattr(f"dcscale.data.prepare.build.{name}", counted)
 
     count("spool_chunk", chunks)
     count("write_planned_shard", shards)
@@ -142,13 +143,13 @@ def test_what_is_done_is_not_done_again(corpus, expected, tmp_path, monkeypatch,
 
 
 def test_what_is_done_is_noted_at_once(corpus, tmp_path, monkeypatch):
-    noted, spool_chunk = [], sys.modules["dcscale.data.build"].spool_chunk
+    noted, spool_chunk = [], sys.modules["dcscale.data.prepare.build"].spool_chunk
 
     def count_lines(*arguments):
         noted.append((state_of(tmp_path / "out") / "journal").read_bytes().count(b"\n"))
         return spool_chunk(*arguments)
 
-    monkeypatch.setattr("dcscale.data.build.spool_chunk", count_lines)
+    monkeypatch.setattr("dcscale.data.prepare.build.spool_chunk", count_lines)
     build_shards([corpus], tmp_path / "out", **SIZES)
     assert noted == list(range(6))
 
@@ -262,7 +263,7 @@ def test_a_process_killed_between_the_two_renames_has_replaced_nothing(corpus, e
 
 def test_a_process_killed_after_the_last_rename_has_left_nothing_to_go_on_with(corpus, expected, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr("dcscale.data.building.sync_folder", lambda folder: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("dcscale.data.prepare.journal.sync_folder", lambda folder: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         build_shards([corpus], out, **SIZES)
     monkeypatch.undo()
@@ -309,7 +310,7 @@ def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_wr
     corpus, tmp_path, monkeypatch, suffix
 ):
     """As when the disk is full for a moment, and the worker has chunks left."""
-    task = scatter.SpoolTask(
+    task = shuffle.SpoolTask(
         tmp_path, "run", "byte", ByteTokenizer.fingerprint, None, "uint16", "text", False, 0.0, 0, 1
     )
 
@@ -338,14 +339,14 @@ def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_wr
     for numbered in enumerate(split(find_files([corpus]))):
         with monkeypatch.context() as patch:
             if numbered[0] == 2:
-                patch.setattr(scatter, "open", open_on_full_disk, raising=False)
+                patch.setattr(shuffle, "open", open_on_full_disk, raising=False)
                 with pytest.raises(OSError, match="No space left"):
-                    scatter.spool_chunk(task, numbered)
+                    shuffle.spool_chunk(task, numbered)
                 continue
-        done.append(scatter.spool_chunk(task, numbered))
-    plans = list(scatter.plan_shards(tmp_path, "train", 400, done))
-    layout = scatter.Layout("uint16", 100, 256, 0, None, None)
-    written = [scatter.write_planned_shard(tmp_path, layout, plan) for plan in plans]
+        done.append(shuffle.spool_chunk(task, numbered))
+    plans = list(shuffle.plan_shards(tmp_path, "train", 400, done))
+    layout = shuffle.Layout("uint16", 100, 256, 0, None, None)
+    written = [shuffle.write_planned_shard(tmp_path, layout, plan) for plan in plans]
     assert sum(shard.documents for shard in written) == 5 * 12
 
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from dcscale.data import DataError, open_stream
-from dcscale.data.packing import pack_best_fit, pack_one_per_row
-from dcscale.data.shards import read_shard
-from dcscale.testing.token_shards import numbered_shards, packed_shards, write_token_shards
+from dcscale.data.prepare.packing import pack_best_fit, pack_one_per_row
+from dcscale.data.shards.shard import read_shard
+from dcscale.testing.runs import numbered_shards, packed_shards, write_token_shards
 
 ROW = 9
 FILLER = 5000

@@ -10,9 +10,9 @@ import pytest
 
 from dcscale.config import DataSource
 from dcscale.data import open_mixture, open_stream
-from dcscale.data.mixture import MixedOrder, whole_parts
-from dcscale.data.order import Order
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
+from dcscale.data.stream.mixture import MixedOrder, whole_parts
+from dcscale.data.stream.order import Order
+from dcscale.testing.runs import numbered_shards, write_token_shards
 
 
 def test_a_million_shards_are_planned_in_a_moment_and_in_little_memory():

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from dcscale.data import DataError, tars
-from dcscale.data.shards import check_shards, read_shard, write_shard
-from dcscale.data.sources import open_source
+from dcscale.data import DataError
+from dcscale.data.shards import tar as tars
+from dcscale.data.shards.shard import check_shards, read_shard, write_shard
+from dcscale.data.storage import open_source
 
 DOCUMENTS = [[1, 2, 256], [3, 256], [4, 5, 6, 256], [256], [7, 8, 256]]
 BUNDLES = [("a-0", DOCUMENTS[:2]), ("a-1", DOCUMENTS[2:])]

@@ -10,9 +10,9 @@ import pytest
 import webdataset
 
 from dcscale.data import DataError, open_stream
-from dcscale.data.manifest import read_manifest
-from dcscale.data.order import Order
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
+from dcscale.data.shards.manifest import read_manifest
+from dcscale.data.stream.order import Order
+from dcscale.testing.runs import numbered_shards, write_token_shards
 
 SIZES = {
     "odd shards": {"sizes": [60, 31, 47, 80, 5, 22, 41], "sequence_length": 8, "slots": 4, "shuffle_shards": 2},
@@ -207,7 +207,7 @@ def test_bytes_a_target(tmp_path):
 
 
 def test_bytes_a_target_is_none_where_the_text_is_not_known(tmp_path):
-    from dcscale.data.manifest import write_manifest
+    from dcscale.data.shards.manifest import write_manifest
 
     manifest = write_token_shards(tmp_path, [[[1, 2, 256]]])
     shards = tuple(dataclasses.replace(shard, text_bytes=0) for shard in manifest.shards)

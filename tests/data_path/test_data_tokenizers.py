@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dcscale.data import ByteTokenizer, DataError, HuggingFaceTokenizer, load_tokenizer, read_manifest, tokenizer_files
-from dcscale.data.build import build_shards
-from dcscale.data.manifest import write_manifest
-from dcscale.data.sources import FolderSource
-from dcscale.testing.token_shards import write_token_shards
+from dcscale.data.prepare.build import build_shards
+from dcscale.data.shards.manifest import write_manifest
+from dcscale.data.storage import FolderSource
+from dcscale.testing.runs import write_token_shards
 
 TEXT = "def f(x):\n    return 'äöü € 🙂'\n"
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from dcscale.data import BatchLoader, DataError, open_stream
-from dcscale.data.manifest import Manifest, TokenizerInfo, write_manifest
-from dcscale.data.packing import Window
-from dcscale.data.shards import write_shard
-from dcscale.data.sources import Access, Patience
-from dcscale.data.steps import made_ahead
-from dcscale.data.windows import WindowReader
+from dcscale.data.shards.manifest import Manifest, TokenizerInfo, write_manifest
+from dcscale.data.shards.shard import write_shard
+from dcscale.data.storage import Access, Patience
+from dcscale.data.stream.block_reader import WindowReader
+from dcscale.data.stream.lookahead import made_ahead
+from dcscale.data.stream.sequences import Window
 from dcscale.testing import shard_server as faults
+from dcscale.testing.runs import numbered_shards, write_token_shards
 from dcscale.testing.shard_server import ShardServer
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
 
 SETTINGS = {"vocab_size": 1 << 20, "sequence_length": 8, "seed": 3, "shuffle_shards": 2, "slots": 6}
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcscale.data import BatchLoader, DataError, open_stream, workers
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
+from dcscale.data import BatchLoader, DataError, open_stream
+from dcscale.data.stream import workers
+from dcscale.testing.runs import numbered_shards, write_token_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

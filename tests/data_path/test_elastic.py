@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 
 from dcscale.config import DataSource
-from dcscale.data import BatchLoader, open_mixture, open_stream, workers
-from dcscale.testing.token_shards import numbered_shards, packed_shards, write_token_shards
+from dcscale.data import BatchLoader, open_mixture, open_stream
+from dcscale.data.stream import workers
+from dcscale.testing.runs import numbered_shards, packed_shards, write_token_shards
 from dcscale.train.state import TrainState
 
 WORLDS = (1, 2, 3, 4, 6, 8, 12)

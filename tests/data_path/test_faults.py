@@ -13,11 +13,11 @@ import pytest
 
 from dcscale.config import DataSource
 from dcscale.data import BatchLoader, DataError, open_mixture, open_stream, read_manifest
-from dcscale.data.manifest import write_manifest
-from dcscale.data.sources import Access, Patience
+from dcscale.data.shards.manifest import write_manifest
+from dcscale.data.storage import Access, Patience
 from dcscale.testing import shard_server as faults
+from dcscale.testing.runs import numbered_shards, write_token_shards
 from dcscale.testing.shard_server import ShardServer
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
 
 QUICK = Access(Patience(timeout=0.5, wait=0.001, give_up=0.05))
 SETTINGS = {

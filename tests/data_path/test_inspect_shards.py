@@ -18,14 +18,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dcscale.data import DataError, build_shards, open_stream, read_manifest
-from dcscale.data.adopt import write_manifest_for
-from dcscale.data.manifest import write_manifest
-from dcscale.data.processes import processes
-from dcscale.data.shards import read_shard
-from dcscale.data.sources import open_source
-from dcscale.data.survey import sample_documents, survey
-from dcscale.data.text_shards import open_text
-from dcscale.testing.token_shards import write_token_shards
+from dcscale.data.prepare.index import write_manifest_for
+from dcscale.data.prepare.inspect import sample_documents, survey
+from dcscale.data.prepare.pool import processes
+from dcscale.data.shards.manifest import write_manifest
+from dcscale.data.shards.shard import read_shard
+from dcscale.data.shards.text import open_text
+from dcscale.data.storage import open_source
+from dcscale.testing.runs import write_token_shards
 
 REPOSITORY = Path(__file__).parents[2]
 SHARDS = [[[1, 2, 256], [3, 256]], [[4, 5, 6, 256], [256], [7, 8, 256]], [[9] * 40 + [256]]]

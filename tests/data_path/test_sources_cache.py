@@ -15,9 +15,9 @@ from tempfile import NamedTemporaryFile
 import pytest
 
 from dcscale.data import DataError
-from dcscale.data.sources import Access, Patience, cache, open_source
-from dcscale.data.sources.base import Source
-from dcscale.data.sources.cache import CachedSource
+from dcscale.data.storage import Access, Patience, cache, open_source
+from dcscale.data.storage.base import Source
+from dcscale.data.storage.cache import CachedSource
 from dcscale.testing import shard_server as faults
 from dcscale.testing.shard_server import ShardServer
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dcscale.data import DataError
-from dcscale.data.sources import Access, ContentError, Patience, UnreadableError, open_source
+from dcscale.data.storage import Access, ContentError, Patience, UnreadableError, open_source
 from dcscale.testing import shard_server as faults
 from dcscale.testing.shard_server import ShardServer
 

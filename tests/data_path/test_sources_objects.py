@@ -9,9 +9,9 @@ import time
 import pytest
 
 from dcscale.data import DataError, open_stream, read_manifest
-from dcscale.data.sources import Access, ContentError, Patience, UnreadableError, open_source
-from dcscale.data.sources.retry import Retries
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
+from dcscale.data.storage import Access, ContentError, Patience, UnreadableError, open_source
+from dcscale.data.storage.retry import Retries
+from dcscale.testing.runs import numbered_shards, write_token_shards
 
 CONTENT = bytes(range(256)) * 400
 SIZE = len(CONTENT)
@@ -110,7 +110,7 @@ def test_an_object_is_read_whole_and_checked(source):
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 5, 10**9])
 @pytest.mark.parametrize("part", [1 << 24, SIZE, SIZE // 4])
 def test_every_other_size_is_noticed(source, monkeypatch, size, part):
-    monkeypatch.setattr("dcscale.data.sources.objects._PART", part)
+    monkeypatch.setattr("dcscale.data.storage.object_store._PART", part)
     with pytest.raises(ContentError, match=rf"s\.tar: it has \d+ bytes, but the manifest says {size}: it was cut off"):
         source.read("s.tar", size)
 
@@ -123,7 +123,7 @@ def test_an_empty_object(bucket, source):
 
 @pytest.mark.parametrize("part", [SIZE, SIZE - 1, SIZE // 4, 30_000])
 def test_parts_make_up_the_object_and_only_one_is_read_again(source, monkeypatch, part):
-    monkeypatch.setattr("dcscale.data.sources.objects._PART", part)
+    monkeypatch.setattr("dcscale.data.storage.object_store._PART", part)
     asked = fail_first(source, monkeypatch, None, OSError(16, "Please reduce your request rate."), TimeoutError())
     assert source.read("s.tar", SIZE, SHA256) == CONTENT
     parts = -(-SIZE // part)

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from dcscale.data import DataError, open_stream, read_manifest
-from dcscale.data.manifest import write_manifest
-from dcscale.data.sources import Access, FolderSource, JoinedSource, Patience, open_source
+from dcscale.data.shards.manifest import write_manifest
+from dcscale.data.storage import Access, FolderSource, JoinedSource, Patience, open_source
+from dcscale.testing.runs import numbered_shards, write_token_shards
 from dcscale.testing.shard_server import ShardServer
-from dcscale.testing.token_shards import numbered_shards, write_token_shards
 
 PARTS = ("b", "a", "part-00", "part-01", "part-02")
 SETTINGS = {"vocab_size": 5000, "sequence_length": 8, "seed": 3, "shuffle_shards": 2, "slots": 4}

@@ -17,7 +17,7 @@ from dcscale.checkpoint import CheckpointError, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, damage, read_marker, seal
 from dcscale.checkpoint.probe import read_probe
 from dcscale.convert import ConversionError
-from dcscale.inference import open_trained
+from dcscale.evaluation import open_trained
 from dcscale.observe import Console
 from dcscale.parallel import KINDS, discover, start_distributed
 from dcscale.testing.distributed import run_distributed

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcscale.data import DataError, build_shards, open_stream, read_manifest
-from dcscale.data.sources import FolderSource, UnreadableError
+from dcscale.data.storage import FolderSource, UnreadableError
 from dcscale.observe import Console
 from dcscale.parallel import discover, start_distributed, stop_distributed
 from dcscale.testing import shard_server as faults

@@ -8,9 +8,8 @@ from dcscale.models import DCFormer, initialize
 from dcscale.observe import read_metrics
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_shards, tiny_config, train_all
-from dcscale.train.build import open_training_stream
-from dcscale.train.optimizer import build_optimizer
-from dcscale.train.schedule import learning_rate
+from dcscale.train.data import open_training_stream
+from dcscale.train.optimizer import build_optimizer, learning_rate
 
 pytestmark = pytest.mark.distributed
 
@@ -20,12 +19,12 @@ VARIANTS = {
     "whole batch at once": ["parallel.zero_stage=0", "train.micro_batch_size=4"],
     "everything recomputed": ["parallel.zero_stage=1", "train.recompute=block", "train.loss_chunk=7"],
     "sharded and recomputed": ["parallel.zero_stage=3", "train.recompute=block", "train.loss_chunk=7"],
-    "small buckets": ["parallel.zero_stage=2", "parallel.bucket_elements=1000"],
+    "small buckets": ["parallel.zero_stage=2", "parallel.bucket_size=1000"],
     "reference attention": ["parallel.zero_stage=1", "model.backend=reference"],
 }
 BY_HAND = [
     # Clipped far, and with an epsilon that keeps Adam from undoing it.
-    *("train.gradient_clip=0.05", "optimizer.eps=0.01", "optimizer.learning_rate=0.05"),
+    *("train.gradient_clipping=0.05", "optimizer.eps=0.01", "optimizer.learning_rate=0.05"),
     *("train.micro_batch_size=1", "optimizer.rules=[{match: '*.compose.*', lr_scale: 0.5, weight_decay: 0.3}]"),
 ]
 TIED = ["model.tied_embeddings=true", "model.multi_gate=4", "optimizer.rules=[{match: '*.compose.*', lr_scale: 0.5}]"]
@@ -78,7 +77,7 @@ def test_a_step_is_that_of_a_plain_loop_over_whole_batches(losses, shards, tmp_p
         optimizer.zero_grad()
         loss = model(batch.input_ids, batch.targets, batch.document_ids) / batch.target_count
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(config.schedule, 0.05, 4, step)
         optimizer.step()

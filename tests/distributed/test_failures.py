@@ -7,8 +7,9 @@ import signal
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint, lifecycle
-from dcscale.data import DataError, steps
+from dcscale.checkpoint import CheckpointError, checkpointer, checkpoints_of, find_checkpoint
+from dcscale.data import DataError
+from dcscale.data.stream import lookahead
 from dcscale.observe import Console
 from dcscale.parallel import NonFiniteError, RankError, decided_by_main, discover, on_every_rank, start_distributed
 from dcscale.testing.distributed import run_distributed
@@ -87,7 +88,7 @@ class BreakData(Hook):
 
 
 def _data_fails(config):
-    steps._GROUP_SEQUENCES = 1  # else all steps of so small a run are made at once, before step 1
+    lookahead._GROUP_SEQUENCES = 1  # else all steps of so small a run are made at once, before step 1
     trainer = build(config, BreakData())
     return (*failure(trainer.fit), trainer.state.step)
 
@@ -212,7 +213,7 @@ class BreakSaving(Hook):
             def fail(*arguments):
                 raise OSError("No space left on device")
 
-            lifecycle.write_fragments = fail
+            checkpointer.write_fragments = fail
 
 
 def _saving_fails(config):
@@ -318,7 +319,7 @@ def test_a_resumed_run_clips_and_steps_as_its_own_config_says(shards, tmp_path, 
         base = [f"parallel.zero_stage={stage}", f"train.precision={precision}", "validation.interval=0"]
         configs.append(tiny_config(tmp_path / f"{stage}", shards, *base, "train.stop_after=1"))
         configs.append(
-            tiny_config(tmp_path / f"{stage}", shards, *base, "train.stop_after=2", "train.gradient_clip=0.001")
+            tiny_config(tmp_path / f"{stage}", shards, *base, "train.stop_after=2", "train.gradient_clipping=0.001")
         )
     (clips,) = run_distributed(_clip_after_resume, 1, configs)
     assert clips == [1.0, 0.001] * 3

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from dcscale.checkpoint.fragments import Fragments
+from dcscale.checkpoint.training_state import Fragments
 from dcscale.convert import convert
 from dcscale.data import BatchLoader
 from dcscale.observe import read_metrics
-from dcscale.parallel.fragments import MASTER
-from dcscale.testing.convert import tensors_of
+from dcscale.parallel.zero_state import MASTER
 from dcscale.testing.distributed import run_distributed
+from dcscale.testing.models import tensors_of
 from dcscale.testing.runs import make_shards, tiny_config, train_all
-from dcscale.train.build import open_training_stream
+from dcscale.train.data import open_training_stream
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from dcscale.bench.attention import implementations
+from dcscale.bench.attention import cases
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "bench_attention.py"
@@ -124,8 +124,8 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, call, content):
 
 
 def test_a_wrong_implementation_ends_it_without_a_speed(tmp_path, call, monkeypatch):
-    right = implementations.compose_attention
-    monkeypatch.setattr(implementations, "compose_attention", lambda *a, **o: right(*a, **o) * 1.01)
+    right = cases.compose_attention
+    monkeypatch.setattr(cases, "compose_attention", lambda *a, **o: right(*a, **o) * 1.01)
     path = tmp_path / "a.json"
     code, written, told = call(*TINY, "--length", "40", "--window", "none", "--dtype", "fp32", "--output", path)
     assert code == 1

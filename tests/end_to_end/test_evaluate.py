@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models
 
 from dcscale.convert import convert
 from dcscale.observe import read_metrics
-from dcscale.testing.convert import write_checkpoint
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.models import tiny_config as tiny_model
+from dcscale.testing.models import write_checkpoint
 from dcscale.testing.runs import make_shards, tiny_config, train_all
 
 TASK = {"task_id": "ends", "texts": "heads are [ composed ] by small [ matrices ]"}

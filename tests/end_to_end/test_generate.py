@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dcscale.checkpoint.layout import seal
 from dcscale.convert import ConversionError
 from dcscale.data import DataError
-from dcscale.inference import open_trained
+from dcscale.evaluation import open_trained
 from dcscale.models import generate
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import WORDS, make_shards, tiny_config, train_all

@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 
-from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint, lifecycle
+from dcscale.checkpoint import CheckpointError, checkpointer, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import damage
 from dcscale.observe import Console, read_metrics
 from dcscale.parallel import discover, start_distributed
@@ -68,7 +68,7 @@ def make_writable(disk):
 def _train(config, meddles, hide_what_is_free):
     """What training fails with, the last step done, and what was said at the terminal."""
     if hide_what_is_free:
-        lifecycle.shutil.disk_usage = lambda folder: namedtuple("usage", "free")(1 << 40)
+        checkpointer.shutil.disk_usage = lambda folder: namedtuple("usage", "free")(1 << 40)
     environment = discover()
     start_distributed(environment, 1)
     trainer = build_trainer(config, environment, Console(enabled=False))

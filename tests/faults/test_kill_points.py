@@ -10,11 +10,10 @@ from itertools import count
 
 import torch
 
-from dcscale.checkpoint import Checkpoints, find_checkpoint, fragments, weights
+from dcscale.checkpoint import Checkpoints, find_checkpoint, training_state, weights
 from dcscale.checkpoint.layout import damage, step_of
 from dcscale.config import CheckpointConfig
-from dcscale.testing.distributed import run_distributed
-from dcscale.testing.ranks import on_threads
+from dcscale.testing.distributed import on_threads, run_distributed
 
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 
@@ -47,7 +46,7 @@ def save_and_die(run, step, last_operation):
             if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
                 operate()
 
-        fsync, save_file = os.fsync, fragments.save_file
+        fsync, save_file = os.fsync, training_state.save_file
 
         def fsync_or_die(descriptor):
             operate()
@@ -61,7 +60,7 @@ def save_and_die(run, step, last_operation):
             path.write_bytes(content)
 
         sys.addaudithook(hear)
-        os.fsync, fragments.save_file, weights.save_file = fsync_or_die, save_file_or_die, save_file_or_die
+        os.fsync, training_state.save_file, weights.save_file = fsync_or_die, save_file_or_die, save_file_or_die
         save(run, step)
         os._exit(0)
     status = os.waitpid(process, 0)[1]

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dcscale.data import ByteTokenizer, DataError, HuggingFaceTokenizer
-from dcscale.inference.marks import Sample, read_samples, tokenise, unmarked
+from dcscale.evaluation.task_format import Sample, read_samples, tokenise, unmarked
 
 TEXT = "\n< Ann has a plum. >. Ann has a kind of [ fruit ]\n< Bo likes São Paulo. >. Bo likes [ São Paulo ]\n"
 PLAIN = "\n< Ann has a plum. >. Ann has a kind of fruit\n< Bo likes São Paulo. >. Bo likes São Paulo\n"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dcscale.data import DataError
-from dcscale.inference import evaluate_shards, open_shards
+from dcscale.evaluation import evaluate_shards, open_shards
 from dcscale.testing.models import lively_model, random_ids, tiny_config
-from dcscale.testing.token_shards import write_token_shards
+from dcscale.testing.runs import write_token_shards
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])

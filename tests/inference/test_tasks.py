@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcscale.data import DataError
-from dcscale.inference import Accuracy, evaluate_tasks, read_tasks
+from dcscale.evaluation import Accuracy, evaluate_tasks, read_tasks
 from dcscale.testing.models import lively_model, tiny_config
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcscale.data import ByteTokenizer, DataError
-from dcscale.inference import evaluate_text, read_text
+from dcscale.evaluation import evaluate_text, read_text
 from dcscale.testing.models import lively_model, tiny_config
 
 TEXT = "Köpfe werden gemischt, und "

@@ -8,9 +8,8 @@ from tokenizers import Tokenizer, models
 
 from dcscale.convert import ConversionError, convert
 from dcscale.data import ByteTokenizer, DataError
-from dcscale.inference import open_trained
-from dcscale.testing.convert import UpstreamFolder, write_checkpoint
-from dcscale.testing.models import tiny_config
+from dcscale.evaluation import open_trained
+from dcscale.testing.models import UpstreamFolder, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")
 

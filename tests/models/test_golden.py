@@ -9,7 +9,7 @@ import torch
 from dcscale.models import DCFormer
 from dcscale.models.blocks import Attention
 from dcscale.ops import rope_table
-from dcscale.testing.golden import GoldenCase, load_attention_case, load_model_case
+from dcscale.testing.models import GoldenCase, load_attention_case, load_model_case
 
 DATA = Path(__file__).parents[1] / "data" / "models"
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dcscale.ops import attention
-from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, random_inputs, unfused_attention
-from dcscale.testing.tolerance import check_results
+from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, check_results, random_inputs, unfused_attention
 
 
 def plain(q, k, v, pre, post, **options):

@@ -8,9 +8,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import ComposeWeights, compose_attention
-from dcscale.ops.compose import chunked, mixing
-from dcscale.testing.attention import COMPOSE_CALLS, WEIGHTS, arguments, random_inputs, unfused_attention
-from dcscale.testing.tolerance import assert_same, check_results
+from dcscale.ops.compose import chunked
+from dcscale.testing.attention import (
+    COMPOSE_CALLS,
+    WEIGHTS,
+    arguments,
+    assert_same,
+    check_results,
+    random_inputs,
+    unfused_attention,
+)
 
 
 @pytest.fixture
@@ -106,7 +113,7 @@ def test_tensors_in_any_memory_order():
 def test_nothing_is_read_before_it_is_written(monkeypatch):
     """All memory starts as NaN, and scratch is NaN again for every chunk."""
 
-    class Poisoned(mixing.Scratch):
+    class Poisoned(chunked.Scratch):
         def take(self, name, shape):
             return super().take(name, shape).fill_(torch.nan)
 
@@ -193,7 +200,7 @@ def test_scratch_stays_within_what_is_stated(queries, budget, monkeypatch):
         monkeypatch.setattr(chunked, "MAX_MAP_ELEMENTS", limit)
     pools = []
 
-    class Recorded(mixing.Scratch):
+    class Recorded(chunked.Scratch):
         def __init__(self, like):
             super().__init__(like)
             pools.append(self)

@@ -8,8 +8,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dcscale.ops import compose_attention
 from dcscale.ops.compose import compiled
-from dcscale.testing.attention import COMPOSE_CALLS, WEIGHTS, arguments, random_inputs, unfused_attention
-from dcscale.testing.tolerance import assert_same, check_results
+from dcscale.testing.attention import (
+    COMPOSE_CALLS,
+    WEIGHTS,
+    arguments,
+    assert_same,
+    check_results,
+    random_inputs,
+    unfused_attention,
+)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcscale.testing.golden_attention import checksums, golden_names, load_golden_attention
+from dcscale.testing.models import checksums, golden_names, load_golden_attention
 
 FOLDER = Path(__file__).parents[1] / "data" / "attention"
 NAMES = golden_names(FOLDER)

@@ -13,14 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import ComposeWeights, compose_attention
-from dcscale.ops.compose import triton_op, triton_tiles
-from dcscale.ops.compose.triton_tiles import MAX_RANK, Tile, Tiles
-from dcscale.testing.attention import WEIGHTS, arguments, random_inputs, unfused_attention
-from dcscale.testing.tolerance import check_results
+from dcscale.ops.compose.triton import op, tiles
+from dcscale.ops.compose.triton.tiles import MAX_RANK, Tile, Tiles
+from dcscale.testing.attention import WEIGHTS, arguments, check_results, random_inputs, unfused_attention
 
 pytest.importorskip("triton", reason="triton is not installed")
-from dcscale.ops.compose import triton_staged
-from dcscale.ops.compose.triton_staged import StagedAttention, scratch_bytes
+from dcscale.ops.compose.triton import staging
+from dcscale.ops.compose.triton.staging import StagedAttention, scratch_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -52,7 +51,7 @@ TILES = {
 def small_tiles(monkeypatch):
     """Tiles of 16 x 16, so that short sequences have many."""
     small = Tiles(Tile(16, 16, 4), Tile(16, 16, 4))
-    monkeypatch.setattr(triton_tiles, "TABLE", {capability: {MAX_RANK: small} for capability in triton_tiles.TABLE})
+    monkeypatch.setattr(tiles, "TABLE", {capability: {MAX_RANK: small} for capability in tiles.TABLE})
 
 
 def moved(inputs, device, dtype=torch.float32):
@@ -114,8 +113,8 @@ BLOCKS = {
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 def test_equals_the_reference_in_blocks(options, several, monkeypatch):
     """Windowed calls cut into blocks of 16 queries: all in one chunk, or two in each of the backward pass."""
-    monkeypatch.setattr(triton_staged, "MIN_BLOCK_QUERIES", 16)
-    monkeypatch.setattr(triton_staged, "MAX_CHUNK_QUERIES", 16)
+    monkeypatch.setattr(staging, "MIN_BLOCK_QUERIES", 16)
+    monkeypatch.setattr(staging, "MAX_CHUNK_QUERIES", 16)
     chunked = []
     original = StagedAttention.chunks
     monkeypatch.setattr(StagedAttention, "chunks", lambda *a: chunked.append(original(*a)) or chunked[-1])
@@ -184,7 +183,7 @@ def test_tensors_in_any_memory_order():
 @pytest.mark.usefixtures("small_tiles")
 def test_nothing_is_read_before_it_is_written(monkeypatch):
     """All memory starts as NaN. Two runs give the same bits."""
-    monkeypatch.setattr(triton_staged, "MAX_CHUNK_QUERIES", 16)
+    monkeypatch.setattr(staging, "MAX_CHUNK_QUERIES", 16)
     inputs = random_inputs(batch=1, queries=37, heads=2, window=21, documents=11)
     expected = run(inputs)
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
@@ -236,9 +235,9 @@ def test_memory_stays_within_what_is_stated(queries, window, monkeypatch):
     qkv = 3 * q.nbytes
     statistics = torch.zeros(batch, heads, 2, queries)
 
-    forward = peak_bytes(lambda: triton_op._forward(*call))
+    forward = peak_bytes(lambda: op._forward(*call))
     assert forward <= budget + qkv + packed + statistics.nbytes
-    backward = peak_bytes(lambda: triton_op._backward(q, [statistics], *call))
+    backward = peak_bytes(lambda: op._backward(q, [statistics], *call))
     assert backward <= budget + 2 * (2 * qkv + 2 * packed)
 
 

@@ -15,9 +15,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import attention, choose_backend, compose_attention, flash
-from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, random_inputs, unfused_attention
+from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, check_results, random_inputs, unfused_attention
 from dcscale.testing.models import lively_model, random_ids, tiny_config
-from dcscale.testing.tolerance import check_results
 
 
 def flash_attn_func(

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from dcscale.ops import choose_backend, compose_attention
-from dcscale.ops.compose import api, triton_check
+from dcscale.ops.compose import api
+from dcscale.ops.compose.triton import self_test
 from dcscale.testing.attention import WEIGHTS, arguments, random_inputs
 
 pytest.importorskip("triton", reason="triton is not installed")
-from dcscale.ops.compose.triton_staged import StagedAttention
+from dcscale.ops.compose.triton.staging import StagedAttention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,10 +19,10 @@ def small_input(monkeypatch):
     """Interpreted, each tile takes long. What was found is forgotten."""
     if DEVICE == "cpu":
         for name, size in (("LENGTH", 40), ("WINDOW", 25), ("DOCUMENT", 20)):
-            monkeypatch.setattr(triton_check, name, size)
-    triton_check._try.cache_clear()
+            monkeypatch.setattr(self_test, name, size)
+    self_test._try.cache_clear()
     yield
-    triton_check._try.cache_clear()
+    self_test._try.cache_clear()
 
 
 def call(dtype=torch.float32, absent=()):
@@ -32,7 +33,7 @@ def call(dtype=torch.float32, absent=()):
 @pytest.mark.parametrize("absent", [[], ["pre.qg", "post.k1", "post.k2"], WEIGHTS[6:]], ids=["all", "some", "pre"])
 def test_right_kernels_pass(dtype, absent):
     q, _, _, pre, post = call(dtype, absent)
-    assert triton_check.wrong_result(q, pre, post) is None
+    assert self_test.wrong_result(q, pre, post) is None
 
 
 def test_a_wrong_product_is_named(monkeypatch):
@@ -46,9 +47,7 @@ def test_a_wrong_product_is_named(monkeypatch):
 
     monkeypatch.setattr(StagedAttention, "launch", launch)
     q, _, _, pre, post = call()
-    assert "the gradient of q is off by 1.0e+00 of its norm, more than 1.0e-04" in triton_check.wrong_result(
-        q, pre, post
-    )
+    assert "the gradient of q is off by 1.0e+00 of its norm, more than 1.0e-04" in self_test.wrong_result(q, pre, post)
 
 
 def test_a_failing_compiler_is_named(monkeypatch):
@@ -57,15 +56,15 @@ def test_a_failing_compiler_is_named(monkeypatch):
 
     monkeypatch.setattr(StagedAttention, "launch", launch)
     q, _, _, pre, post = call()
-    assert triton_check.wrong_result(q, pre, post) == "its kernels fail here: RuntimeError: ptxas died"
+    assert self_test.wrong_result(q, pre, post) == "its kernels fail here: RuntimeError: ptxas died"
 
 
 def test_it_is_tried_once_and_also_while_a_model_is_compiled(monkeypatch):
     """As on a GPU, where the choice is made in the middle of torch.compile's trace."""
     tried = []
-    original = triton_check._compare
-    monkeypatch.setattr(triton_check, "_compare", lambda kernels: tried.append(kernels) or original(kernels))
-    monkeypatch.setattr(api, "_triton_problem", lambda q, pre, post: triton_check.wrong_result(q, pre, post))
+    original = self_test._compare
+    monkeypatch.setattr(self_test, "_compare", lambda kernels: tried.append(kernels) or original(kernels))
+    monkeypatch.setattr(api, "_triton_problem", lambda q, pre, post: self_test.wrong_result(q, pre, post))
     q, k, v, pre, post = call()
 
     def function(q, k, v, *weights):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dcscale.ops import choose_backend, compose_attention
-from dcscale.ops.compose import api, triton_op
-from dcscale.ops.compose.triton_tiles import MAX_RANK, TABLE, tiles_for
+from dcscale.ops.compose import api
+from dcscale.ops.compose.triton import op
+from dcscale.ops.compose.triton.tiles import MAX_RANK, TABLE, tiles_for
 from dcscale.testing.attention import arguments, random_inputs
 
 
@@ -119,4 +120,4 @@ def test_every_thread_has_elements_of_its_own(capability):
 
 def test_the_module_imports_without_triton():
     """It is imported with dcscale.ops, where triton may be missing."""
-    assert "triton" not in vars(triton_op)
+    assert "triton" not in vars(op)

@@ -5,14 +5,14 @@ import sys
 import pytest
 import torch
 
-from dcscale.ops.compose.triton_tiles import TABLE, Tile
+from dcscale.ops.compose.triton.tiles import TABLE, Tile
 from dcscale.testing.attention import arguments, random_inputs
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
-from dcscale.ops.compose.triton_staged import StagedAttention
-from dcscale.ops.compose.triton_tune import CANDIDATES, main, tune
+from dcscale.ops.compose.triton.staging import StagedAttention
+from dcscale.ops.compose.triton.tune import CANDIDATES, main, tune
 
 
 def test_the_fastest_of_each_direction_is_found(capsys):

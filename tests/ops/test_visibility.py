@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dcscale.ops.visibility import key_range, visible_keys, visible_pairs
+from dcscale.ops.masks import key_range, visible_keys, visible_pairs
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 5, 9]])
 RANGES = [(range(10), range(10)), (range(4, 7), range(10)), (range(9, 10), range(10)), (range(6, 8), range(3, 8))]

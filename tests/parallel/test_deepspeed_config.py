@@ -19,7 +19,9 @@ def test_the_batch_triple():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stages(stage):
-    result = generated(f"parallel.zero_stage={stage}", "parallel.bucket_elements=77", "parallel.whole_elements=5")
+    result = generated(
+        f"parallel.zero_stage={stage}", "parallel.bucket_size=77", "parallel.param_persistence_threshold=5"
+    )
     zero = result["zero_optimization"]
     assert zero["stage"] == stage
     assert zero["overlap_comm"] == (stage > 0)
@@ -35,8 +37,8 @@ def test_precision():
 
 
 def test_without_clipping_the_norm_is_still_computed():
-    assert generated("train.gradient_clip=0.5")["gradient_clipping"] == 0.5
-    assert generated("train.gradient_clip=0")["gradient_clipping"] == NO_CLIP
+    assert generated("train.gradient_clipping=0.5")["gradient_clipping"] == 0.5
+    assert generated("train.gradient_clipping=0")["gradient_clipping"] == NO_CLIP
     # Without ZeRO and in float32 the engine clips, and keeps the norm.
     assert generated("train.precision=fp32", "parallel.zero_stage=0")["gradient_clipping"] == 0.0
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dcscale.testing.tolerance import check_error, check_results
+from dcscale.testing.attention import check_error, check_results
 
 TRUTH = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

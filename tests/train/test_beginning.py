@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import seal
-from dcscale.data.manifest import TokenizerInfo
+from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
-from dcscale.testing.convert import write_checkpoint
+from dcscale.testing.models import write_checkpoint
 from dcscale.testing.runs import tiny_config
-from dcscale.train.beginning import beginning_changes, initial_weights
+from dcscale.train.restore.init_from import beginning_changes, initial_weights
 
 BYTES = TokenizerInfo("byte", ByteTokenizer.fingerprint, 257, 256)
 

@@ -2,7 +2,7 @@
 
 import re
 
-from dcscale.train.metrics import BOARD_CHARTS, METRICS, board_values
+from dcscale.observe.metrics import BOARD_CHARTS, METRICS, board_values
 
 
 def test_tags_of_a_record():

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from dcscale.observe import Console
-from dcscale.train.report import Reporter
+from dcscale.observe.reporter import Reporter
 
 
 def reporter(run, last_step=0, is_main=True, progress=False):

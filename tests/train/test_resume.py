@@ -8,10 +8,10 @@ import pytest
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import seal, step_name
 from dcscale.config import to_yaml
-from dcscale.data.manifest import TokenizerInfo
+from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.testing.runs import tiny_config
-from dcscale.train import resume
-from dcscale.train.resume import (
+from dcscale.train.restore import resume
+from dcscale.train.restore.resume import (
     check_fits,
     checkpoint_to_resume,
     course_changes,

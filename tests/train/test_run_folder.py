@@ -6,11 +6,13 @@ from dcscale.checkpoint import CheckpointError
 from dcscale.observe import Console
 from dcscale.testing.runs import tiny_config
 from dcscale.train.build import _open_reporter, _start_folder
+from dcscale.train.restore.start import Start, StartKind
+from dcscale.train.state import TrainState
 
 
 def begin(run):
     config = tiny_config(run, run)
-    _start_folder(run, config, None, {})
+    _start_folder(run, config, Start(StartKind.FRESH, TrainState()))
     _open_reporter(run, 0, config, Console(enabled=False), is_main=True).close()
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dcscale.config.schema import SamplesConfig
 from dcscale.data import ByteTokenizer, DataError
-from dcscale.train.hooks import Samples
+from dcscale.train.hooks.samples import Samples
 
 
 class Blind(ByteTokenizer):

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.train.hooks import Saving, saving
+from dcscale.train.hooks import saving
+from dcscale.train.hooks.saving import Saving
 
 
 class Stand:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dcscale.config.schema import ScheduleConfig
-from dcscale.train.schedule import learning_rate
+from dcscale.train.optimizer import learning_rate
 
 
 def rates(steps=100, peak=2.0, **settings):

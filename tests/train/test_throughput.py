@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcscale.train.hooks import Throughput, peak_tflops
+from dcscale.hardware import peak_tflops
+from dcscale.train.hooks.progress import Throughput
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 

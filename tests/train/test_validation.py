@@ -8,8 +8,8 @@ import torch
 from dcscale.data import BatchLoader, DataError, open_stream
 from dcscale.parallel import Environment
 from dcscale.testing.models import lively_model, tiny_config
-from dcscale.testing.token_shards import write_token_shards
-from dcscale.train.evaluate import evaluate
+from dcscale.testing.runs import write_token_shards
+from dcscale.train.hooks.validation import evaluate
 
 
 class OneRank:

@@ -39,6 +39,6 @@ export -f data train profile
 stage facts 30 bash -c facts
 stage tests 130 python3 -m pytest -q --maxfail=8 -p no:cacheprovider tests/ops/test_triton_check.py tests/ops/test_compose_triton.py tests/models/test_triton_training.py
 stage attention 150 python3 tools/bench_attention.py --quick --minutes 2.2 --output "$out/attention.json"
-stage tune 90 bash -c 'python3 -m dcscale.ops.compose.triton_tune --heads 32 --head-dim 128 --length 4096; python3 -m dcscale.ops.compose.triton_tune --heads 32 --head-dim 128 --length 4096 --window 256'
+stage tune 90 bash -c 'python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096; python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096 --window 256'
 stage train 150 bash -c train
 stage profile 45 bash -c profile

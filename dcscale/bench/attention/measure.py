@@ -1,17 +1,72 @@
-"""Times and peak memory of a case's implementations, as rows of JSON."""
+"""The benchmark from end to end: the errors of all cases first, then time and memory, one case after the other."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
-from dcscale.bench.attention.cases import BACKWARD_FLOPS, DTYPES, PASSES, Case, Row
-from dcscale.bench.attention.implementations import COMPILED, DENSE, YARDSTICKS, Implementation, implementations
+from dcscale.bench.attention.cases import (
+    BACKWARD_FLOPS,
+    COMPILED,
+    DENSE,
+    DTYPES,
+    PASSES,
+    YARDSTICKS,
+    Case,
+    Implementation,
+    Row,
+    implementations,
+)
+from dcscale.bench.attention.report import LEGEND, case_lines, missing_lines
 from dcscale.bench.meter import available_bytes, first_line, is_out_of_memory, peak_bytes, time_in_turns
-from dcscale.testing.attention import AttentionInputs, arguments, unfused_attention
+from dcscale.testing.attention import AttentionInputs, arguments, check_results, unfused_attention
+
+
+@dataclass
+class Checked:
+    """What the checks of one short case found."""
+
+    passed: list[dict[str, Any]] = field(default_factory=list)
+    """By implementation: the tensor whose error comes nearest to its bound, and which part of the bound it is."""
+    failures: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Yardsticks that cannot run here, and why."""
+
+
+def check_errors(case: Case, candidates: Iterable[Implementation], device: str) -> Checked:
+    """Every tensor of every implementation against float64, by the rule of :mod:`dcscale.testing.attention`."""
+    inputs, dtype = case.draw(device), DTYPES[case.dtype]
+    checked, expected = Checked(), {}
+    for implementation in candidates:
+        formula = (implementation.composed, implementation.windowed)
+        wide: AttentionInputs = implementation.inputs(inputs)
+        narrow = wide.to(dtype)
+        if formula not in expected:
+            expected[formula] = narrow.run_function(unfused_attention), wide.run_function(unfused_attention)
+        try:
+            results = narrow.run_function(implementation.function)
+        except Exception as error:  # a kernel that does not build or does not start fails in any way
+            if implementation.kind in YARDSTICKS:
+                checked.missing[implementation.name] = first_line(error)
+            else:
+                checked.failures.append(f"{implementation.name} ({case}): {first_line(error)}")
+            continue
+        parts = {}
+        for name in results:
+            try:
+                parts |= check_results(*({name: x[name]} for x in (results, *expected[formula])))
+            except AssertionError as error:
+                checked.failures.append(f"{implementation.name} ({case}): {error}")
+        if len(parts) == len(results):
+            worst = max(parts, key=parts.__getitem__)
+            row = {"implementation": implementation.name, "tensors": len(parts), "worst": worst}
+            checked.passed.append({**asdict(case), **row, "part_of_bound": round(parts[worst], 3)})
+    return checked
+
 
 Kinds = Mapping[str, "str | None"]
 """Implementations by kind, with the reason why one is left out, or None."""
@@ -169,3 +224,63 @@ def _add_ratios(rows: Sequence[Row]) -> None:
             if yardstick is not None:
                 row[ratio] = {each: row[each]["ms"] / yardstick[each]["ms"] for each in PASSES}
                 row[ratio]["of"] = yardstick["implementation"]
+
+
+class WrongResultsError(Exception):
+    """Some implementation's error is beyond its bound: what, where and by how much."""
+
+
+def run_all(
+    cases: Sequence[Case],
+    kinds_of: Callable[[Case], Kinds],
+    device: str,
+    seconds: float,
+    minutes: float,
+    say: Callable[[str], None],
+) -> tuple[list[Row], list[Row]]:
+    """(how near each implementation's errors come to their bounds, the rows of :func:`measure` for all cases).
+
+    ``say`` gets progress and tables, line by line. Nothing new is begun after so many ``minutes``. Raises
+    WrongResultsError before anything is timed.
+    """
+    started = time.monotonic()
+
+    def say_when(text: str) -> None:
+        passed = int(time.monotonic() - started)
+        say(f"{passed // 60:02}:{passed % 60:02}  {text}")
+
+    checked = check_all(cases, kinds_of, device, say_when)
+    failures = [failure for each in checked.values() for failure in each.failures]
+    if failures:
+        raise WrongResultsError("\n  ".join(["wrong results, so nothing is timed:", *failures]))
+    errors = [row for each in checked.values() for row in each.passed]
+    for row in sorted(errors, key=lambda row: row["part_of_bound"])[-1:]:
+        place = f"{row['implementation']}, {row['worst']}, {row['dtype']}"
+        say_when(f"all errors are within their bounds; the nearest is at {row['part_of_bound']:.0%} ({place})")
+    say(LEGEND)
+    rows, said, prediction = [], set(), Prediction(device)
+    for number, case in enumerate(cases, start=1):
+        say_when(f"case {number}/{len(cases)}: {case}")
+        broken = checked[case.for_checks()].missing
+        of_case = measure(case, kinds_of(case), broken, device, seconds, started + 60 * minutes, prediction)
+        for line in [*case_lines(of_case), *(line for line in missing_lines(of_case) if line not in said)]:
+            say(line)
+        said.update(missing_lines(of_case))
+        rows += of_case
+    return errors, rows
+
+
+def check_all(
+    cases: Sequence[Case], kinds_of: Callable[[Case], Kinds], device: str, say: Callable[[str], None]
+) -> dict[Case, Checked]:
+    """The errors of every short case that stands for some of ``cases``, by the short case."""
+    kinds_of_check: dict[Case, dict[str, None]] = {}
+    for case in cases:
+        wanted = dict.fromkeys(kind for kind, reason in kinds_of(case).items() if reason is None)
+        kinds_of_check.setdefault(case.for_checks(), {}).update(wanted)
+    checked = {}
+    for number, (case, kinds) in enumerate(kinds_of_check.items(), start=1):
+        say(f"errors {number}/{len(kinds_of_check)}: {case}")
+        torch.compiler.reset()  # it would give up on a formula after a few shapes
+        checked[case] = check_errors(case, candidates(case, kinds, device)[0], device)
+    return checked

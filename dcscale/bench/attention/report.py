@@ -1,13 +1,19 @@
-"""A result in words: the table on the screen, the targets, and the tables of the README, all from the JSON."""
+"""A result in words: the table on the screen, the targets, and the tables of the README, all from the JSON.
+
+The speeds that this project wants to reach, and what a run says of them.
+
+A result as a picture: time by SDPA's, and peak memory, over the length. matplotlib is imported when it is drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dcscale.bench.attention.cases import PASSES, Case, Row
-from dcscale.bench.attention.implementations import KINDS
-from dcscale.bench.record import ResultError, short
+from dcscale.bench.attention.cases import CENTRE, KINDS, PASSES, Case, Row
+from dcscale.cli import ResultError, short
 
 _CASE = tuple(Case.__dataclass_fields__)
 _COLUMNS = ("", "forward ms", "fwd+bwd ms", "quartiles", "x SDPA", "x windowed", "TFLOP/s", "peak MiB", "")
@@ -123,3 +129,179 @@ def _line(cells: Sequence[Any]) -> str:
 
 def _ratios(row: Row, name: str) -> str:
     return " ".join(short(row[name][each]) for each in PASSES) if name in row else "-"
+
+
+THREADS_ON_CPU = 2
+"""The times on a CPU are wanted with as many."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """``ours`` is at most ``limit`` times ``other`` in ``measure``, where H, D are the device's centre, B=1, rank 2.
+
+    measure: "time" of forward and backward, or "peak memory". ``other``: a kind, whose fastest counts; or "growth":
+    then the peak is compared with that at a length of ``other_length``.
+    """
+
+    device: str
+    ours: str
+    limit: float
+    measure: str
+    other: str
+    dtype: str
+    window: int | None = None
+    length: int = 4096
+    other_length: int = 4096
+
+    def __str__(self) -> str:
+        _, heads, head_dim = CENTRE[self.device]
+        window = "no window" if self.window is None else f"window {self.window}"
+        place = f"{self.dtype}, T={self.length}, H={heads}, D={head_dim}, {window}"
+        what = self.measure if self.measure != "time" else "forward+backward"
+        other = {
+            "dense": "the dense formula's",
+            "dense-compiled": "the compiled dense formula's",
+            "sdpa": "SDPA's without a window",
+            "growth": f"that at T={self.other_length}",
+        }[self.other]
+        device = {"cuda": "GPU", "cpu": "CPU"}[self.device]
+        return f"{device}: {self.ours}, {what} at most {_number(self.limit)} x {other} ({place})"
+
+
+TARGETS = (
+    Target("cuda", "triton", 3, "time", "sdpa", "bf16"),
+    Target("cuda", "triton", 1, "time", "sdpa", "bf16", window=256),
+    Target("cuda", "triton", 1 / 3, "time", "dense-compiled", "bf16"),
+    Target("cuda", "triton", 1 / 10, "time", "dense", "bf16"),
+    Target("cuda", "triton", 1 / 8, "peak memory", "dense", "bf16"),
+    *(
+        Target("cpu", ours, limit, "time", "sdpa", dtype, window)
+        for ours in ("chunked", "compiled")
+        for dtype in ("fp32", "bf16")
+        for window, limit in ((None, 3), (256, 1))
+    ),
+    # A map of T x S would grow by 16.
+    *(
+        Target("cpu", ours, 4, "peak memory", "growth", dtype, window, other_length=1024)
+        for ours in ("chunked", "compiled")
+        for dtype in ("fp32", "bf16")
+        for window in (None, 256)
+    ),
+)
+
+
+def judge(rows: Sequence[Row], machine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each target with the ratio that was measured and "reached", "missed" or "not measured"."""
+    return [{"target": str(target), "limit": target.limit, **_verdict(target, rows, machine)} for target in TARGETS]
+
+
+def _verdict(target: Target, rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, Any]:
+    if machine["device"] != target.device:
+        return _not_measured(f"this run was on {machine['device']}")
+    if target.device == "cpu" and target.measure == "time" and machine["threads"] != THREADS_ON_CPU:
+        return _not_measured(f"the target is for {THREADS_ON_CPU} threads, and this run had {machine['threads']}")
+    ours = _best(target, rows, target.ours, target.length)
+    other = _best(target, rows, target.ours if target.other == "growth" else target.other, target.other_length)
+    for row, name in ((ours, target.ours), (other, target.other)):
+        if row is None:
+            return _not_measured(f"there is no figure for {name} in this case")
+    mine, theirs = (_value(row, target.measure) for row in (ours, other))
+    unit = "ms" if target.measure == "time" else "MiB"
+    return {
+        "verdict": "reached" if mine <= target.limit * theirs else "missed",
+        "ratio": mine / theirs,
+        "detail": f"{mine:.1f} {unit} and {theirs:.1f} {unit} ({other['implementation']})",
+    }
+
+
+def _not_measured(why: str) -> dict[str, Any]:
+    return {"verdict": "not measured", "ratio": None, "detail": why}
+
+
+def _best(target: Target, rows: Sequence[Row], kind: str, length: int) -> Row | None:
+    _, heads, head_dim = CENTRE[target.device]
+    case = {"dtype": target.dtype, "batch": 1, "length": length, "heads": heads, "head_dim": head_dim}
+    case |= {"window": target.window, "rank": 2, "not_measured": None, "kind": kind}
+    fitting = [row for row in rows if all(row.get(key, "") == value for key, value in case.items())]
+    return min(fitting, key=lambda row: _value(row, target.measure), default=None)
+
+
+def _value(row: Row, measure: str) -> float:
+    return row["forward_backward"]["ms"] if measure == "time" else row["peak_bytes"] / 2**20
+
+
+def _number(limit: float) -> str:
+    return f"{limit:g}" if limit >= 1 else f"1/{1 / limit:g}"
+
+
+COLOURS = {
+    "dense": "tab:red",
+    "dense-compiled": "tab:orange",
+    "chunked": "tab:blue",
+    "compiled": "tab:cyan",
+    "triton": "tab:green",
+    "sdpa": "black",
+    "flash-attn": "tab:gray",
+    "windowed": "tab:purple",
+}
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the cases with the heads of the first: a column for each type and window. Raises ModuleNotFoundError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    shape = tuple(result["rows"][0][name] for name in ("heads", "head_dim"))
+    rows = [
+        row
+        for row in result["rows"]
+        if row["not_measured"] is None and (row["heads"], row["head_dim"]) == shape and "times_sdpa" in row
+    ]
+    columns = list(dict.fromkeys((row["dtype"], row["window"]) for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    size = (1.6 + 3.4 * max(1, len(columns)), 7.2)
+    figure, axes = pyplot.subplots(
+        2, max(1, len(columns)), figsize=size, sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
+    handles = {}
+    for (above, below), (dtype, window) in zip(axes.T, columns):
+        above.set_title(f"{dtype}, {'no window' if window is None else f'window {window}'}")
+        for name in dict.fromkeys(row["implementation"] for row in rows):
+            line = [
+                row for row in rows if (row["implementation"], row["dtype"], row["window"]) == (name, dtype, window)
+            ]
+            line.sort(key=lambda row: row["length"])
+            if line:
+                handles[name] = _lines(above, below, line)
+        for axis in (above, below):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.margins(x=0.12)
+            axis.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        below.set_xlabel("T")
+    axes[0, 0].set_ylabel("forward+backward\nx SDPA without a window")
+    axes[1, 0].set_ylabel("peak memory\nabove the inputs, MiB")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+    machine, versions = result["machine"], result["versions"]
+    figure.suptitle(
+        f"{machine['name']}, H={shape[0]}, D={shape[1]}, torch {versions['torch']}, {result['date'][:10]}", fontsize=11
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _lines(above: Any, below: Any, rows: list[Row]) -> Any:
+    """An implementation's two lines."""
+    lengths = [row["length"] for row in rows]
+    style = {"color": COLOURS[rows[0]["kind"]], "marker": "o", "markersize": 4}
+    if rows[0]["kind"] == "sdpa":
+        style["linestyle"] = {"cudnn": "--", "efficient": ":"}.get(rows[0]["implementation"].split()[1], "-")
+    below.plot(lengths, [row["peak_bytes"] / 2**20 for row in rows], **style)
+    return above.plot(lengths, [row["times_sdpa"]["forward_backward"] for row in rows], **style)[0]

@@ -15,8 +15,8 @@ from typing import Any
 
 from dcscale.bench.data import probe
 from dcscale.bench.data.corpus import Corpus, make_corpus
+from dcscale.bench.data.probe import written
 from dcscale.bench.data.reader import Settings
-from dcscale.bench.data.tasks import written
 
 KINDS = ("dcscale", "mosaic", "litdata", "torchdata")
 BEFORE, AFTER = (2, 2), ((2, 2), (2, 3), (3, 2), (1, 2))

@@ -13,8 +13,8 @@ from typing import Any
 
 from dcscale.bench.data import elastic, probe
 from dcscale.bench.data.corpus import Corpus
+from dcscale.bench.data.probe import written
 from dcscale.bench.data.reader import Settings
-from dcscale.bench.data.tasks import written
 
 KINDS = ("dcscale", "webdataset", "torchdata", "mosaic", "mosaic-hashed", "litdata", "flat")
 _NO_SHARDS = ("manifest.json", "index.json")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from dcscale.ops import flash
-from dcscale.ops.arguments import check_attention, check_tensor
-from dcscale.ops.attention import attention
+from dcscale.ops.attention import attention, check_attention, check_tensor
 from dcscale.ops.compose.chunked import chunked_attention
 from dcscale.ops.compose.compiled import compiled_attention
-from dcscale.ops.compose.operator import SCRATCH_BYTES
+from dcscale.ops.compose.custom_op import SCRATCH_BYTES
 from dcscale.ops.compose.reference import reference_attention
-from dcscale.ops.compose.triton_check import wrong_result
-from dcscale.ops.compose.triton_op import obstacle, triton_attention
+from dcscale.ops.compose.triton.op import obstacle, triton_attention
+from dcscale.ops.compose.triton.self_test import wrong_result
 from dcscale.ops.compose.weights import ComposeWeights
 
 BACKENDS = ("auto", "reference", "chunked", "compiled", "triton")

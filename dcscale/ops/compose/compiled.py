@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcscale.ops.compose.operator import DIFFERENTIABLE, define_operator
-from dcscale.ops.visibility import key_range
+from dcscale.ops.compose.custom_op import DIFFERENTIABLE, define_operator
+from dcscale.ops.masks import key_range
 
 MAX_CHUNK_QUERIES = 64
 """Queries a chunk. More make better matrix products, fewer waste less on keys that only some of the queries see."""

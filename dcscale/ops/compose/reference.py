@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcscale.ops.compose.weights import ComposeWeights
-from dcscale.ops.visibility import visible_keys
+from dcscale.ops.masks import visible_keys
 
 
 def reference_attention(

@@ -1,25 +1,41 @@
-"""The features of a training run, each beside the loop and with its own state."""
+"""The features of a training run, each next to the loop and with its own state. :func:`build_hooks` lists them all."""
 
-from dcscale.train.hooks.base import Hook, Record, due
+from __future__ import annotations
+
+from dcscale.config import Config
+from dcscale.hardware import peak_tflops
+from dcscale.models import count_flops
+from dcscale.parallel import Environment
+from dcscale.train.data import RunData
+from dcscale.train.hooks.base import Hook
 from dcscale.train.hooks.compose_distance import ComposeDistance
-from dcscale.train.hooks.data_epochs import DataEpochs
+from dcscale.train.hooks.progress import DataEpochs, SkippedData, Throughput
 from dcscale.train.hooks.samples import Samples
 from dcscale.train.hooks.saving import Saving
-from dcscale.train.hooks.skipped_data import SkippedData
-from dcscale.train.hooks.throughput import Throughput, peak_memory_gib, peak_tflops
 from dcscale.train.hooks.validation import Validation
+from dcscale.train.state import TrainState
 
-__all__ = [
-    "ComposeDistance",
-    "DataEpochs",
-    "Hook",
-    "Record",
-    "Samples",
-    "Saving",
-    "SkippedData",
-    "Throughput",
-    "Validation",
-    "due",
-    "peak_memory_gib",
-    "peak_tflops",
-]
+__all__ = ["Hook", "build_hooks"]
+
+
+def build_hooks(config: Config, environment: Environment, data: RunData, state: TrainState) -> list[Hook]:
+    """The hooks that ``config`` asks for, in the order in which they are called, restored from ``state``."""
+    hooks: list[Hook] = [
+        Throughput(
+            count_flops(config.model, config.data.sequence_length).total,
+            peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),
+        ),
+        DataEpochs(),
+        SkippedData(),
+    ]
+    if data.validation is not None:
+        hooks.append(Validation(data.validation, config.validation.interval, data.validation_bytes_per_target))
+    if config.model.attention == "dcmha" and config.log.compose_interval > 0:
+        hooks.append(ComposeDistance(config.log.compose_interval))
+    if data.tokenizer is not None:
+        hooks.append(Samples(config.samples, data.tokenizer, config.train.seed))
+    hooks.append(Saving(config.checkpoint.interval, config.checkpoint.on_error))
+    for hook in hooks:
+        if hook.name in state.hooks:
+            hook.load_state_dict(state.hooks[hook.name])
+    return hooks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dcscale.observe.metrics import Record
+
 if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer
-
-Record = dict[str, "float | int | None"]
 
 
 class Hook:
@@ -24,6 +24,10 @@ class Hook:
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
         """After the last step of this start; ``completed`` tells the run's end from an early stop."""
+
+    def summary(self, trainer: Trainer) -> dict[str, Any]:
+        """What the hook adds to ``summary.json``, as JSON values."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the hook needs to go on after a resume, as JSON values."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dcscale.observe.metrics import COMPOSE_PREFIX
 from dcscale.train.hooks.base import Hook, due
-from dcscale.train.metrics import COMPOSE_PREFIX
 
 if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer

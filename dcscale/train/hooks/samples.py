@@ -64,6 +64,9 @@ class Samples(Hook):
             # The browser must show the model's text, not interpret it.
             trainer.report_text(f"samples/prompt_{number}", f"<pre>{html.escape(text)}</pre>")
 
+    def summary(self, trainer: Trainer) -> dict[str, Any]:
+        return {"sample": self.last or None}
+
     def state_dict(self) -> dict[str, Any]:
         return {"done_at": self._done_at, "last": self.last}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.train.hooks.base import Hook, Record, due
+from dcscale.observe.metrics import Record
+from dcscale.train.hooks.base import Hook, due
 
 if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer

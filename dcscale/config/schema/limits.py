@@ -1,0 +1,43 @@
+"""What a value may be, written where its field is: a range of numbers, or one of a few choices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'at least'} {self.low}"
+        return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+
+
+COUNT, NOT_NEGATIVE, POSITIVE = Range(1), Range(0), Range(0, open_low=True)
+
+
+def number(default: Any, allowed: Range) -> Any:
+    """A number or a list of them within ``allowed``; null is allowed where the type allows it."""
+    metadata = {"range": allowed}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def choice(*options: Any, default: Any = None) -> Any:
+    """One of ``options``, by default the first."""
+    return field(default=options[0] if default is None else default, metadata={"choices": options})

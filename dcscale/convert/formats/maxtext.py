@@ -1,0 +1,398 @@
+"""The parameters in an Orbax checkpoint, read one layer at a time by tensorstore: JAX and Orbax are not needed.
+
+Orbax stores a tree of arrays in zarr, by the names of the tree joined by dots: each array in a folder of its own, as
+upstream's code does (``use_ocdbt=False``), or all in one OCDBT database, as Orbax does by default.
+
+Upstream is MaxText with DCFormer's layers (Caiyun-AI/DCFormer, jax/). Layers that were scanned over are one array with
+an axis of layers, ``decoder.layers.X``; others have a number, ``decoder.layers_3.X``. Here both are called
+``decoder.layers.3.X``.
+
+DCFormer as upstream trains it in JAX (Caiyun-AI/DCFormer, jax/MaxText) as a model of dcscale.
+
+Sizes follow from the arrays' shapes. What they do not tell (windows, epsilon, what is composed) is in the run's YAML
+config, such as upstream's ``configs/dcformer_pp_405m.yml``. Fixed in upstream's code are the base 10000 of RoPE, tanh
+GELU in compose (flax's default) and SiLU; queries see ``window_size`` keys, themselves included.
+
+Upstream's layers come in groups, ``num_layers_per_block`` of them with a window each: layer l of dcscale is number
+l % group of group l // group.
+
+Letters: E model width, H heads, D head width, F hidden width, C = 4 branches, K = 4*H, R = 2, G = 1 group of heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dcscale.config import Config
+from dcscale.config.schema import ModelConfig
+from dcscale.convert.errors import ConversionError
+from dcscale.convert.formats.upstream import branch_numbers, parameter_shapes
+from dcscale.convert.tensor_files import TensorFiles
+from dcscale.convert.tensor_map import LeftOut, Plan, Recipe, checked_config
+
+OCDBT = "manifest.ocdbt"
+_ITEMS = ("state", "default")
+"""Names that MaxText gives to what a step's folder holds."""
+
+_MOST_LAYERS = 1000
+_PARAMETERS = re.compile(r"params\.(?:params\.)?((?:token_embedder|decoder)\..+)")
+_SCANNED, _NUMBERED = re.compile(r"decoder\.layers\.(.+)"), re.compile(r"decoder\.layers_(\d+)\.(.+)")
+
+
+def find_state(path: Path) -> Path | None:
+    """The folder with the arrays that ``path`` means: itself, the one in a step's folder, or that of the newest step
+    of a run or of its ``checkpoints``; None where there is none."""
+    for folder in (path, *(path / item for item in _ITEMS)):
+        if (folder / OCDBT).is_file() or next(folder.glob("params.*/.zarray"), None) is not None:
+            return folder
+    for folder in (path, path / "checkpoints"):
+        steps = (step for step in folder.glob("*") if step.name.isdecimal() and step.is_dir())
+        for step in sorted(steps, key=lambda step: int(step.name), reverse=True):
+            if (state := find_state(step)) is not None:
+                return state
+    return None
+
+
+class MaxTextFiles(TensorFiles):
+    """Arrays of the tree ``params``. Others, such as the optimizer's, are not read: ``others`` has their names.
+
+    Args:
+        state: from :func:`find_state`.
+        scan_axis: the axis of layers in arrays of scanned layers.
+
+    Raises:
+        ConversionError: tensorstore is missing, or a file is damaged.
+    """
+
+    def __init__(self, state: Path, scan_axis: int):
+        super().__init__(state)
+        try:
+            import tensorstore
+        except ImportError as error:
+            raise ConversionError(
+                f"{state} is an Orbax checkpoint, which needs the tensorstore package: pip install tensorstore"
+            ) from error
+        self._library, self._scan_axis = tensorstore, scan_axis
+        self._store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
+        if (state / OCDBT).is_file():
+            self._store = {"driver": "ocdbt", "base": self._store}
+        self._place: dict[str, tuple[str, int | None]] = {}
+        """Of every tensor, its array, and its index on the axis of layers."""
+        self._open: dict[str, Any] = {}
+        self.others: list[str] = []
+        for array in self._arrays():
+            if match := _PARAMETERS.fullmatch(array):
+                self._add_array(array, match[1])
+            else:
+                self.others.append(array)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        array, layer = self._place[name]
+        part = self._open[array]
+        if layer is not None:
+            part = part[(slice(None),) * self._scan_axis + (layer,)]
+        if rows is not None:
+            part = part[rows[0] : rows[1]]
+        try:
+            values = part.read().result()
+        except ValueError as error:
+            raise ConversionError(f"{array} in {self.source} cannot be read: {_first_line(error)}") from error
+        if self.dtypes[name] == torch.bfloat16:  # which numpy does not have
+            return torch.from_numpy(values.view("uint16").copy()).view(torch.bfloat16)
+        return torch.from_numpy(values.copy())
+
+    def _arrays(self) -> list[str]:
+        store = self._library.KvStore.open(self._store).result()
+        try:
+            keys = [key.decode(errors="replace") for key in store.list().result()]
+        except ValueError as error:
+            raise ConversionError(f"{self.source} cannot be read: {_first_line(error)}") from error
+        later = [key for key in keys if key.endswith("/zarr.json")]
+        if later:
+            raise ConversionError(f"{self.source} is in zarr's format 3 ({later[0]}): only format 2 is read")
+        return sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
+
+    def _add_array(self, array: str, name: str) -> None:
+        # A chunk that is missing would be read as zeros.
+        spec = {"driver": "zarr", "kvstore": {**self._store, "path": ""}, "fill_missing_data_reads": False}
+        if self._store["driver"] == "ocdbt":
+            spec["kvstore"]["path"] = f"{array}/"
+        else:
+            spec["kvstore"]["path"] = f"{self._store['path']}{array}/"
+        try:
+            opened = self._library.open(spec, read=True, open=True).result()
+        except ValueError as error:
+            raise ConversionError(f"{array} in {self.source} cannot be read: {_first_line(error)}") from error
+        dtype = getattr(torch, opened.dtype.name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ConversionError(f"{array} in {self.source} has the type {opened.dtype.name}, which torch has not")
+        shape = tuple(opened.shape)
+        self._open[array] = opened
+        if match := _NUMBERED.fullmatch(name):
+            self._register(f"decoder.layers.{int(match[1])}.{match[2]}", shape, dtype, array, None)
+        elif match := _SCANNED.fullmatch(name):
+            axis = self._scan_axis
+            if axis >= len(shape):
+                raise ConversionError(
+                    f"{array} in {self.source} has shape {list(shape)}, without the axis {axis} of scanned layers"
+                )
+            if shape[axis] > _MOST_LAYERS:
+                raise ConversionError(
+                    f"{array} in {self.source} has shape {list(shape)}, with more than {_MOST_LAYERS} layers on axis "
+                    f"{axis}: is that param_scan_axis?"
+                )
+            for layer in range(shape[axis]):
+                rest = (*shape[:axis], *shape[axis + 1 :])
+                self._register(f"decoder.layers.{layer}.{match[1]}", rest, dtype, array, layer)
+        else:
+            self._register(name, shape, dtype, array, None)
+
+    def _register(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, array: str, layer: int | None) -> None:
+        self._add(name, shape, dtype)
+        self._place[name] = array, layer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+_KNOWN: dict[str, Any] = {
+    "decoder_block": "dcformer",
+    "normalization_layer_epsilon": None,
+    "window_size": None,
+    "num_layers_per_block": 1,
+    "max_target_length": 2048,
+    "mlp_activations": ["silu", "linear"],
+    "pre_compose": None,
+    "post_compose": None,
+    "logits_via_embedding": False,
+    "normalize_embedding_logits": True,
+    "use_untrainable_positional_embedding": False,
+    "trainable_position_size": -1,
+    "num_experts": 1,
+    "param_scan_axis": 1,
+    "query_wise": True,
+    "key_wise": True,
+    "vocab_size": None,
+    "head_dim": None,
+    "base_emb_dim": None,
+    "base_num_query_heads": None,
+    "base_mlp_dim": None,
+    "base_num_decoder_layers": None,
+    "scan_layers": True,
+    "global_parameter_scale": 1,
+}
+"""Settings that are read, with what stands for those that are not there."""
+
+_NEEDED = ("normalization_layer_epsilon", "window_size", "pre_compose", "post_compose")
+
+_NAMES = {
+    "embedding": "token_embedder.embedding",
+    "norm": "decoder.decoder_norm.scale",
+    "output": "decoder.logits_dense.kernel",
+    "attention_norm": "pre_self_attention_layer_norm_{}.scale",
+    "ffn_norm": "post_self_attention_layer_norm_{}.scale",
+    "attention.q": "self_attention_{}.query.kernel",
+    "attention.k": "self_attention_{}.key.kernel",
+    "attention.v": "self_attention_{}.value.kernel",
+    "attention.out": "self_attention_{}.out.kernel",
+    "attention.q_norm": "self_attention_{}.q_norm.scale",
+    "attention.k_norm": "self_attention_{}.k_norm.scale",
+    "attention.compose.dw1": "self_attention_{}.AttentionOp_0.dyn_w_proj.dw1.kernel",
+    "attention.compose.qkw": "self_attention_{}.AttentionOp_0.dyn_w_proj.qkw",
+    "attention.compose.dd": "self_attention_{}.AttentionOp_0.dyn_w_proj.dd.kernel",
+    "ffn.gate": "mlp_{}.wi_0.kernel",
+    "ffn.up": "mlp_{}.wi_1.kernel",
+    "ffn.down": "mlp_{}.wo.kernel",
+}
+_PARAMETER = re.compile(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.weight)?")
+_BRANCHES = 4
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in upstream's YAML file that matter here.
+
+    Raises:
+        ConversionError: it cannot be read, or says what dcscale's network cannot be.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} must hold upstream's settings, but is a {type(content).__name__}")
+    s = {key: content.get(key, default) for key, default in _KNOWN.items()}
+    problems = [f"{key} is not there" for key in _NEEDED if key not in content]
+    wanted = {
+        "decoder_block": "dcformer",
+        "mlp_activations": ["silu", "linear"],
+        "num_experts": 1,
+        "use_untrainable_positional_embedding": False,
+    }
+    problems += [
+        f"{key} is {s[key]!r}, but only {value!r} is known" for key, value in wanted.items() if s[key] != value
+    ]
+    if s["logits_via_embedding"] and s["normalize_embedding_logits"]:
+        problems.append("logits_via_embedding with normalize_embedding_logits scales logits, which dcscale does not")
+    for key in ("pre_compose", "post_compose", "logits_via_embedding"):
+        if key in content and type(s[key]) is not bool:
+            problems.append(f"{key} is {s[key]!r}, but must be true or false")
+    for key in ("num_layers_per_block", "max_target_length"):
+        if type(s[key]) is not int or s[key] < 1:
+            problems.append(f"{key} is {s[key]!r}, but must be a whole number from 1")
+    if type(s["param_scan_axis"]) is not int or s["param_scan_axis"] < 0:
+        problems.append(f"param_scan_axis is {s['param_scan_axis']!r}, but must be a whole number from 0")
+    windows = [None] if s["window_size"] is None else s["window_size"]
+    if not isinstance(windows, list) or len(windows) != s["num_layers_per_block"]:
+        problems.append(
+            f"window_size is {windows!r}, but must list one window for each of num_layers_per_block = "
+            f"{s['num_layers_per_block']} layers"
+        )
+    if problems:
+        raise ConversionError(f"{path} cannot be used: " + "; ".join(problems))
+    return {**s, "window_size": windows}
+
+
+def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The config of the model in ``files``, whose settings are ``s``, and what a person should know.
+
+    Raises:
+        ConversionError: the arrays are not those of upstream's DCFormer, or fit no model.
+    """
+    group = s["num_layers_per_block"]
+    embedding, query, hidden = (
+        files.shapes.get(name)
+        for name in (
+            _NAMES["embedding"],
+            "decoder.layers.0." + _NAMES["attention.q"].format(0),
+            "decoder.layers.0." + _NAMES["ffn.gate"].format(0),
+        )
+    )
+    if embedding is None or query is None or hidden is None or (len(embedding), len(query), len(hidden)) != (2, 3, 2):
+        names = sorted({re.sub(r"\d+", "N", name) for name in files.shapes})
+        raise ConversionError(
+            f"{files.source} does not hold upstream's DCFormer: there is no {_NAMES['embedding']} [V, E], "
+            f"decoder.layers.0.self_attention_0.query.kernel [E, H, D] and decoder.layers.0.mlp_0.wi_0.kernel [E, F]; "
+            f"it holds {', '.join(names) or 'no parameters'}"
+        )
+    groups = len({name.split(".")[2] for name in files.shapes if name.startswith("decoder.layers.")})
+    key = files.shapes.get("decoder.layers.0." + _NAMES["attention.k"].format(0), ())
+    vocab_size, dim = embedding
+    _, heads, head_dim = query
+    _check_sizes(s, vocab_size, dim, heads, head_dim, hidden[1], groups * group)
+    compose = s["pre_compose"] or s["post_compose"]
+    model = {
+        "attention": "dcmha" if compose else "mha",
+        "vocab_size": vocab_size,
+        "layers": groups * group,
+        "dim": dim,
+        "heads": heads,
+        "kv_heads": key[1] if len(key) == 3 and key[1] != heads else None,
+        "head_dim": None if head_dim * heads == dim else head_dim,
+        "ffn_dim": hidden[1],
+        "norm_eps": s["normalization_layer_epsilon"],
+        "qk_norm": "decoder.layers.0." + _NAMES["attention.q_norm"].format(0) in files.shapes,
+        "qk_norm_eps": s["normalization_layer_epsilon"],
+        "windows": s["window_size"],
+        "tied_embeddings": s["logits_via_embedding"],
+        "compose": {"pre": s["pre_compose"], "post": s["post_compose"]} if compose else {},
+    }
+    notes = []
+    if not compose:
+        notes.append(
+            "pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are left out (upstream's "
+            "dcformer_pp_2b8.yml says so: set both to true if the run composed)"
+        )
+    elif not (s["pre_compose"] and s["post_compose"]):
+        off = "post" if s["pre_compose"] else "pre"
+        notes.append(f"{off}_compose is false: the parts of dyn_w_proj for it are left out")
+    for side in ("query_wise", "key_wise"):
+        if s[side] is not True:
+            notes.append(f"{side} is {s[side]!r}, which upstream's code does not read: compose has both sides")
+    if files.others:
+        notes.append(f"{len(files.others)} arrays that are no parameters (optimizer, step) are not read")
+    return checked_config(model, s["max_target_length"], "upstream's config"), notes
+
+
+def _check_sizes(
+    s: Mapping[str, Any], vocab_size: int, dim: int, heads: int, head_dim: int, ffn_dim: int, layers: int
+) -> None:
+    """Raises ConversionError if the config is not that of the arrays: its windows would be another model's."""
+    sizes = {"vocab_size": vocab_size, "head_dim": head_dim}
+    if s["global_parameter_scale"] == 1:
+        sizes |= {"base_emb_dim": dim, "base_num_query_heads": heads, "base_mlp_dim": ffn_dim}
+        # Layers that are not scanned are so many groups in upstream's code.
+        sizes |= {"base_num_decoder_layers": layers} if s["scan_layers"] else {}
+    wrong = [
+        f"{key} is {s[key]!r} there, {here} in the arrays" for key, here in sizes.items() if s[key] not in (None, here)
+    ]
+    if wrong:
+        raise ConversionError("the YAML config is that of another model: " + "; ".join(wrong))
+
+
+def plan_maxtext(config: ModelConfig, group: int) -> Plan:
+    """The plan for upstream's arrays as a model of ``config``, whose layers come in groups of ``group``."""
+    recipes = []
+    expected: dict[str, tuple[int, ...]] = {}
+    e, h = config.dim, config.heads
+    d = config.head_dim or e // h
+    kernels = {
+        "attention.q": (e, h, d),
+        "attention.k": (e, config.kv_heads or h, d),
+        "attention.v": (e, config.kv_heads or h, d),
+        "attention.out": (h, d, e),
+        "attention.compose.dw1": (e, 1, _BRANCHES, 4 * h),
+        "attention.compose.qkw": (1, _BRANCHES, 4 * h, 4, h),
+        "attention.compose.dd": (e, 1, _BRANCHES * h),
+    }
+    branches = branch_numbers(config) if config.attention == "dcmha" else []
+    makes = {
+        "attention.out": ("[H, D, E], transposed", lambda kernel: kernel.flatten(0, 1).T),
+        "attention.compose.dw1": ("[E, G, C, K]", lambda kernel: kernel[:, 0, branches]),
+        "attention.compose.qkw": ("[G, C, K, 2R, H]", lambda kernel: kernel[0, branches]),
+        "attention.compose.dd": (
+            "[E, G, C*H]",
+            lambda kernel: kernel[:, 0].unflatten(1, (_BRANCHES, -1))[:, branches].flatten(1),
+        ),
+    }
+    for part in ("attention.q", "attention.k", "attention.v"):
+        makes[part] = ("[E, H, D], transposed", lambda kernel: kernel.flatten(1).T)
+    for part in ("ffn.gate", "ffn.up", "ffn.down", "output"):
+        makes[part] = ("transposed", lambda kernel: kernel.T)
+    for name, shape in parameter_shapes(config).items():
+        layer, part = _PARAMETER.fullmatch(name).groups()
+        source = _source(part, layer, group)
+        how, make = makes.get(part, ("", None))
+        expected[source] = kernels.get(part, shape[::-1] if how == "transposed" else shape)
+        recipes.append(Recipe(name, (source,), how, make=make))
+    left_out = {}
+    for layer in range(config.layers):
+        for part in ("dw1", "qkw", "dd"):
+            source = _source(f"attention.compose.{part}", str(layer), group)
+            if source not in expected:
+                left_out[source] = LeftOut("pre_compose and post_compose are false")
+                expected[source] = kernels[f"attention.compose.{part}"]
+        for stage in ("pre", "post"):
+            source = _source("attention.q", str(layer), group).replace("query.kernel", f"AttentionOp_0.{stage}_proj.w")
+            # It is added to the scores themselves.
+            left_out[source] = LeftOut("zero", ("is a static head projection, which dcscale has not", _is_zero))
+            expected[source] = (1, h, h)
+    return Plan(recipes, expected, left_out)
+
+
+def _source(part: str, layer: str | None, group: int) -> str:
+    if layer is None:
+        return _NAMES[part]
+    number, place = divmod(int(layer), group)
+    return f"decoder.layers.{number}.{_NAMES[part].format(place)}"
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return not torch.any(tensor)

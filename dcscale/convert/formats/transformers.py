@@ -1,0 +1,402 @@
+"""``config.json`` of plain Transformers, as the transformers library writes it, as settings of dcscale.
+
+The settings are those of transformers' classes LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig and GPTNeoXConfig,
+in the layouts of versions 4 and 5 (``rope_theta`` and ``rope_scaling``; ``rope_parameters``). A setting that changes
+what the network computes is taken over or refused.
+
+Tensors of plain Transformers, as the transformers library names them, as a DCFormer that computes the same.
+
+The weights of compose are made here so that it is the identity and yet learns ("upcycling", the term of Komatsuzaki et
+al., arXiv 2212.05055, for mixtures of experts): the gates' dd and the half of qkw that makes w2 are zero, so each
+branch adds q2^T (q1 x) = 0 and a gate tanh(0) = 0, exactly. dw1 and the half of qkw that makes w1 are drawn as for a
+new model (:mod:`dcscale.models.init`). At the first step dd and the w2 half get gradients, as the latents q1 x are not
+zero; from the second on dw1 and the w1 half do too.
+
+Letters: E model width, H heads, D head width, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcscale.config import Config
+from dcscale.config.schema import ModelConfig
+from dcscale.convert.errors import ConversionError
+from dcscale.convert.formats.upstream import parameter_shapes
+from dcscale.convert.tensor_files import WEIGHT_DTYPES
+from dcscale.convert.tensor_map import LeftOut, Plan, Recipe, checked_config
+from dcscale.models.init import initial_values
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gpt_neox": "GPT-NeoX"}
+"""``model_type`` and the family's name."""
+
+CHOSEN = ("attention", "backend", "scratch_mib", "windows", "compose")
+"""Settings and sections of ``model`` that a person may choose: all else follows from the source's weights."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": None,
+    "hidden_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "intermediate_size": None,
+    "max_position_embeddings": None,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "original_max_position_embeddings": None,
+    "quantization_config": None,
+}
+_LLAMA = {
+    **_COMMON,
+    "hidden_act": "silu",
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+}
+_QWEN = {**_LLAMA, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_KNOWN: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "head_dim": None, "attention_bias": False, "mlp_bias": False},
+    "qwen2": {**_QWEN, "head_dim": None},
+    "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
+    "mistral": {
+        **_LLAMA,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    "gpt_neox": {
+        **_COMMON,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout": 0.0,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000.0,
+    },
+}
+"""Settings that are read, with what transformers takes where one is not there; None where there is no such value."""
+
+WITHOUT_MEANING = {
+    *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range", "pretraining_tp"),
+    *("is_decoder", "is_encoder_decoder", "classifier_dropout", "output_hidden_states", "output_attentions"),
+    *("return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+}
+"""Settings that do not change the logits of a causal language model."""
+
+_ACTIVATIONS = {"swiglu": ("silu", "swish"), "gelu": ("gelu",)}
+_ATTENTION_TYPES = ("full_attention", "sliding_attention")
+_ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """``config`` of the model, and the parts of the source's layers that have biases, of qkv, out and ffn."""
+
+    config: Config
+    biases: frozenset[str]
+    notes: list[str]
+
+
+def read_config(settings: Mapping[str, Any], *, tied: bool, overrides: Iterable[str] = ()) -> Upcycled:
+    """What the settings of a plain Transformer mean, and compose beside them.
+
+    Args:
+        tied: whether the output matrix is the embedding.
+        overrides: ``key=value`` below ``model``, of ``CHOSEN``.
+
+    Raises:
+        ConversionError: a setting has no counterpart in dcscale's network; the message names it.
+    """
+    family = settings["model_type"]
+    known = _KNOWN[family]
+    s = {**known, **{key: value for key, value in settings.items() if key in known}}
+    _check(family, s)
+    neox = family == "gpt_neox"
+    heads, dim = s["num_attention_heads"], s["hidden_size"]
+    biases = _biases(family, s)
+    eps = s["layer_norm_eps"] if neox else s["rms_norm_eps"]
+    source_windows = _windows(family, s)
+    model = {
+        "vocab_size": s["vocab_size"],
+        "layers": s["num_hidden_layers"],
+        "dim": dim,
+        "heads": heads,
+        "kv_heads": None if s.get("num_key_value_heads") in (None, heads) else s["num_key_value_heads"],
+        "head_dim": None if s.get("head_dim") in (None, dim / heads) else s["head_dim"],
+        "ffn": "gelu" if neox else "swiglu",
+        "ffn_dim": s["intermediate_size"],
+        "norm": "layernorm" if neox else "rmsnorm",
+        "norm_eps": eps,
+        "qk_norm": family == "qwen3",
+        "qk_norm_eps": eps,
+        "bias": bool(biases & {"out", "ffn"}),
+        "qkv_bias": biases == {"qkv"},
+        "parallel_residual": neox and s["use_parallel_residual"],
+        **_rope(family, s),
+        "windows": source_windows,
+        "tied_embeddings": tied,
+    }
+    overrides = list(overrides)
+    refused = [text for text in overrides if text.partition("=")[0].split(".")[0] not in CHOSEN]
+    if refused:
+        raise ConversionError(
+            f"--model {', '.join(refused)}: only {', '.join(CHOSEN[:-1])} and compose.* may be chosen; all else "
+            "follows from the source's weights"
+        )
+    config = checked_config(
+        model, s["max_position_embeddings"], f"its {FAMILIES[family]} config", (f"model.{text}" for text in overrides)
+    )
+    notes = _notes(settings, s, biases)
+    if config.model.windows != source_windows:
+        notes.append(
+            f"windows are {config.model.windows} as asked, the source has {source_windows}: other logits than the "
+            "source's for texts that are longer"
+        )
+    return Upcycled(config, biases, notes)
+
+
+def _check(family: str, s: Mapping[str, Any]) -> None:
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    problems = [
+        f"{key} is {s[key]!r}, but must be a whole number from 1"
+        for key in (*sizes, "max_position_embeddings")
+        if type(s[key]) is not int or s[key] < 1
+    ]
+    switches = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_parallel_residual", "use_sliding_window")
+    problems += [
+        f"{key} is {s[key]!r}, but must be true or false" for key in switches if type(s.get(key, False)) is not bool
+    ]
+    ffn = "gelu" if family == "gpt_neox" else "swiglu"
+    if s["hidden_act"] not in _ACTIVATIONS[ffn]:
+        allowed = " or ".join(map(repr, _ACTIVATIONS[ffn]))
+        problems.append(f"hidden_act is {s['hidden_act']!r}, but dcscale's {ffn} has {allowed} only")
+    for key in ("rope_parameters", "rope_scaling"):
+        value = s[key] or {}
+        if not isinstance(value, dict) or any(isinstance(part, (dict, list)) for part in value.values()):
+            problems.append(f"{key} is {value!r}: only one kind of RoPE for all layers can be expressed")
+    if s["original_max_position_embeddings"] is not None:
+        problems.append("original_max_position_embeddings is set outside rope_parameters: move it into them")
+    if s["quantization_config"] is not None:
+        problems.append("quantization_config is set: only weights that are not quantized are read")
+    if problems:
+        raise ConversionError("its config cannot be used: " + "; ".join(problems))
+
+
+def _biases(family: str, s: Mapping[str, Any]) -> frozenset[str]:
+    if family == "qwen2":
+        return frozenset({"qkv"})
+    attention = {"qkv", "out"} if s.get("attention_bias") else set()
+    return frozenset(attention | ({"ffn"} if family == "gpt_neox" or s.get("mlp_bias") else set()))
+
+
+def _windows(family: str, s: Mapping[str, Any]) -> list[int | None]:
+    """Keys a query sees by layer, as the shortest pattern that repeats; transformers counts the query's own too."""
+    window, types, layers = s.get("sliding_window"), s.get("layer_types"), s["num_hidden_layers"]
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers or any(kind not in _ATTENTION_TYPES for kind in types):
+            raise ConversionError(
+                f"layer_types is {types!r}, but must list {' or '.join(_ATTENTION_TYPES)} for each of {layers} layers"
+            )
+        sliding = [kind == "sliding_attention" for kind in types]
+        if family == "mistral" and not all(sliding):
+            raise ConversionError(f"layer_types is {types!r}: transformers' Mistral has the same window in every layer")
+    elif family == "mistral":
+        sliding = [window is not None] * layers
+    elif s.get("use_sliding_window"):
+        if type(s["max_window_layers"]) is not int:
+            raise ConversionError(f"max_window_layers is {s['max_window_layers']!r}, but must be a whole number")
+        sliding = [window is not None and layer >= s["max_window_layers"] for layer in range(layers)]
+    else:
+        sliding = [False] * layers
+    if any(sliding) and (type(window) is not int or window < 1):
+        raise ConversionError(f"sliding_window is {window!r}, but layers need it: it must be a whole number from 1")
+    windows = [window if local else None for local in sliding]
+    return next(
+        windows[:period]
+        for period in range(1, layers + 1)
+        if all(windows[layer] == windows[layer % period] for layer in range(layers))
+    )
+
+
+def _rope(family: str, s: Mapping[str, Any]) -> dict[str, Any]:
+    given = s["rope_scaling"] or s["rope_parameters"] or {}
+    base, fraction = (
+        ("rotary_emb_base", "rotary_pct") if family == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    )
+    # Version 5 may have the base in rope_parameters beside a rope_scaling of version 4.
+    parameters = {**(s["rope_parameters"] or {}), **given}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
+        raise ConversionError(f"its RoPE is of type {kind!r}: dcscale has {', '.join(_ROPE_TYPES)} only")
+    rotated = parameters.get("partial_rotary_factor", s[fraction])
+    if family != "gpt_neox" and rotated != 1:
+        raise ConversionError(
+            f"partial_rotary_factor is {rotated!r}: transformers' {FAMILIES[family]} turns whole heads"
+        )
+    scaling: dict[str, Any] = {"kind": _ROPE_TYPES[kind]}
+    if kind != "default":
+        scaling["factor"] = _required(given, "factor", kind)
+    if kind == "llama3":
+        scaling |= {key: _required(given, key, kind) for key in ("low_freq_factor", "high_freq_factor")}
+        scaling["original_length"] = given.get("original_max_position_embeddings", s["max_position_embeddings"])
+    return {
+        "rope_base": parameters.get("rope_theta", s[base]),
+        "rope_fraction": rotated,
+        "rope_scaling": scaling,
+    }
+
+
+def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
+    if key not in given:
+        raise ConversionError(f"its RoPE of type {kind!r} has no {key}: {dict(given)!r}")
+    return given[key]
+
+
+def _notes(settings: Mapping[str, Any], s: Mapping[str, Any], biases: frozenset[str]) -> list[str]:
+    notes = []
+    added = sorted({"qkv", "out", "ffn"} - biases) if biases & {"out", "ffn"} else []
+    if added:
+        notes.append(f"biases of {' and '.join(added)}, which the source does not have, begin at zero")
+    dropouts = [f"{key}={s[key]}" for key in ("attention_dropout", "hidden_dropout") if s.get(key)]
+    if dropouts:
+        notes.append(f"dcscale has no dropout: {', '.join(dropouts)} is left out")
+    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in WITHOUT_MEANING]
+    if unknown:
+        notes.append(
+            f"settings that transformers' code of this family does not read were left out: {', '.join(unknown)}"
+        )
+    return notes
+
+
+_LLAMA_NAMES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "model.layers.{}.input_layernorm",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "attention.q": "model.layers.{}.self_attn.q_proj",
+    "attention.k": "model.layers.{}.self_attn.k_proj",
+    "attention.v": "model.layers.{}.self_attn.v_proj",
+    "attention.out": "model.layers.{}.self_attn.o_proj",
+    "attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    "ffn.gate": "model.layers.{}.mlp.gate_proj",
+    "ffn.up": "model.layers.{}.mlp.up_proj",
+    "ffn.down": "model.layers.{}.mlp.down_proj",
+}
+_NEOX_NAMES = {
+    "embedding": "gpt_neox.embed_in",
+    "norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+    "attention_norm": "gpt_neox.layers.{}.input_layernorm",
+    "ffn_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+    "attention.q": "gpt_neox.layers.{}.attention.query_key_value",
+    "attention.k": "gpt_neox.layers.{}.attention.query_key_value",
+    "attention.v": "gpt_neox.layers.{}.attention.query_key_value",
+    "attention.out": "gpt_neox.layers.{}.attention.dense",
+    "ffn.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+    "ffn.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+}
+_BUFFERS = re.compile(
+    r"(model|gpt_neox)\.(layers\.\d+\.(self_attn|attention)\.)?(rotary_emb\.inv_freq|bias|masked_bias)"
+)
+"""Masks and frequencies that old versions of transformers saved."""
+
+_PARAMETER = re.compile(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
+
+
+def source_module(part: str, family: str, names: Collection[str]) -> str:
+    """Name of the source's module, with {} for the layer, that has a part such as ``output`` or ``attention.q``."""
+    if family == "gpt_neox":
+        # Version 5 of transformers calls it lm_head, as all others.
+        return "lm_head" if part == "output" and "lm_head.weight" in names else _NEOX_NAMES[part]
+    return _LLAMA_NAMES[part]
+
+
+def plan_upcycle(
+    config: ModelConfig, family: str, biases: Collection[str], dtypes: Mapping[str, torch.dtype], seed: int
+) -> Plan:
+    """The plan for a source of this family as a model of ``config``.
+
+    Args:
+        biases: of qkv, out and ffn, those that the source has.
+        dtypes: of the source's tensors, by name.
+        seed: of the compose weights.
+    """
+    recipes: list[Recipe] = []
+    expected: dict[str, tuple[int, ...]] = {}
+    # A new tensor has the type of the source's; where they are several, one that holds the values of all.
+    dtype = functools.reduce(
+        torch.promote_types,
+        [dtype for dtype in dict.fromkeys(dtypes.values()) if dtype in WEIGHT_DTYPES] or [torch.float32],
+    )
+    for name, shape in parameter_shapes(config).items():
+        if ".compose." in name:
+            recipes.append(_fresh(name, shape, config, dtype, seed))
+            continue
+        layer, part, kind = _PARAMETER.fullmatch(name).groups()
+        if kind == "bias" and not _has_bias(part, biases):
+            how = "zero: the source has none"
+            recipes.append(Recipe(name, (), how, make=functools.partial(torch.zeros, shape, dtype=dtype)))
+            continue
+        source = f"{source_module(part, family, dtypes).format(layer)}.{kind}"
+        if family == "gpt_neox" and part in ("attention.q", "attention.k", "attention.v"):
+            expected[source] = (3 * shape[0], *shape[1:])
+            number = "qkv".index(part[-1])
+            how = f"of each head's query, key and value, part {number}"
+            recipes.append(Recipe(name, (source,), how, make=functools.partial(_of_fused, config.heads, number)))
+        else:
+            expected[source] = shape
+            recipes.append(Recipe(name, (source,)))
+    left_out = {name: LeftOut("a mask or a table of RoPE") for name in dtypes if _BUFFERS.fullmatch(name)}
+    if config.tied_embeddings:
+        source = f"{source_module('output', family, dtypes)}.weight"
+        left_out[source] = LeftOut("the embedding is the output matrix too")
+        expected[source] = (config.vocab_size, config.dim)
+    return Plan(recipes, expected, left_out)
+
+
+def _has_bias(part: str, biases: Collection[str]) -> bool:
+    """Whether the source has a bias in a part of the model that has one here; LayerNorm always has."""
+    if part.endswith("norm"):
+        return True
+    if part.startswith("ffn."):
+        return "ffn" in biases
+    return ("out" if part == "attention.out" else "qkv") in biases
+
+
+def _of_fused(heads: int, number: int, fused: Tensor) -> Tensor:
+    """Queries, keys or values [H*D, ...] of GPT-NeoX's rows, which are [H, 3, D]."""
+    return fused.unflatten(0, (heads, 3, -1))[:, number].flatten(0, 1)
+
+
+def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.dtype, seed: int) -> Recipe:
+    """A tensor of compose at the identity."""
+    kind = name.rpartition(".")[2]
+
+    def make() -> Tensor:
+        if kind == "dd":
+            return torch.zeros(shape, dtype=dtype)
+        values = initial_values(name, torch.Size(shape), config, seed)
+        if kind == "qkw":
+            values[:, :, config.compose.rank :] = 0
+        return values.to(dtype)
+
+    how = {
+        "dd": "zero: gates of 0",
+        "qkw": f"new, seed {seed}; zero where it makes w2, so that compose is the identity",
+        "dw1": f"new, seed {seed}",
+    }
+    return Recipe(name, (), how[kind], make=make)

@@ -1,0 +1,55 @@
+"""Shards in a folder of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dcscale.data.errors import DataError
+from dcscale.data.storage.base import Source, UnreadableError, check_content, check_size
+
+
+class FolderSource(Source):
+    """A folder of this machine.
+
+    Raises:
+        DataError: there is no such folder, or it may not be looked at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            is_there = folder.is_dir()
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be looked at: {error.strerror}; give a folder that can be") from error
+        if not is_there:
+            raise DataError(f"{folder}: no such folder; give a folder of shards, as tools/make_shards.py writes it")
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def where(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        check_content(self.where(name), data, size, sha256)
+        return data
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        for name, size in sizes.items():
+            try:
+                found = (self.folder / name).stat().st_size
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+            check_size(self.where(name), found, size)
+
+    def close(self) -> None:
+        """Nothing is waited for."""
+
+    def _unreadable(self, name: str, error: OSError) -> UnreadableError:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return UnreadableError(self.where(name), error.strerror or str(error), missing=missing)

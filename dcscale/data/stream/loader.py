@@ -1,0 +1,253 @@
+"""Batches for the training loop: which sequences a rank takes in which step, and reading them ahead.
+
+Axes: B sequences of a micro-batch, L tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dcscale.data.errors import DataError
+from dcscale.data.shards.manifest import TokenizerInfo
+from dcscale.data.shards.skipped import SkippedShard
+from dcscale.data.stream.mixture import Stream
+from dcscale.data.stream.sequences import IGNORED, Sequences
+from dcscale.data.stream.stream import SequenceStream
+from dcscale.data.stream.workers import CLOSED, WorkerSequences
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L]."""
+
+    targets: torch.Tensor
+    """int64 [B, L]; -100 where there is no loss."""
+
+    document_ids: torch.Tensor | None
+    """int32 [B, L], from 0 in each row; None without the document mask."""
+
+    target_count: int
+    """Targets with a loss; a batch may have none."""
+
+    skipped: tuple[SkippedShard, ...] = ()
+    """Shards that were given up when it was made."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on ``device``."""
+        tensors = (self.input_ids, self.targets, self.document_ids)
+        moved = (x if x is None else x.to(device, non_blocking=True) for x in tensors)
+        return Batch(*moved, self.target_count, self.skipped)
+
+
+@dataclass(frozen=True)
+class _RankNumbers:
+    """The numbers of the sequences that a rank takes in each step; None is a row of padding."""
+
+    consumed: int
+    global_batch_size: int
+    rank: int
+    world_size: int
+    limit: int | None
+    sequences_per_epoch: int | None
+
+    def __iter__(self) -> Iterator[Sequence[int | None]]:
+        begin = self.consumed
+        while self.limit is None or begin < self.limit:
+            end = begin + self.global_batch_size
+            numbers = range(begin + self.rank, end, self.world_size)
+            yield numbers if self.limit is None else [self._spread(g) for g in numbers]
+            begin = end
+
+    def _spread(self, g: int) -> int | None:
+        """The stream's number of sequence g; None beyond the limit."""
+        return g * self.sequences_per_epoch // self.limit if g < self.limit else None
+
+
+class BatchLoader:
+    """A rank's batches of a stream. It has no state: what a step holds follows from the sequences used before it.
+
+    A step after c sequences consists of numbers [c, c + global_batch_size); of these, rank r takes the r-th and every
+    ``world_size``-th after it, in micro-batches in that order. So a run goes on with the same sequences on any number
+    of ranks, with any workers, and with another batch size from the next step on.
+
+    Args:
+        stream: where the sequences come from.
+        global_batch_size: sequences a step, over all ranks; a multiple of ``micro_batch_size * world_size``.
+        micro_batch_size: sequences a batch.
+        rank: this process, from 0 to ``world_size - 1``.
+        world_size: number of processes.
+        prefetch_steps: steps prepared ahead by a thread; 0 prepares each step when it is asked for.
+        workers: processes that prepare steps ahead instead of the thread, ``prefetch_steps`` at least; see
+            :class:`dcscale.data.stream.workers.WorkerSequences`.
+        limit: use only ``limit`` sequences, spread evenly over epoch 0 (all of it where it has no more), so that a part
+            of the held-out data stands for the whole. Missing rows of the last step are masked.
+
+    Raises:
+        DataError: the sizes do not fit, or one of this rank's share of the shards is missing or has the wrong size.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        prefetch_steps: int = 0,
+        workers: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        for name, value, minimum in (
+            ("micro_batch_size", micro_batch_size, 1),
+            ("global_batch_size", global_batch_size, 1),
+            ("world_size", world_size, 1),
+            ("prefetch_steps", prefetch_steps, 0),
+            ("workers", workers, 0),
+            ("limit", 1 if limit is None else limit, 1),
+        ):
+            if value < minimum:
+                raise DataError(f"{name} is {value}, but must be at least {minimum}")
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank is {rank}, but must be from 0 to world_size - 1, {world_size - 1}")
+        if global_batch_size % (micro_batch_size * world_size):
+            raise DataError(
+                f"global_batch_size is {global_batch_size}, but must be a multiple of micro_batch_size * world_size, "
+                f"{micro_batch_size} * {world_size}; change one of the three"
+            )
+        stream.check_shard_files(rank, world_size)
+        self._stream = stream
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._prefetch_steps = prefetch_steps
+        self._workers = workers
+        self._per_epoch = stream.sequences_per_epoch if isinstance(stream, SequenceStream) else None
+        if limit is not None and self._per_epoch is None:
+            raise DataError(f"limit is {limit}, but a mixture has no epoch of which this could be a part")
+        self._limit = None if limit is None else min(limit, self._per_epoch)
+        self._ahead: _Prefetch | WorkerSequences | None = None
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer that made the stream's tokens."""
+        return self._stream.tokenizer
+
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How many epochs of each source ``consumed`` sequences are; the name of the only source is empty."""
+        return self._stream.epochs(consumed)
+
+    def steps(self, consumed: int = 0) -> Iterator[list[Batch]]:
+        """The rank's micro-batches of each step after ``consumed`` sequences; endless without ``limit``.
+
+        Closes the iterator of an earlier call.
+
+        Raises:
+            DataError: ``consumed`` is negative; or, while iterating, a shard cannot be used or a worker is gone.
+        """
+        if consumed < 0:
+            raise DataError(f"consumed is {consumed}, but must not be negative")
+        self.close()
+        numbers = _RankNumbers(
+            consumed, self._global_batch_size, self._rank, self._world_size, self._limit, self._per_epoch
+        )
+        if self._workers:
+            self._ahead = WorkerSequences(self._stream, numbers, self._workers, self._prefetch_steps)
+            return map(self._batches, self._ahead)
+        steps = map(self._batches, self._stream.each(numbers))
+        if not self._prefetch_steps:
+            return steps
+        self._ahead = _Prefetch(steps, self._prefetch_steps)
+        return self._ahead
+
+    def skip(self, sha256: Collection[str]) -> None:
+        """Give up the shards with these checksums too, from the next call of :meth:`steps` on, which must follow.
+
+        Raises:
+            DataError: more would be lost than may be.
+        """
+        self.close()
+        self._stream.skip(sha256)
+
+    def interrupt(self) -> None:
+        """From any thread: free who waits for a batch, with a DataError. :meth:`close` must follow."""
+        self._stream.close()
+        if isinstance(self._ahead, WorkerSequences):
+            self._ahead.interrupt()
+
+    def close(self) -> None:
+        """Stop reading ahead; afterwards no thread or worker is left. :meth:`steps` may be called again."""
+        self._stream.close()
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _batches(self, sequences: Sequences) -> list[Batch]:
+        def batch(rows: slice) -> Batch:
+            ids = sequences.document_ids_NL
+            return Batch(
+                torch.from_numpy(sequences.tokens_NL1[rows, :-1].astype(np.int64)),
+                torch.from_numpy(sequences.targets_NL[rows].astype(np.int64)),
+                None if ids is None else torch.from_numpy(ids[rows].copy()),
+                int(np.count_nonzero(sequences.targets_NL[rows] != IGNORED)),
+                tuple({shard for row, shards in sequences.skipped.items() if row in numbers[rows] for shard in shards}),
+            )
+
+        size, numbers = self._micro_batch_size, range(len(sequences.targets_NL))
+        return [batch(slice(begin, begin + size)) for begin in numbers[::size]]
+
+
+class _Prefetch:
+    """Runs an iterator in a thread, at most ``depth`` items ahead of its consumer; its error is raised there."""
+
+    def __init__(self, source: Iterator[list[Batch]], depth: int) -> None:
+        self._free = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(source,), name="dcscale-prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self, source: Iterator[list[Batch]]) -> None:
+        try:
+            while True:
+                self._free.acquire()
+                if self._closed:
+                    return
+                self._ready.put((next(source), None))
+        except BaseException as error:  # StopIteration too: whatever ends the source ends the consumer's iteration
+            self._ready.put((None, error))
+
+    def __iter__(self) -> _Prefetch:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._closed:
+            raise RuntimeError(CLOSED)
+        if self._end is None:
+            item, self._end = self._ready.get()
+            self._free.release()
+        if self._end is not None:
+            raise self._end
+        return item
+
+    def close(self) -> None:
+        self._closed = True
+        self._free.release()
+        self._thread.join()

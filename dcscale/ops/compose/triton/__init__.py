@@ -1,0 +1,1 @@
+"""Compose attention by fused Triton kernels, for NVIDIA GPUs."""

@@ -1,0 +1,105 @@
+"""Which code, which machine, which versions: what checkpoints and measured figures carry."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dcscale
+
+LIBRARIES = ("torch", "deepspeed", "safetensors", "numpy")
+ROOT = Path(dcscale.__file__).parents[1]
+
+
+def versions() -> dict[str, str]:
+    """Of dcscale, Python, and the libraries whose arithmetic or files a run depends on."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"dcscale": dcscale.__version__, "python": platform.python_version(), **found}
+
+
+def git_revision(root: Path = ROOT) -> dict[str, Any] | None:
+    """``{"commit": HASH, "dirty": whether files it tracks have changed}``; None where ``root`` is no git checkout."""
+
+    def git(*words: str) -> str:
+        # Reading is safe in a checkout of another user, as on a machine that gets a copy.
+        command = ["git", "-c", "safe.directory=*", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None  # the package lies within a repository of something else
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit, or not ours to read
+        return None
+
+
+def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """JSON of all of them. ``packages``: those whose versions matter beside torch's; None for one that is missing."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit_name(),
+        "machine": machine(device),
+        "versions": {
+            "python": platform.python_version(),
+            "dcscale": dcscale.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+            **{name: _version(name) for name in packages},
+        },
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, cores and memory of this machine, and the GPU for device ``cuda``; JSON."""
+    processor = _processor()
+    found = {
+        "device": device,
+        "name": processor,
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties()
+        found["name"] = gpu.name
+        found["compute_capability"] = f"{gpu.major}.{gpu.minor}"
+        found["gpu_memory_gib"] = round(gpu.total_memory / 2**30, 1)
+    return found
+
+
+def slug(device: str) -> str:
+    """The device's name for a file's: the GPU's, or the processor's model."""
+    name = re.sub(r"\((R|TM)\)", "", machine(device)["name"], flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _processor() -> str:
+    models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    return models[0].strip() if models else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit_name() -> str | None:
+    """Twelve digits of the commit, with "-dirty" where tracked files differ from it; None outside of a checkout."""
+    revision = git_revision()
+    return None if revision is None else revision["commit"][:12] + ("-dirty" if revision["dirty"] else "")

@@ -1,0 +1,1 @@
+"""What a run starts from: the checkpoint that it resumes, or the weights that a new run begins with."""
