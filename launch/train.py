@@ -32,10 +32,10 @@ from dcscale.parallel import (
     start_distributed,
     stop_distributed,
 )
-from dcscale.train import Ending, build_trainer, summary_lines, write_summary
+from dcscale.train import StopReason, build_trainer, summary_lines, write_summary
 from dcscale.train.optimizer import RuleError
 
-DONE, FAILED, UNFIT, SIGNALLED, INTERRUPTED = 0, 1, 2, 75, 130
+DONE, FAILED, UNFIT, SIGNAL, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in summary_lines(summary):
         console.line(line)
     console.line(f"files      {trainer.run}; curves: tensorboard --logdir {trainer.run}")
-    return SIGNALLED if ending is Ending.SIGNALLED else DONE
+    return SIGNAL if ending is StopReason.SIGNAL else DONE
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             model=options.model,
             **source_options(options),
         )
-        print(f"{options.source} is: {conversion.found.words}", *conversion.lines(), sep="\n")
+        print(f"{options.source} is: {conversion.found.description}", *conversion.lines(), sep="\n")
         if options.dry_run:
             print("dry run: nothing was written, and no values were checked")
             return 0

@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "path": str(options.path),
-        "source": trained.words[0],
+        "source": trained.description[0],
         "notes": trained.conversion.notes,
         "step": trained.step,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -1,9 +1,9 @@
-"""How a checkpoint comes to be, beside training, so that a run always has a whole one, whatever is killed when.
+"""Asynchronous, crash-safe checkpointing: whatever is killed when, a run always has a complete checkpoint.
 
-It is told in :meth:`Checkpoints._tell`: the state is copied; a folder under a temporary name is reserved; each rank
-writes its part into it; rank 0 reads back what all have written and adds the rest; the marker is written, the folder
-gets its name, ``latest`` names it; old checkpoints go. Each of these begins only when all ranks have told each other
-that the one before has succeeded; if it has failed on any, all know, and the earlier checkpoints stay.
+:meth:`Checkpoints._save_stages` is the sequence: copy the state; reserve a folder under a temporary name; each rank
+writes its part into it; rank 0 reads back what all have written and adds the rest; write the marker, rename the folder,
+point ``latest`` at it; remove old checkpoints. A stage begins only when all ranks have reported that the one before
+succeeded; if it failed on any, all know, and the earlier checkpoints stay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dcscale.checkpoint.layout import (
     CheckpointError,
     Written,
     checkpoints_of,
-    defect,
+    incomplete_reason,
     read_state,
     step_of,
 )
@@ -35,8 +35,8 @@ from dcscale.files import sync_folder, sync_tree, write_atomically, write_json
 from dcscale.parallel import Engine, Snapshot
 
 
-def superfluous(run: Path, settings: CheckpointConfig, spared: Collection[Path]) -> list[Path]:
-    """The whole checkpoints of a run that ``settings`` do not keep, oldest first; none of ``spared``.
+def expired_checkpoints(run: Path, settings: CheckpointConfig, protected: Collection[Path]) -> list[Path]:
+    """The whole checkpoints of a run that ``settings`` do not keep, oldest first; none of ``protected``.
 
     Kept are the newest ``keep_last``, those of every ``keep_every`` steps, and the ``keep_best`` of the lowest
     validation loss, the older of equal ones. A damaged checkpoint neither takes the place of a whole one nor is named.
@@ -46,7 +46,7 @@ def superfluous(run: Path, settings: CheckpointConfig, spared: Collection[Path])
     """
     if settings.keep_last is None:
         return []
-    whole = [checkpoint for checkpoint in checkpoints_of(run) if defect(checkpoint) is None]
+    whole = [checkpoint for checkpoint in checkpoints_of(run) if incomplete_reason(checkpoint) is None]
     kept = set(whole[-settings.keep_last :])
     if settings.keep_every is not None:
         kept.update(checkpoint for checkpoint in whole if step_of(checkpoint) % settings.keep_every == 0)
@@ -54,7 +54,7 @@ def superfluous(run: Path, settings: CheckpointConfig, spared: Collection[Path])
         losses = {checkpoint: read_state(checkpoint).get("validation_loss") for checkpoint in whole}
         measured = [checkpoint for checkpoint, loss in losses.items() if loss is not None and math.isfinite(loss)]
         kept.update(sorted(measured, key=losses.__getitem__)[: settings.keep_best])
-    kept_places = {checkpoint.resolve() for checkpoint in [*kept, *spared]}
+    kept_places = {checkpoint.resolve() for checkpoint in [*kept, *protected]}
     return [checkpoint for checkpoint in whole if checkpoint.resolve() not in kept_places]
 
 
@@ -66,7 +66,7 @@ def discard(checkpoint: Path) -> None:
 
 
 T = TypeVar("T")
-Story = Generator[Callable[[], Any] | None, list[Any], None]
+SaveStages = Generator[Callable[[], Any] | None, list[Any], None]
 """Yields what this rank does in each stage, if anything; gets the results of all ranks, or their errors raised."""
 
 
@@ -78,7 +78,7 @@ class Checkpoints:
 
     Args:
         latest: the checkpoint the run goes on from.
-        spared: a checkpoint that is never removed: the one the run branched from.
+        protected: a checkpoint that is never removed: the one the run branched from.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Checkpoints:
         run: Path,
         settings: CheckpointConfig,
         latest: Path | None = None,
-        spared: str | None = None,
+        protected: str | None = None,
     ):
-        self._engine, self._settings, self._spared = engine, settings, spared
+        self._engine, self._settings, self._spared = engine, settings, protected
         self._run, self._root = run, run / "checkpoints"
         self._is_main = engine.environment.is_main
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="dcscale-checkpoint")
-        self._story: Story | None = None
+        self._stages: SaveStages | None = None
         self._task: futures.Future | None = None
         self.latest = latest
         """The newest checkpoint that is known to be whole."""
@@ -103,7 +103,7 @@ class Checkpoints:
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written."""
-        return self._story is not None
+        return self._stages is not None
 
     def save(self, step: int, state: dict[str, Any], files: Mapping[str, bytes]) -> None:
         """Copies the training state and begins to write the checkpoint of ``step``; waits for an earlier one first.
@@ -118,8 +118,8 @@ class Checkpoints:
         final = self._root / layout.step_name(step)
         if self.latest is not None and self.latest.resolve() == final.resolve():
             return
-        self._story = self._tell(final, state, files)
-        self._go_on(partial(next, self._story))
+        self._stages = self._save_stages(final, state, files)
+        self._advance(partial(next, self._stages))
         if not self._settings.background:
             self.wait()
 
@@ -131,14 +131,14 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, if it could not be written; it is given up.
         """
-        if self._story is not None:
+        if self._stages is not None:
             through = self._task is None or self._task.done()
             if self._engine.sum_over_ranks([int(through)])[0] == self._engine.environment.world_size:
                 self._next_stage()
 
     def wait(self) -> None:
         """Returns once no checkpoint is under way any more. Raises CheckpointError as :meth:`poll`."""
-        while self._story is not None:
+        while self._stages is not None:
             # No rank waits for another's disk within a collective, which has a time limit.
             if self._task is not None:
                 futures.wait([self._task], timeout=1)
@@ -148,9 +148,9 @@ class Checkpoints:
         """Waits for this rank's thread only; a checkpoint under way stays unfinished."""
         self._thread.shutdown()
 
-    # -- the story ---------------------------------------------------------------------------------------------
+    # -- the stages ---------------------------------------------------------------------------------------------
 
-    def _tell(self, final: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> Story:
+    def _save_stages(self, final: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> SaveStages:
         temporary = self._root / (layout.TEMPORARY_PREFIX + final.name)
         start = time.perf_counter()
         try:
@@ -207,18 +207,18 @@ class Checkpoints:
 
     def _publish(self, temporary: Path, final: Path, written: dict[str, Written]) -> None:
         layout.seal(temporary, written)
-        if problem := layout.defect(temporary):
+        if problem := layout.incomplete_reason(temporary):
             raise CheckpointError(problem)
         if final.exists():  # this course of the run did not go on from it, nor write it
-            set_aside(final)
+            quarantine(final)
         temporary.rename(final)
         sync_folder(self._root)
         point_latest_at(final)
 
     def _retain(self) -> None:
         assert self.latest is not None
-        spared = {self.latest, *([Path(self._spared)] if self._spared else [])}
-        for checkpoint in superfluous(self._run, self._settings, spared):
+        protected = {self.latest, *([Path(self._spared)] if self._spared else [])}
+        for checkpoint in expired_checkpoints(self._run, self._settings, protected):
             discard(checkpoint)
 
     # -- how it goes on ----------------------------------------------------------------------------------------
@@ -233,30 +233,30 @@ class Checkpoints:
             result = call() if call is not None else None
         except Exception as caught:  # told to every rank and raised below
             error = f"{type(caught).__name__}: {caught}"
-        answers = self._engine.of_all_ranks((result, error))
+        answers = self._engine.gather_objects((result, error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
         if errors:
             raise CheckpointError("; ".join(errors))
         return [result for result, _ in answers]
 
     def _next_stage(self) -> None:
-        story, task = self._story, self._task
-        assert story is not None
+        stages, task = self._stages, self._task
+        assert stages is not None
         try:
             results = self._agree(None if task is None else task.result)
         except CheckpointError as error:
-            self._go_on(partial(story.throw, error))
+            self._advance(partial(stages.throw, error))
         else:
-            self._go_on(partial(story.send, results))
+            self._advance(partial(stages.send, results))
 
-    def _go_on(self, resume: Callable[[], Callable[[], Any] | None]) -> None:
-        """Takes the story to its next stage, which then runs in the thread."""
-        story, self._story, self._task = self._story, None, None
+    def _advance(self, resume: Callable[[], Callable[[], Any] | None]) -> None:
+        """Takes the stages to its next stage, which then runs in the thread."""
+        stages, self._stages, self._task = self._stages, None, None
         try:
             call = resume()
         except StopIteration:
             return
-        self._story, self._task = story, None if call is None else self._thread.submit(call)
+        self._stages, self._task = stages, None if call is None else self._thread.submit(call)
 
 
 def _write_part(copy: list[Snapshot], folder: Path) -> dict[str, Written]:
@@ -270,7 +270,7 @@ def point_latest_at(checkpoint: Path) -> None:
     write_atomically(checkpoint.parent / layout.LATEST, checkpoint.name + "\n")
 
 
-def set_aside(checkpoint: Path) -> Path:
+def quarantine(checkpoint: Path) -> Path:
     """Renames a checkpoint so that it counts no more, and returns its new place."""
     names = (f"set-aside-{checkpoint.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     place = next(place for name in names if not (place := checkpoint.with_name(name)).exists())

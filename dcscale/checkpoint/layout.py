@@ -134,7 +134,7 @@ def _parse_written(marker: Path, name: str, entry: Any) -> Written:
         raise CheckpointError(f"{marker} must say bytes and sha256 of {name}, but says {entry!r}") from None
 
 
-def defect(folder: Path) -> str | None:
+def incomplete_reason(folder: Path) -> str | None:
     """Why ``folder`` is not a whole checkpoint, or None if it is one. Compares sizes, not contents."""
     try:
         files = read_marker(folder)
@@ -149,12 +149,12 @@ def defect(folder: Path) -> str | None:
     return None
 
 
-def damage(folder: Path, left_out: str = "", rank: int = 0, ranks: int = 1) -> str | None:
+def corrupt_reason(folder: Path, left_out: str = "", rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with ``folder``, or None: as :func:`defect`, and by the checksums of one rank's share of the files.
 
     ``left_out`` is a part of the checkpoint of which only sizes are compared, such as ``WEIGHTS``.
     """
-    problem = defect(folder)
+    problem = incomplete_reason(folder)
     if problem is not None:
         return problem
     files = {name: file for name, file in read_marker(folder).items() if PurePath(name).parts[0] != left_out}
@@ -193,7 +193,7 @@ def find_checkpoint(path: Path) -> Path:
             raise CheckpointError(f"{path} holds no checkpoint: name a run's folder or a step-XXXXXXXX folder in it")
     defects = []
     for candidate in candidates:
-        problem = defect(candidate)
+        problem = incomplete_reason(candidate)
         if problem is None:
             return candidate
         defects.append(problem)

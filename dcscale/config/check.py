@@ -188,14 +188,14 @@ def _cache_knows_checksums(config: Config) -> Findings:
         yield "data.cache", "knows shards by their checksums, but data.verify is false", "set it to null, or verify"
 
 
-@_rule("data.train", "data.sources", "data.validation", "data.give_up_seconds", "parallel.timeout_minutes")
+@_rule("data.train", "data.sources", "data.validation", "data.retry_total_seconds", "parallel.timeout_minutes")
 def _data_are_given_up_before_ranks(config: Config) -> Findings:
     most = 60 * config.parallel.timeout_minutes / 2
     remote = any("://" in root for root in [*config.data.roots, config.data.validation or ""])
-    if remote and config.data.give_up_seconds > most:
+    if remote and config.data.retry_total_seconds > most:
         rule = f"must be at most half of parallel.timeout_minutes = {config.parallel.timeout_minutes}, {most:g} s"
         why = "or the other ranks would give up before they learn what is wrong with the data"
-        yield "data.give_up_seconds", f"{rule}, {why}", f"use at most {most:g}"
+        yield "data.retry_total_seconds", f"{rule}, {why}", f"use at most {most:g}"
 
 
 @_rule("data.validation", "validation.interval")

@@ -22,14 +22,14 @@ from dcscale.checkpoint.probe import check_model
 from dcscale.checkpoint.weights import SHARD_BYTES
 from dcscale.config import Config, to_yaml
 from dcscale.config.schema import ModelConfig
-from dcscale.convert.detect import Found, detect
+from dcscale.convert.detect import Source, detect
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats import huggingface, maxtext, transformers, upstream, upstream_config
 from dcscale.convert.formats.huggingface import TOKENIZER
 from dcscale.convert.formats.maxtext import MaxTextFiles
 from dcscale.convert.output import check_target, new_folder
 from dcscale.convert.tensor_files import TensorFiles, open_tensors
-from dcscale.convert.tensor_map import Plan, Recipe, check_left_out, check_names, non_finite, table
+from dcscale.convert.tensor_map import Plan, TensorRule, check_dropped, check_names, non_finite, table
 from dcscale.files import write_atomically, write_json
 from dcscale.models import DCFormer
 
@@ -41,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Conversion:
     """A conversion whose names, shapes and settings fit; no tensor has been read but to find out which are trained."""
 
-    found: Found
+    found: Source
     files: TensorFiles
     target: str
     config: Config
@@ -62,7 +62,7 @@ class Conversion:
 
     def write(self, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Writes the result. Raises ConversionError for values that are not finite or may not be left out."""
-        check_left_out(self.plan, self.files)
+        check_dropped(self.plan, self.files)
         problems: list[str] = []
         with new_folder(target) as folder:
             at = folder / WEIGHTS if self.target == "dcscale" else folder
@@ -94,7 +94,7 @@ class Conversion:
             ConversionError: there are values that are not finite or may not be left out, or the model computes
                 something else than its checkpoint's probe says.
         """
-        check_left_out(self.plan, self.files)
+        check_dropped(self.plan, self.files)
         with torch.device("meta"):
             model = DCFormer(self.config.model)
         model = model.to(dtype or DTYPES[self.config.train.precision]).to_empty(device=device)
@@ -119,7 +119,7 @@ class Conversion:
 
     def _tensors(self, problems: list[str]) -> Iterator[tuple[str, Tensor]]:
         for recipe in self.plan.recipes:
-            tensor = recipe.cook(self.files.read)
+            tensor = recipe.apply(self.files.read)
             if self.dtype is not None:
                 tensor = tensor.to(self.dtype)
             if (problem := non_finite(tensor)) is not None:
@@ -154,7 +154,7 @@ def prepare(
     """
     found = detect(source)
     if found.kind == target != "dcscale":
-        raise ConversionError(f"{found.words} is what it shall become: convert it to dcscale")
+        raise ConversionError(f"{found.description} is what it shall become: convert it to dcscale")
     options = {
         "upstream": {"--from-copies": truth, "--gelu": gelu, "--local-keys": local_keys},
         "maxtext": {"--maxtext-config": maxtext_config},
@@ -163,9 +163,13 @@ def prepare(
     for kind, given in options.items():
         names = ", ".join(name for name, value in given.items() if value is not None)
         if names and kind != found.kind:
-            raise ConversionError(f"{names}: only for {kind} folders, but the source is a {found.words}; leave it out")
+            raise ConversionError(
+                f"{names}: only for {kind} folders, but the source is a {found.description}; leave it out"
+            )
     if found.kind != "dcscale" and target != "dcscale":
-        raise ConversionError(f"{found.words} becomes {target} by way of dcscale only: convert it to dcscale first")
+        raise ConversionError(
+            f"{found.description} becomes {target} by way of dcscale only: convert it to dcscale first"
+        )
     if found.kind == "upstream":
         return _from_upstream(found, dtype, truth, gelu, local_keys)
     if found.kind == "huggingface":
@@ -185,7 +189,7 @@ def convert(source: Path, target_folder: Path, target: str, *, overwrite: bool =
     return conversion
 
 
-def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
+def _from_dcscale(found: Source, target: str, dtype: str | None) -> Conversion:
     try:
         config, content = read_config(found.folder), read_state(found.folder)
     except CheckpointError as error:
@@ -221,10 +225,10 @@ def _from_dcscale(found: Found, target: str, dtype: str | None) -> Conversion:
 
 def _same_names(model: ModelConfig) -> Plan:
     shapes = upstream.parameter_shapes(model)
-    return Plan([Recipe(name, (name,)) for name in shapes], shapes, {})
+    return Plan([TensorRule(name, (name,)) for name in shapes], shapes, {})
 
 
-def _from_huggingface(found: Found, dtype: str | None) -> Conversion:
+def _from_huggingface(found: Source, dtype: str | None) -> Conversion:
     files = open_tensors(found.folder)
     config = huggingface.read_settings(found.settings)
     _check_layers("layers", found.settings, files)
@@ -234,7 +238,7 @@ def _from_huggingface(found: Found, dtype: str | None) -> Conversion:
 
 
 def _from_upstream(
-    found: Found, dtype: str | None, truth: str | None, gelu: str | None, local_keys: int | None
+    found: Source, dtype: str | None, truth: str | None, gelu: str | None, local_keys: int | None
 ) -> Conversion:
     files = open_tensors(found.folder)
     decided, why = upstream.find_truth(files)
@@ -265,7 +269,7 @@ def _from_upstream(
     return _import(found, files, read.config, plan, dtype, [*notes, *read.notes], _has_byte_tokens(found))
 
 
-def _from_transformers(found: Found, dtype: str | None, seed: int, model: Sequence[str]) -> Conversion:
+def _from_transformers(found: Source, dtype: str | None, seed: int, model: Sequence[str]) -> Conversion:
     files, settings, notes = open_tensors(found.folder), found.settings, []
     family = settings["model_type"]
     _check_layers("num_hidden_layers", settings, files)
@@ -281,12 +285,12 @@ def _from_transformers(found: Found, dtype: str | None, seed: int, model: Sequen
     return _import(found, files, read.config, plan, dtype, [*notes, *read.notes])
 
 
-def _from_maxtext(found: Found, dtype: str | None, config: Path | None) -> Conversion:
+def _from_maxtext(found: Source, dtype: str | None, config: Path | None) -> Conversion:
     places = [folder / "config.yml" for folder in (found.folder, *found.folder.parents[:3])]
     config = config or next((place for place in places if place.is_file()), None)
     if config is None:
         raise ConversionError(
-            f"{found.words} does not say its windows: name the YAML config of its run, such as upstream's "
+            f"{found.description} does not say its windows: name the YAML config of its run, such as upstream's "
             f"dcformer_pp_405m.yml, with --maxtext-config (looked for {', '.join(map(str, places))})"
         )
     settings = maxtext.read_settings(config)
@@ -298,7 +302,7 @@ def _from_maxtext(found: Found, dtype: str | None, config: Path | None) -> Conve
 
 
 def _import(
-    found: Found,
+    found: Source,
     files: TensorFiles,
     config: Config,
     plan: Plan,
@@ -314,7 +318,7 @@ def _import(
     return Conversion(found, files, "dcscale", config, plan, common, state, None, [*notes, *tokenizer_notes])
 
 
-def _has_byte_tokens(found: Found) -> bool:
+def _has_byte_tokens(found: Source) -> bool:
     """Whether dcscale wrote so into config.json."""
     return found.settings.get("dcscale", {}).get("tokenizer") == "byte"
 
@@ -336,7 +340,7 @@ def _tied(settings: Mapping[str, Any], files: TensorFiles, embedding: str, outpu
     return False
 
 
-def _state(found: Found, byte: bool) -> tuple[dict[str, Any], list[str]]:
+def _state(found: Source, byte: bool) -> tuple[dict[str, Any], list[str]]:
     """The state of a model from elsewhere: nothing but its tokenizer is known. ``byte``: its tokens are bytes."""
     state: dict[str, Any] = {"format": STATE_FORMAT, "step": 0, "tokens": 0}
     eos = found.settings.get("eos_token_id")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER, damage
+from dcscale.checkpoint.layout import MARKER, OLD_OPTIMIZER, OPTIMIZER, corrupt_reason
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats.huggingface import MODEL_TYPE
 from dcscale.convert.formats.maxtext import find_state
@@ -20,19 +20,19 @@ _FAMILIES = f"{MODEL_TYPE} (exported), {', '.join(UPSTREAM)} (upstream) and {', 
 
 
 @dataclass(frozen=True)
-class Found:
+class Source:
     """``kind``: ``dcscale``, ``huggingface`` (dcscale's model for transformers), ``upstream``, ``maxtext`` or
-    ``transformers`` (a plain Transformer of that library); ``folder``: where its parts lie; ``words``: what to tell a
-    person."""
+    ``transformers`` (a plain Transformer of that library); ``folder``: where its parts are; ``description``: what
+    to tell a person."""
 
     kind: str
     folder: Path
-    words: str
+    description: str
     settings: dict[str, Any] = field(default_factory=dict)
     """Content of config.json, where the source has one."""
 
 
-def detect(path: Path) -> Found:
+def detect(path: Path) -> Source:
     """What ``path`` holds.
 
     Raises:
@@ -45,13 +45,13 @@ def detect(path: Path) -> Found:
             folder = find_checkpoint(path)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
-        if problem := damage(folder, left_out=OPTIMIZER):
+        if problem := corrupt_reason(folder, left_out=OPTIMIZER):
             raise ConversionError(f"the checkpoint is damaged: {problem}; name another one")
         trained = any((folder / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER))
         words = "dcscale training checkpoint" if trained else "dcscale model folder"
-        return Found("dcscale", folder, f"{words} {folder}")
+        return Source("dcscale", folder, f"{words} {folder}")
     if (state := find_state(path)) is not None:
-        return Found("maxtext", state, f"MaxText checkpoint {state}")
+        return Source("maxtext", state, f"MaxText checkpoint {state}")
     config = path / "config.json"
     if config.is_file():
         try:
@@ -60,11 +60,11 @@ def detect(path: Path) -> Found:
             raise ConversionError(f"{config} cannot be read: {error}") from error
         family = settings.get("model_type") if isinstance(settings, dict) else None
         if family == MODEL_TYPE:
-            return Found("huggingface", path, f"Hugging Face folder of a dcscale model {path}", settings)
+            return Source("huggingface", path, f"Hugging Face folder of a dcscale model {path}", settings)
         if isinstance(family, str) and family in UPSTREAM:
-            return Found("upstream", path, f"upstream {UPSTREAM[family]} folder {path}", settings)
+            return Source("upstream", path, f"upstream {UPSTREAM[family]} folder {path}", settings)
         if isinstance(family, str) and family in TRANSFORMERS:
-            return Found("transformers", path, f"{TRANSFORMERS[family]} folder {path}, of transformers", settings)
+            return Source("transformers", path, f"{TRANSFORMERS[family]} folder {path}, of transformers", settings)
         raise ConversionError(f"{config} has model_type {family!r}: only {_FAMILIES} can be converted")
     raise ConversionError(
         f"{path} is nothing that can be converted: looked for {MARKER} (a dcscale checkpoint or model folder), "

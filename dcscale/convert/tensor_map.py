@@ -19,7 +19,7 @@ from dcscale.convert.tensor_files import WEIGHT_DTYPES, TensorFiles
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorRule:
     """``make`` gets the sources, in order, and gives the tensor ``name``; ``how`` says it in words."""
 
     name: str
@@ -30,13 +30,13 @@ class Recipe:
     make: Callable[..., Tensor] | None = None
     """None takes the only source as it is."""
 
-    def cook(self, read: Callable[[str, tuple[int, int] | None], Tensor]) -> Tensor:
+    def apply(self, read: Callable[[str, tuple[int, int] | None], Tensor]) -> Tensor:
         tensors = [read(source, self.rows) for source in self.sources]
         return tensors[0] if self.make is None else self.make(*tensors).contiguous()
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class DroppedTensor:
     """A tensor that upstream's files may hold and no result needs. ``must`` hold for its values: (words, test)."""
 
     why: str
@@ -47,10 +47,10 @@ class LeftOut:
 class Plan:
     """Everything about a conversion's tensors but their values."""
 
-    recipes: Sequence[Recipe]
+    recipes: Sequence[TensorRule]
     expected: Mapping[str, tuple[int, ...]]
     """Shapes of all tensors that the source may have."""
-    left_out: Mapping[str, LeftOut]
+    left_out: Mapping[str, DroppedTensor]
 
 
 def check_names(plan: Plan, files: TensorFiles) -> None:
@@ -68,7 +68,7 @@ def check_names(plan: Plan, files: TensorFiles) -> None:
     _raise(problems, f"the tensors of {files.source} do not fit its config")
 
 
-def check_left_out(plan: Plan, files: TensorFiles) -> None:
+def check_dropped(plan: Plan, files: TensorFiles) -> None:
     """Raises ConversionError for tensors whose values forbid to leave them out."""
     problems = []
     for name in files.shapes:

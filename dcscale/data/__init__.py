@@ -8,10 +8,10 @@ from dcscale.data.errors import DataError
 from dcscale.data.prepare.build import BuildReport, build_shards
 from dcscale.data.shards.manifest import Manifest, read_manifest
 from dcscale.data.shards.skipped import SkippedShard
-from dcscale.data.storage import Access, Patience
+from dcscale.data.storage import RetryPolicy, StorageOptions
 from dcscale.data.stream.loader import Batch, BatchLoader
 from dcscale.data.stream.mixture import MixedStream, Stream, open_mixture
-from dcscale.data.stream.stream import SequenceStream, open_stream
+from dcscale.data.stream.stream import SequenceStream, StreamConfig, open_stream
 from dcscale.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -22,7 +22,6 @@ from dcscale.data.tokenizers import (
 )
 
 __all__ = [
-    "Access",
     "Batch",
     "BatchLoader",
     "BuildReport",
@@ -31,10 +30,12 @@ __all__ = [
     "HuggingFaceTokenizer",
     "Manifest",
     "MixedStream",
-    "Patience",
+    "RetryPolicy",
     "SequenceStream",
     "SkippedShard",
+    "StorageOptions",
     "Stream",
+    "StreamConfig",
     "Tokenizer",
     "build_shards",
     "load_tokenizer",

@@ -10,7 +10,7 @@ import numpy as np
 
 from dcscale.data.errors import DataError
 from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
-from dcscale.data.storage import FolderSource, Source, UnreadableError
+from dcscale.data.storage import LocalStorage, Storage, UnreadableError
 from dcscale.files import write_atomically
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -173,11 +173,11 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir() and (path / MANIFEST_NAME).exists():
-        return tokenizer_of_shards(FolderSource(path), read_manifest(path))
+        return tokenizer_of_shards(LocalStorage(path), read_manifest(path))
     return HuggingFaceTokenizer(path / TOKENIZER_NAME if path.is_dir() else path, eos)
 
 
-def tokenizer_of_shards(source: Source, manifest: Manifest) -> Tokenizer:
+def tokenizer_of_shards(source: Storage, manifest: Manifest) -> Tokenizer:
     """The tokenizer of shards.
 
     Args:
@@ -206,7 +206,7 @@ def tokenizer_of_shards(source: Source, manifest: Manifest) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_files(source: Source, manifest: Manifest) -> dict[str, bytes]:
+def tokenizer_files(source: Storage, manifest: Manifest) -> dict[str, bytes]:
     """Files of a root of shards that are needed to load its tokenizer elsewhere, by name; none for byte tokens.
 
     Raises:

@@ -46,10 +46,10 @@ class Trained:
         return self.conversion.state.get("step") or None
 
     @property
-    def words(self) -> list[str]:
+    def description(self) -> list[str]:
         """What it is, and what a person should know of how it was taken."""
         step = "" if self.step is None else f" (step {self.step})"
-        return [self.conversion.found.words + step, *(f"note: {note}" for note in self.conversion.notes)]
+        return [self.conversion.found.description + step, *(f"note: {note}" for note in self.conversion.notes)]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -154,7 +154,7 @@ def open_model(options: argparse.Namespace) -> Trained:
     trained = open_trained(
         options.path, tokenizer=options.tokenizer, eos_token=options.eos_token, **source_options(options)
     )
-    print(f"{options.path} is: {trained.words[0]}", *trained.words[1:], sep="\n", file=sys.stderr)
+    print(f"{options.path} is: {trained.description[0]}", *trained.description[1:], sep="\n", file=sys.stderr)
     vocab_size = trained.config.model.vocab_size
     if options.begin_id is not None and options.begin_id >= vocab_size:
         raise ValueError(f"--begin-id is {options.begin_id}, but must be below the model's {vocab_size} tokens")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dcscale.data import BatchLoader, DataError, SequenceStream, open_stream
+from dcscale.data import BatchLoader, DataError, SequenceStream, StreamConfig, open_stream
 from dcscale.data.storage import shown
 from dcscale.evaluation.loading import Told
 from dcscale.evaluation.results import Losses, losses
@@ -31,14 +31,16 @@ def open_shards(
     """
     stream = open_stream(
         root,
-        vocab_size=vocab_size,
-        sequence_length=context,
-        seed=0,
-        shuffle_shards=1,
-        slots=1,
-        shuffle=False,
-        document_mask=document_mask,
-        verify=True,
+        StreamConfig(
+            vocab_size=vocab_size,
+            sequence_length=context,
+            seed=0,
+            shuffle_shards=1,
+            slots=1,
+            shuffle=False,
+            document_mask=document_mask,
+            verify=True,
+        ),
     )
     found = stream.tokenizer.fingerprint
     wanted = (trained_with or {}).get("fingerprint", found)

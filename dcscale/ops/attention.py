@@ -99,7 +99,7 @@ def attention(
     queries = q.shape[1]
     if window is not None and window >= query_offset + queries:
         window = None
-    if flash.obstacle(q) is None:
+    if flash.unavailable_reason(q) is None:
         out = flash.flash_attention(
             q, k, v, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
         )

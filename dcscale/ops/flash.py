@@ -26,7 +26,7 @@ _MOST_DOCUMENTS = 65_535
 """flash-attn gives documents to the second axis of a CUDA grid, which is no longer than this."""
 
 
-def obstacle(q_BTHD: Tensor) -> str | None:
+def unavailable_reason(q_BTHD: Tensor) -> str | None:
     """Why :func:`flash_attention` cannot run for this q; None if it can. Imports flash-attn where it comes to that."""
     if q_BTHD.device.type != "cuda":
         return f"it needs an NVIDIA GPU, and q is on {q_BTHD.device.type}"

@@ -1,6 +1,6 @@
 """Many processes as one: who this process is, and the engine that spreads a model over all of them."""
 
-from dcscale.parallel.collectives import RankError, decided_by_main, of_all_ranks, on_every_rank
+from dcscale.parallel.collectives import RankError, broadcast_from_rank0, gather_objects, run_on_all_ranks
 from dcscale.parallel.engine import Engine, NonFiniteError, start_distributed, stop_distributed
 from dcscale.parallel.environment import Environment, LaunchError, discover, free_port, share_cores
 from dcscale.parallel.zero_state import KINDS, MASTER, Snapshot
@@ -14,11 +14,11 @@ __all__ = [
     "NonFiniteError",
     "RankError",
     "Snapshot",
-    "decided_by_main",
+    "broadcast_from_rank0",
     "discover",
     "free_port",
-    "of_all_ranks",
-    "on_every_rank",
+    "gather_objects",
+    "run_on_all_ranks",
     "share_cores",
     "start_distributed",
     "stop_distributed",

@@ -14,20 +14,20 @@ class RankError(RuntimeError):
     """Other ranks failed while this one did not."""
 
 
-def of_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Tells every rank what each has, by rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def errors_of_ranks(error: str | None, group: dist.ProcessGroup | None = None) -> str:
+def gather_errors(error: str | None, group: dist.ProcessGroup | None = None) -> str:
     """Tells every rank which ranks failed and why, as ``rank 1: REASON; rank 3: REASON``; empty when none did."""
-    said = of_all_ranks(error, group)
+    said = gather_objects(error, group)
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None)
 
 
-def on_every_rank(call: Callable[[], T]) -> T:
+def run_on_all_ranks(call: Callable[[], T]) -> T:
     """Returns ``call()``, which every rank makes for itself; if it fails on any rank, all raise.
 
     Raises:
@@ -39,7 +39,7 @@ def on_every_rank(call: Callable[[], T]) -> T:
         result = call()
     except Exception as error:  # told to every rank and raised below
         own = error
-    errors = errors_of_ranks(None if own is None else f"{type(own).__name__}: {own}")
+    errors = gather_errors(None if own is None else f"{type(own).__name__}: {own}")
     if own is not None:
         raise own
     if errors:
@@ -47,7 +47,7 @@ def on_every_rank(call: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def decided_by_main(decide: Callable[[], T]) -> T:
+def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     """Calls ``decide`` on rank 0 and returns its result, or raises its error, on every rank.
 
     For what depends on a disk or a clock, of which ranks may see different states.

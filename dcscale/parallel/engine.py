@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dcscale.config import Config
-from dcscale.parallel.collectives import errors_of_ranks, of_all_ranks, on_every_rank
+from dcscale.parallel.collectives import gather_errors, gather_objects, run_on_all_ranks
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
 from dcscale.parallel.zero_state import SavedState, Snapshot, read_state, round_masters, take_snapshot
@@ -200,13 +200,13 @@ class Engine:
         dist.all_reduce(tensor)
         return tensor
 
-    def of_all_ranks(self, value: T) -> list[T]:
-        """:func:`dcscale.parallel.collectives.of_all_ranks`, on the CPU."""
-        return of_all_ranks(value, self._control)
+    def gather_objects(self, value: T) -> list[T]:
+        """:func:`dcscale.parallel.collectives.gather_objects`, on the CPU."""
+        return gather_objects(value, self._control)
 
-    def errors_of_ranks(self, error: str | None) -> str:
-        """:func:`dcscale.parallel.collectives.errors_of_ranks`, on the CPU."""
-        return errors_of_ranks(error, self._control)
+    def gather_errors(self, error: str | None) -> str:
+        """:func:`dcscale.parallel.collectives.gather_errors`, on the CPU."""
+        return gather_errors(error, self._control)
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Engine:
         Raises:
             RankError: on the ranks where reading did not fail, if it did on another.
         """
-        on_every_rank(lambda: read_state(self._engine, self._optimizer, saved))
+        run_on_all_ranks(lambda: read_state(self._engine, self._optimizer, saved))
         round_masters(self._engine)
 
     def _gather_for_writing(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:

@@ -140,7 +140,7 @@ class ThreadEngine:
     def snapshot(self) -> Snapshot:
         return tiny_snapshot(self.environment.rank, self.environment.world_size, self.step)
 
-    def of_all_ranks(self, value: T) -> list[T]:
+    def gather_objects(self, value: T) -> list[T]:
         self._said[self.environment.rank] = value
         self._barrier.wait()
         said = list(self._said)
@@ -148,7 +148,7 @@ class ThreadEngine:
         return said
 
     def sum_over_ranks(self, values: list[int]) -> list[int]:
-        return [sum(column) for column in zip(*self.of_all_ranks(values))]
+        return [sum(column) for column in zip(*self.gather_objects(values))]
 
 
 def on_threads(ranks: int, function: Callable[[Any], T], seconds: float = 30) -> list[T]:

@@ -157,7 +157,9 @@ def _renamed(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     """What upstream's tensors give under this project's names; of a part of a model, or gradients, a part."""
     plan = plan_import(config, tensors, "original")
     recipes = [recipe for recipe in plan.recipes if tensors.keys() >= set(recipe.sources)]
-    return {recipe.name: recipe.cook(lambda name, rows: tensors[name][slice(*(rows or (None,)))]) for recipe in recipes}
+    return {
+        recipe.name: recipe.apply(lambda name, rows: tensors[name][slice(*(rows or (None,)))]) for recipe in recipes
+    }
 
 
 _UPSTREAM = {"q1": "qw1", "q2": "qw2", "qg": "qdd", "k1": "kw1", "k2": "kw2", "kg": "kdd"}

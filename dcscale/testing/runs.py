@@ -20,7 +20,7 @@ from dcscale.data.shards.shard import write_shard
 from dcscale.data.tokenizers import ByteTokenizer
 from dcscale.observe import Console
 from dcscale.parallel import Engine, discover, share_cores, start_distributed, stop_distributed
-from dcscale.train import Ending, Trainer, build_trainer, write_summary
+from dcscale.train import StopReason, Trainer, build_trainer, write_summary
 
 WORDS = ("attention", "heads", "are", "composed", "by", "small", "matrices", "before", "and", "after", "softmax")
 
@@ -86,7 +86,7 @@ def tiny_config(run: Path, shards: Path, *overrides: str) -> Config:
     return load_config([], [*tiny_settings(run, shards), *overrides]).config
 
 
-def train_here(config: Config) -> tuple[Trainer, Ending]:
+def train_here(config: Config) -> tuple[Trainer, StopReason]:
     """Trains in this process, which is one rank of the process group it is in (or joins as its only rank)."""
     environment = discover()
     raise_problems(check_config(config, environment.world_size))

@@ -2,6 +2,6 @@
 
 from dcscale.train.build import build_trainer
 from dcscale.train.summary import summary_lines, write_summary
-from dcscale.train.trainer import Ending, Trainer
+from dcscale.train.trainer import StopReason, Trainer
 
-__all__ = ["Ending", "Trainer", "build_trainer", "summary_lines", "write_summary"]
+__all__ = ["StopReason", "Trainer", "build_trainer", "summary_lines", "write_summary"]

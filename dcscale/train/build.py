@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.checkpoint.checkpointer import point_latest_at, set_aside
+from dcscale.checkpoint.checkpointer import point_latest_at, quarantine
 from dcscale.checkpoint.layout import STATE
 from dcscale.checkpoint.probe import read_probe
 from dcscale.config import Config, to_yaml
@@ -17,7 +17,7 @@ from dcscale.files import write_atomically
 from dcscale.models import DCFormer, initialize
 from dcscale.observe import Console
 from dcscale.observe.reporter import Reporter
-from dcscale.parallel import Engine, Environment, decided_by_main, on_every_rank
+from dcscale.parallel import Engine, Environment, broadcast_from_rank0, run_on_all_ranks
 from dcscale.train.data import open_data, without_secrets
 from dcscale.train.hooks import build_hooks
 from dcscale.train.optimizer import build_optimizer
@@ -37,12 +37,12 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         ConfigError: the run's folder cannot be written to.
     """
     # Whatever can be refused is refused before the model takes its memory and the run's folder is touched.
-    data = on_every_rank(lambda: open_data(config, environment))
+    data = run_on_all_ranks(lambda: open_data(config, environment))
     start = find_start(config, environment, data.stream)
     for message in start.messages:
         console.line(message)
     data.loader.skip([shard["sha256"] for shard in start.state.skipped])
-    hooks = on_every_rank(lambda: build_hooks(config, environment, data, start.state))
+    hooks = run_on_all_ranks(lambda: build_hooks(config, environment, data, start.state))
     engine = Engine(
         config,
         environment,
@@ -55,9 +55,9 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     if start.saved is not None:
         engine.load(start.saved)
     run = Path(config.run.folder)
-    for message in decided_by_main(lambda: _start_folder(run, config, start)):
+    for message in broadcast_from_rank0(lambda: _start_folder(run, config, start)):
         console.line(message)
-    reporter = on_every_rank(lambda: _open_reporter(run, start.state.step, config, console, environment.is_main))
+    reporter = run_on_all_ranks(lambda: _open_reporter(run, start.state.step, config, console, environment.is_main))
     trainer = Trainer(
         config, engine, data.loader, start.state, reporter, hooks, run, data.tokenizer_files, start.checkpoint
     )
@@ -84,7 +84,7 @@ def _start_folder(run: Path, config: Config, start: Start) -> list[str]:
     with _written_to(run):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
-        moved = [(set_aside(checkpoint), problem) for checkpoint, problem in start.corrupt.items()]
+        moved = [(quarantine(checkpoint), problem) for checkpoint, problem in start.corrupt.items()]
         if moved and start.checkpoint is not None:
             point_latest_at(start.checkpoint)
     return [f"warning    {problem}; the checkpoint is set aside as {place}" for place, problem in moved]
@@ -107,12 +107,12 @@ def _written_to(run: Path) -> Iterator[None]:
 
 def _check_probe(trainer: Trainer, checkpoint: Path, console: Console) -> None:
     """Compares the loaded model's logits with those that the checkpoint holds."""
-    saved = on_every_rank(lambda: read_probe(checkpoint))
+    saved = run_on_all_ranks(lambda: read_probe(checkpoint))
     if saved is None:
         console.line(f"warning    {checkpoint} has no probe batch, so what its model computes was not checked")
         return
     here = trainer.probe((saved.input_ids_BT, saved.positions_B))
-    problems = [text for text in trainer.engine.of_all_ranks(saved.difference(here)) if text is not None]
+    problems = [text for text in trainer.engine.gather_objects(saved.difference(here)) if text is not None]
     if not problems:
         return
     said = f"{problems[0]}, on {len(problems)} of {trainer.environment.world_size} ranks"

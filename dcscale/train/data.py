@@ -6,20 +6,18 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dcscale.config import Config
 from dcscale.data import (
-    Access,
     Batch,
     BatchLoader,
     DataError,
     MixedStream,
-    Patience,
     SequenceStream,
     SkippedShard,
     Stream,
+    StreamConfig,
     Tokenizer,
     open_mixture,
     open_stream,
@@ -56,10 +54,10 @@ def open_training_stream(config: Config) -> Stream:
     Raises:
         DataError: they cannot be opened.
     """
-    skip = {"on_error": config.data.on_error, "max_skipped": config.data.max_skipped}
+    stream_config = StreamConfig.of(config)
     if config.data.sources:
-        return open_mixture(config.data.sources, **_stream_settings(config), **skip)
-    return open_stream(config.data.train, **_stream_settings(config), **skip)
+        return open_mixture(config.data.sources, stream_config)
+    return open_stream(config.data.train, stream_config)
 
 
 def open_data(config: Config, environment: Environment) -> RunData:
@@ -86,27 +84,7 @@ def _open_validation_stream(config: Config) -> SequenceStream | None:
     if config.data.validation is None or config.validation.interval == 0:
         return None
     # A validation loss is that of the same sequences throughout a run, so none of its shards is ever skipped.
-    return open_stream(config.data.validation, shuffle=False, **_stream_settings(config))
-
-
-def _stream_settings(config: Config) -> dict[str, Any]:
-    data = config.data
-    return {
-        "vocab_size": config.model.vocab_size,
-        "sequence_length": data.sequence_length,
-        "seed": config.train.seed,
-        "shuffle_shards": data.shuffle_shards,
-        "slots": data.slots,
-        "document_mask": data.document_mask,
-        "verify": data.verify,
-        "read_ahead": data.read_ahead,
-        "read_threads": data.read_threads,
-        "access": Access(
-            Patience(timeout=data.timeout_seconds, wait=data.retry_seconds, give_up=data.give_up_seconds),
-            cache=None if data.cache is None else Path(data.cache),
-            cache_bytes=data.cache_bytes,
-        ),
-    }
+    return open_stream(config.data.validation, StreamConfig.of(config, shuffle=False, on_error="fail"))
 
 
 def _loader(
@@ -158,7 +136,7 @@ class StepBatches:
     """Shards that any rank has newly given up for this step."""
 
 
-def next_together(
+def next_on_all_ranks(
     engine: Engine, batches: Iterator[list[Batch]], stop: Callable[[], bool] = lambda: False
 ) -> StepBatches | None:
     """The next step's batches; None where they end, which is the same step on every rank.
@@ -186,10 +164,10 @@ def next_together(
     own = [sum(batch.target_count for batch in micro_batches), stopping, error is not None, len(skipped)]
     targets, stops, failures, skips = engine.sum_over_ranks(own)
     if failures:
-        raise DataError(engine.errors_of_ranks(error))
+        raise DataError(engine.gather_errors(error))
     unique: dict[str, SkippedShard] = {}
     if skips:
         # Ranks may have met different defects of a shard; all report the same one.
-        for shard in sorted(set().union(*engine.of_all_ranks(skipped)), key=lambda shard: (shard.name, shard.reason)):
+        for shard in sorted(set().union(*engine.gather_objects(skipped)), key=lambda shard: (shard.name, shard.reason)):
             unique.setdefault(shard.sha256, shard)
     return StepBatches(micro_batches, targets, stops > 0, waited, tuple(unique.values()))

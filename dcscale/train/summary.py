@@ -11,7 +11,7 @@ from dcscale.hardware import device_name
 from dcscale.models import count_parameters
 from dcscale.observe import Console, printable
 from dcscale.parallel.deepspeed_config import accumulation_steps
-from dcscale.train.trainer import Ending, Trainer
+from dcscale.train.trainer import StopReason, Trainer
 
 
 def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
@@ -48,7 +48,7 @@ def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
         )
 
 
-def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
+def summarize(trainer: Trainer, ending: StopReason) -> dict[str, Any]:
     """The summary's content.
 
     ``tokens`` counts tokens read in training over all ranks; losses are in nats a token, ``bits_per_byte``
@@ -58,7 +58,7 @@ def summarize(trainer: Trainer, ending: Ending) -> dict[str, Any]:
     state = trainer.state
     of_hooks = {key: value for hook in trainer.hooks for key, value in hook.summary(trainer).items()}
     return {
-        "completed": ending is Ending.COMPLETED,
+        "completed": ending is StopReason.COMPLETED,
         "steps": state.step,
         "tokens": state.tokens,
         "first_loss": state.first_loss,
@@ -95,7 +95,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_summary(trainer: Trainer, ending: Ending) -> dict[str, Any]:
+def write_summary(trainer: Trainer, ending: StopReason) -> dict[str, Any]:
     """Writes ``summary.json`` into the run's folder (rank 0) and returns its content."""
     content = summarize(trainer, ending)
     if trainer.environment.is_main:

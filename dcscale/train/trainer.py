@@ -19,19 +19,19 @@ from dcscale.observe.metrics import Record
 from dcscale.observe.reporter import Reporter
 from dcscale.parallel import Engine, NonFiniteError
 from dcscale.provenance import git_revision
-from dcscale.train.data import StepBatches, next_together, without_secrets
+from dcscale.train.data import StepBatches, next_on_all_ranks, without_secrets
 from dcscale.train.hooks.base import Hook, due
 from dcscale.train.optimizer import learning_rate
 from dcscale.train.signals import StopSignals
 from dcscale.train.state import TrainState
 
 
-class Ending(Enum):
+class StopReason(Enum):
     """Why :meth:`Trainer.fit` returned."""
 
     COMPLETED = "all steps of the run are done"
-    PAUSED = "train.stop_after was reached"
-    SIGNALLED = "a signal asked to stop"
+    STOP_AFTER = "train.stop_after was reached"
+    SIGNAL = "a signal asked to stop"
 
 
 class Trainer:
@@ -72,7 +72,7 @@ class Trainer:
         self._unsummed: list[tuple[torch.Tensor, int]] = []
         self._seconds, self._waited, self._timed_steps = 0.0, 0.0, 0
 
-    def fit(self) -> Ending:
+    def fit(self) -> StopReason:
         """Trains until the run is complete or must stop; always leaves a checkpoint of the last step.
 
         Raises:
@@ -87,18 +87,18 @@ class Trainer:
             except DataError as error:
                 raise DataError(f"{error}{self._save_before_failing()}") from error
 
-    def _train(self, signals: StopSignals) -> Ending:
+    def _train(self, signals: StopSignals) -> StopReason:
         train = self.config.train
         batches = self.loader.steps(self.state.sequences)
-        ending = Ending.COMPLETED
+        ending = StopReason.COMPLETED
         while self.state.step < train.steps:
             if train.stop_after is not None and self.state.step >= train.stop_after:
-                ending = Ending.PAUSED
+                ending = StopReason.STOP_AFTER
                 break
             start = time.perf_counter()
             step = self._next_batches(batches, signals)
             if step.stop:
-                ending = Ending.SIGNALLED
+                ending = StopReason.SIGNAL
                 break
             lr, grad_norm = self._step(step.micro_batches, step.targets)
             if step.skipped:
@@ -113,7 +113,7 @@ class Trainer:
             for hook in self.hooks:
                 hook.after_step(self)
         for hook in self.hooks:
-            hook.finish(self, ending is Ending.COMPLETED)
+            hook.finish(self, ending is StopReason.COMPLETED)
         return ending
 
     def _end_saving(self) -> str:
@@ -137,7 +137,7 @@ class Trainer:
 
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
-            step = next_together(self.engine, batches, stop=lambda: signals.received is not None)
+            step = next_on_all_ranks(self.engine, batches, stop=lambda: signals.received is not None)
             if step is not None and step.skipped:
                 self._give_up(step.skipped)
         except DataError as error:

@@ -143,7 +143,7 @@ def test_what_is_predicted_is_what_is_used(monkeypatch):
     for kind, right in (("dense", needed), ("dense-compiled", needed / 2)):
         for free, fits in ((0.8 * right, False), (1.3 * right, True)):
             monkeypatch.setattr(measuring, "available_bytes", lambda device, free=free: free)
-            assert (prediction.obstacle(kind, case) is None) == fits
+            assert (prediction.unavailable_reason(kind, case) is None) == fits
 
 
 def too_large(*_, **__):
@@ -189,7 +189,7 @@ def test_kernels_that_are_interpreted_are_not_timed(monkeypatch):
 
 def test_flash_attn_is_timed_where_it_runs(monkeypatch):
     """With PyTorch's attention in its place."""
-    monkeypatch.setattr(flash, "obstacle", lambda q: None)
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q: None)
     monkeypatch.setattr(
         flash,
         "flash_attention",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import damage, defect, read_marker, seal, step_name, step_of
+from dcscale.checkpoint.layout import corrupt_reason, incomplete_reason, read_marker, seal, step_name, step_of
 
 
 def make(run, step):
@@ -37,7 +37,7 @@ def test_a_model_folder_may_have_any_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         (lambda f: (f / "COMPLETE").unlink(), "COMPLETE is missing: the checkpoint was not finished"),
         (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE is not readable"),
@@ -61,26 +61,26 @@ def test_a_model_folder_may_have_any_name(tmp_path):
         (lambda f: (f / "deepspeed" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
     ],
 )
-def test_damage_is_named(tmp_path, damage, message):
+def test_damage_is_named(tmp_path, corrupt, message):
     folder = make(tmp_path, 3)
-    assert defect(folder) is None
-    damage(folder)
+    assert incomplete_reason(folder) is None
+    corrupt(folder)
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint(folder)
 
 
 def test_changed_content_is_found_by_its_checksum(tmp_path):
     folder = make(tmp_path, 3)
-    assert damage(folder) is None
+    assert corrupt_reason(folder) is None
     (folder / "deepspeed" / "part").write_bytes(b"12346")
-    assert defect(folder) is None
-    assert f"{folder}/deepspeed/part has the SHA-256 " in damage(folder)
-    assert damage(folder).endswith(
+    assert incomplete_reason(folder) is None
+    assert f"{folder}/deepspeed/part has the SHA-256 " in corrupt_reason(folder)
+    assert corrupt_reason(folder).endswith(
         "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5 was written: its content has changed"
     )
-    assert damage(folder, left_out="deepspeed") is None
+    assert corrupt_reason(folder, left_out="deepspeed") is None
     (folder / "deepspeed" / "part").unlink()
-    assert damage(folder, left_out="deepspeed").endswith("part is missing")
+    assert corrupt_reason(folder, left_out="deepspeed").endswith("part is missing")
 
 
 def test_every_file_is_in_the_share_of_one_rank(tmp_path):
@@ -89,24 +89,24 @@ def test_every_file_is_in_the_share_of_one_rank(tmp_path):
         (folder / f"part-{number}").write_bytes(bytes(number))
     seal(folder)
     (folder / "part-3").write_bytes(b"abc")
-    assert [damage(folder, rank=rank, ranks=3) is None for rank in range(3)].count(False) == 1
-    assert [damage(folder, rank=rank, ranks=9) is None for rank in range(9)].count(False) == 1
+    assert [corrupt_reason(folder, rank=rank, ranks=3) is None for rank in range(3)].count(False) == 1
+    assert [corrupt_reason(folder, rank=rank, ranks=9) is None for rank in range(9)].count(False) == 1
 
 
 def test_a_marker_from_before_there_were_checksums(tmp_path):
     folder = make(tmp_path, 3)
     (folder / "COMPLETE").write_text('{"format": 1, "files": {"deepspeed/part": 5}}')
     assert read_marker(folder)["deepspeed/part"] == (5, None)
-    assert damage(folder) is None
+    assert corrupt_reason(folder) is None
     (folder / "deepspeed" / "part").write_bytes(b"1234")
-    assert "part has 4 bytes, 5 were written" in damage(folder)
+    assert "part has 4 bytes, 5 were written" in corrupt_reason(folder)
 
 
 def test_a_marker_that_is_a_folder(tmp_path):
     folder = make(tmp_path, 3)
     (folder / "COMPLETE").unlink()
     (folder / "COMPLETE").mkdir()
-    assert "COMPLETE is not readable" in defect(folder)
+    assert "COMPLETE is not readable" in incomplete_reason(folder)
 
 
 def test_no_checkpoint(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from dcscale.checkpoint import checkpoints_of
-from dcscale.checkpoint.checkpointer import discard, superfluous
+from dcscale.checkpoint.checkpointer import discard, expired_checkpoints
 from dcscale.checkpoint.layout import seal, step_name, step_of
 from dcscale.config import CheckpointConfig
 
@@ -22,8 +22,8 @@ def run(tmp_path):
     return tmp_path
 
 
-def kept(run, spared=(), **settings):
-    gone = superfluous(run, CheckpointConfig(**settings), spared)
+def kept(run, protected=(), **settings):
+    gone = expired_checkpoints(run, CheckpointConfig(**settings), protected)
     return [step_of(p) for p in checkpoints_of(run) if p not in gone]
 
 

@@ -159,9 +159,9 @@ BROKEN = [
     ),
     ("data.cache=''", 'data.cache = "": must not be empty; name a folder on a local disk, or null for none'),
     (
-        "data.train=s3://a/b; data.give_up_seconds=601; parallel.timeout_minutes=20",
-        "data.give_up_seconds = 601.0: must be at most half of parallel.timeout_minutes = 20.0, 600 s, or the other "
-        "ranks would give up before they learn what is wrong with the data; use at most 600",
+        "data.train=s3://a/b; data.retry_total_seconds=601; parallel.timeout_minutes=20",
+        "data.retry_total_seconds = 601.0: must be at most half of parallel.timeout_minutes = 20.0, 600 s, or the "
+        "other ranks would give up before they learn what is wrong with the data; use at most 600",
     ),
     (
         "data.validation=''",
@@ -202,7 +202,7 @@ BROKEN = [
         "checkpoint.interval=300, or this to null",
     ),
     ("checkpoint.on_error=ignore", 'checkpoint.on_error = "ignore": must be one of fail, warn'),
-    ("checkpoint.on_damaged=skip", 'checkpoint.on_damaged = "skip": must be one of fail, previous'),
+    ("checkpoint.on_corrupt=skip", 'checkpoint.on_corrupt = "skip": must be one of fail, previous'),
     ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold texts to be continued'),
     # Training.
     (
@@ -305,8 +305,8 @@ KEPT = [
     ("data.workers=2", "data.prefetch_steps=1"),
     ("data.cache=/tmp/cache",),
     ("data.verify=false",),
-    ("data.train=s3://a/b", "data.give_up_seconds=600", "parallel.timeout_minutes=20"),
-    ("data.give_up_seconds=601", "parallel.timeout_minutes=20"),
+    ("data.train=s3://a/b", "data.retry_total_seconds=600", "parallel.timeout_minutes=20"),
+    ("data.retry_total_seconds=601", "parallel.timeout_minutes=20"),
     ("schedule.warmup_steps=1000",),
     ("schedule.warmup_steps=0",),
     ("schedule.kind=wsd", "schedule.warmup_steps=800"),
@@ -374,7 +374,7 @@ FROM_ZERO = (
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clipping optimizer.weight_decay samples.temperature"
 POSITIVE = (
     "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops "
-    "data.timeout_seconds data.retry_seconds data.give_up_seconds "
+    "data.timeout_seconds data.retry_backoff_seconds data.retry_total_seconds "
     "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
 )
 BOUNDS = {

@@ -101,7 +101,7 @@ def test_the_way_back_is_bit_equal_also_after_transformers_saved_it(name, export
     for number, given in enumerate((folder, tmp_path / "saved")):
         back = tmp_path / f"back{number}"
         done = convert(given, back, "dcscale")
-        assert done.found.words == f"Hugging Face folder of a dcscale model {given}"
+        assert done.found.description == f"Hugging Face folder of a dcscale model {given}"
         before, after = tensors_of(source), tensors_of(back)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints that upstream's JAX code has made (tests/data/maxtext/README.md) give its logits here."""
+"""Orbax checkpoints that upstream's JAX code has made (tests/golden/maxtext/README.md) give its logits here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcscale.convert import ConversionError, convert, prepare
 from dcscale.models import DCFormer
 from dcscale.testing.models import load_tensors, tensors_of
 
-DATA = Path(__file__).parents[1] / "data" / "maxtext"
+DATA = Path(__file__).parents[1] / "golden" / "maxtext"
 CASES = ("scanned", "ocdbt", "numbered")
 TOLERANCE = 1e-4
 """Largest absolute error of logits of the order 1: both sides compute in float32."""
@@ -55,7 +55,7 @@ def test_the_logits_are_those_of_upstreams_jax_code(name, tmp_path):
     torch.testing.assert_close(logits_of(tmp_path / "ours", ids), logits, atol=TOLERANCE, rtol=0)
     model = read_config(tmp_path / "ours").model
     assert (model.layers, model.windows, model.qk_norm, model.compose.gelu) == (4, [6, None], name != "ocdbt", "tanh")
-    assert done.found.words == f"MaxText checkpoint {run / 'checkpoints' / '7' / 'state'}"
+    assert done.found.description == f"MaxText checkpoint {run / 'checkpoints' / '7' / 'state'}"
     assert "2 arrays that are no parameters (optimizer, step) are not read" in done.notes
     # All of upstream's axes are used: its folders in PyTorch's layout give the same tensors back.
     convert(tmp_path / "ours", tmp_path / "theirs", "upstream")

@@ -79,13 +79,13 @@ def logits(folder, config):
 def test_a_model_folder_is_the_checkpoint_without_its_optimizer(tmp_path):
     source = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000007", tiny_config(), training=True)
     done = convert(tmp_path / "run", tmp_path / "models" / "mine", "dcscale")
-    assert done.found.words == f"dcscale training checkpoint {source}"
+    assert done.found.description == f"dcscale training checkpoint {source}"
     same = tensors_of(tmp_path / "models" / "mine")
     assert all(torch.equal(same[key], tensor) for key, tensor in tensors_of(source).items())
     state = read_state(tmp_path / "models" / "mine")
     assert state == {"format": 1, "step": 7, "tokens": 700, "tokenizer": {"spec": "byte", "eos_id": 256}}
     done = convert(tmp_path / "models" / "mine", tmp_path / "half", "dcscale", dtype="bf16")
-    assert done.found.words == f"dcscale model folder {tmp_path / 'models' / 'mine'}"
+    assert done.found.description == f"dcscale model folder {tmp_path / 'models' / 'mine'}"
     half = tensors_of(tmp_path / "half")
     assert all(torch.equal(half[key], tensor.bfloat16()) for key, tensor in same.items())
     assert read_config(tmp_path / "half").train.precision == "bf16"

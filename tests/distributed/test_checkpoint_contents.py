@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dcscale
 from dcscale.checkpoint import CheckpointError, find_checkpoint
-from dcscale.checkpoint.layout import MARKER, damage, read_marker, seal
+from dcscale.checkpoint.layout import MARKER, corrupt_reason, read_marker, seal
 from dcscale.checkpoint.probe import read_probe
 from dcscale.convert import ConversionError
 from dcscale.evaluation import open_trained
@@ -77,7 +77,7 @@ def test_weights_are_those_the_model_computes_with(runs, case):
     folder, same = runs
     assert same[case]
     checkpoint = find_checkpoint(folder / "{}-{}".format(*case))
-    assert damage(checkpoint) is None
+    assert corrupt_reason(checkpoint) is None
     assert {file.sha256 is None for file in read_marker(checkpoint).values()} == {False}
 
 

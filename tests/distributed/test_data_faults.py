@@ -8,20 +8,20 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcscale.data import DataError, build_shards, open_stream, read_manifest
-from dcscale.data.storage import FolderSource, UnreadableError
+from dcscale.data import DataError, StreamConfig, build_shards, open_stream, read_manifest
+from dcscale.data.storage import LocalStorage, UnreadableError
 from dcscale.observe import Console
 from dcscale.parallel import discover, start_distributed, stop_distributed
 from dcscale.testing import shard_server as faults
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_text, tiny_config, train_here
 from dcscale.testing.shard_server import ShardServer
-from dcscale.train import Ending, build_trainer
+from dcscale.train import StopReason, build_trainer
 
 pytestmark = pytest.mark.distributed
 
 READING = ["data.shuffle_shards=1", "data.slots=1", "validation.interval=0", "log.compose_interval=0"]
-QUICK = ["data.timeout_seconds=0.5", "data.retry_seconds=0.001", "data.give_up_seconds=5"]
+QUICK = ["data.timeout_seconds=0.5", "data.retry_backoff_seconds=0.001", "data.retry_total_seconds=5"]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,9 @@ def bad(shards):
     """A shard that is first needed in the middle of the run: its entry, the step, and which of two ranks needs it."""
     stream = open_stream(
         shards / "train",
-        vocab_size=257,
-        sequence_length=32,
-        seed=0,
-        shuffle_shards=1,
-        slots=1,
-        document_mask=True,
-        verify=True,
+        StreamConfig(
+            vocab_size=257, sequence_length=32, seed=0, shuffle_shards=1, slots=1, document_mask=True, verify=True
+        ),
     )
     order = stream._order
     windows = [{piece.window for piece in order.pieces(0, order.locate(g)[1])} for g in range(64)]
@@ -112,7 +108,7 @@ def test_a_shard_that_is_gone_stops_the_run_with_its_address(shards, bad, tmp_pa
 
 def _break(name, rank):
     """One rank cannot read a shard; returns what mends it."""
-    read = FolderSource.read
+    read = LocalStorage.read
 
     def failing(source, asked, *arguments):
         if asked == name:
@@ -120,10 +116,10 @@ def _break(name, rank):
         return read(source, asked, *arguments)
 
     if discover().rank == rank:
-        FolderSource.read = failing
+        LocalStorage.read = failing
 
     def mend():
-        FolderSource.read = read
+        LocalStorage.read = read
 
     return mend
 
@@ -197,7 +193,7 @@ def test_a_skip_is_told_at_the_terminal(shards, bad, tmp_path, capsys):
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_a_signal_is_heard_while_the_data_do_not_come(shards, bad, tmp_path, prefetch):
     info, step, _ = bad
-    options = ["data.timeout_seconds=60", "data.give_up_seconds=600", f"data.prefetch_steps={prefetch}"]
+    options = ["data.timeout_seconds=60", "data.retry_total_seconds=600", f"data.prefetch_steps={prefetch}"]
     sent = []
 
     def records_are_there():
@@ -219,7 +215,7 @@ def test_a_signal_is_heard_while_the_data_do_not_come(shards, bad, tmp_path, pre
         start = time.monotonic()
         trainer, ending = train_here(run)
         assert time.monotonic() - start < 30
-    assert ending is Ending.SIGNALLED
+    assert ending is StopReason.SIGNAL
     assert trainer.state.step < step
     assert trainer.latest_checkpoint.name == f"step-{trainer.state.step:08d}"
     assert trainer.state.step > 0

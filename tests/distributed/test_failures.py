@@ -11,10 +11,17 @@ from dcscale.checkpoint import CheckpointError, checkpointer, checkpoints_of, fi
 from dcscale.data import DataError
 from dcscale.data.stream import lookahead
 from dcscale.observe import Console
-from dcscale.parallel import NonFiniteError, RankError, decided_by_main, discover, on_every_rank, start_distributed
+from dcscale.parallel import (
+    NonFiniteError,
+    RankError,
+    broadcast_from_rank0,
+    discover,
+    run_on_all_ranks,
+    start_distributed,
+)
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import make_shards, tiny_config, train_here, whole_weights
-from dcscale.train import Ending, build_trainer
+from dcscale.train import StopReason, build_trainer
 from dcscale.train.hooks import Hook
 
 pytestmark = pytest.mark.distributed
@@ -59,9 +66,9 @@ def _together():
         raise CheckpointError("refused")
 
     return (
-        failure(lambda: on_every_rank(fail_on_one)),
-        decided_by_main(decide),
-        failure(lambda: decided_by_main(refuse)),
+        failure(lambda: run_on_all_ranks(fail_on_one)),
+        broadcast_from_rank0(decide),
+        failure(lambda: broadcast_from_rank0(refuse)),
     )
 
 
@@ -198,7 +205,7 @@ def _signalled(config):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(shards, tmp_path):
     config = tiny_config(tmp_path / "run", shards)
-    assert run_distributed(_signalled, 2, config) == [(Ending.SIGNALLED, 3)] * 2
+    assert run_distributed(_signalled, 2, config) == [(StopReason.SIGNAL, 3)] * 2
     assert find_checkpoint(tmp_path / "run").name == "step-00000003"
 
 
@@ -295,7 +302,7 @@ def test_what_a_later_start_finds(shards, tmp_path):
     content[-1] ^= 1
     part.write_bytes(content)
     stop = [*base, rules, "train.stop_after=7", "checkpoint.keep_last=1"]
-    later = [tiny_config(run, shards, *stop), tiny_config(run, shards, *stop, "checkpoint.on_damaged=previous")]
+    later = [tiny_config(run, shards, *stop), tiny_config(run, shards, *stop, "checkpoint.on_corrupt=previous")]
     ((refused, went_back),) = run_distributed(_train_each, 1, later)
     assert f"the newest checkpoint is damaged: {part} has the SHA-256" in refused
     assert went_back == str(run / "checkpoints" / "step-00000007")

@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 
 from dcscale.checkpoint import CheckpointError, checkpointer, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import damage
+from dcscale.checkpoint.layout import corrupt_reason
 from dcscale.observe import Console, read_metrics
 from dcscale.parallel import discover, start_distributed
 from dcscale.testing.distributed import run_distributed
@@ -100,7 +100,7 @@ def test_a_full_disk_stops_the_run(run, shards, hide_what_is_free):
     assert 4 <= step < 8
     assert warnings == []
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
-    assert damage(find_checkpoint(run)) is None
+    assert corrupt_reason(find_checkpoint(run)) is None
 
 
 @pytest.mark.parametrize("hide_what_is_free", FULL)

@@ -11,7 +11,7 @@ from itertools import count
 import torch
 
 from dcscale.checkpoint import Checkpoints, find_checkpoint, training_state, weights
-from dcscale.checkpoint.layout import damage, step_of
+from dcscale.checkpoint.layout import corrupt_reason, step_of
 from dcscale.config import CheckpointConfig
 from dcscale.testing.distributed import on_threads, run_distributed
 
@@ -78,12 +78,12 @@ def _die_everywhere(folder):
     while save_and_die(run, 2, operation := next(operations)):
         newest = find_checkpoint(run)
         latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-        assert damage(newest) is None, operation
-        assert damage(latest) is None, operation
+        assert corrupt_reason(newest) is None, operation
+        assert corrupt_reason(latest) is None, operation
         found.append(step_of(newest))
         save(run, 3)
         assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000003"], operation
-        assert damage(run / "checkpoints" / "step-00000003") is None
+        assert corrupt_reason(run / "checkpoints" / "step-00000003") is None
         shutil.rmtree(run)
         shutil.copytree(start, run)
     return found

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from dcscale.checkpoint import checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import damage
+from dcscale.checkpoint.layout import corrupt_reason
 from dcscale.observe import read_metrics
 from dcscale.testing.distributed import run_distributed, start_ranks
 from dcscale.testing.runs import make_shards, tiny_config, train_here
@@ -60,10 +60,10 @@ def test_thirty_kills_around_saves_leave_the_losses_of_a_run_that_was_never_kill
 
     # What is there at the end was whole all the time, and the last start takes it.
     newest = checkpoints_of(run)[-1]
-    assert damage(newest) is None
+    assert corrupt_reason(newest) is None
     last = int(newest.name.removeprefix("step-")) + 3
     latest = (run / "checkpoints" / "latest").read_text().strip()
-    assert damage(run / "checkpoints" / latest) is None
+    assert corrupt_reason(run / "checkpoints" / latest) is None
     stop = f"train.stop_after={last}"
     run_distributed(_train, 2, settings(run, shards, stop))
     run_distributed(_train, 2, settings(tmp_path / "whole", shards, stop))

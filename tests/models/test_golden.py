@@ -1,4 +1,4 @@
-"""The model against what the official code computed (tests/data/models/README.md)."""
+"""The model against what the official code computed (tests/golden/models/README.md)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from dcscale.models.blocks import Attention
 from dcscale.ops import rope_table
 from dcscale.testing.models import GoldenCase, load_attention_case, load_model_case
 
-DATA = Path(__file__).parents[1] / "data" / "models"
+DATA = Path(__file__).parents[1] / "golden" / "models"
 
 CASES = {  # what each case's README states: keys that a local layer's query sees, GELU of the compose projection
     "dcformer_train_LGLL_jax": {"visible_keys": 16, "gelu": "tanh"},

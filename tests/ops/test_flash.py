@@ -99,7 +99,7 @@ def calls(monkeypatch):
     for function in (flash_attn_func, flash_attn_varlen_func):
         monkeypatch.setattr(STAND_IN, function.__name__, recorder(function, made))
     monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
-    monkeypatch.setattr(flash, "obstacle", lambda q: None)
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q: None)
     return made
 
 
@@ -198,7 +198,7 @@ def test_a_transformer_trains_through_it(calls, monkeypatch, documents):
     found = gradients()
     assert len(calls) == 2 * config.layers
     assert {name for name, _, _ in calls} == {"flash_attn_varlen_func" if documents else "flash_attn_func"}
-    monkeypatch.setattr(flash, "obstacle", lambda q: "not now")
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q: "not now")
     torch.testing.assert_close(found, gradients(), rtol=1e-12, atol=1e-12)
     assert len(calls) == 2 * config.layers
 
@@ -313,7 +313,7 @@ def package(monkeypatch):
     """The calls of the installed package's functions: their names and arguments."""
     if not torch.cuda.is_available():
         pytest.skip("flash-attn needs a GPU")
-    problem = flash.obstacle(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda"))
+    problem = flash.unavailable_reason(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda"))
     if problem is not None:
         pytest.skip(problem)
     module = sys.modules["flash_attn"]
@@ -361,7 +361,7 @@ def test_equals_scaled_dot_product_attention_on_a_gpu(package, monkeypatch):
     inputs = random_inputs(**LONG, window=256, absent=WEIGHTS).to(torch.float64, "cuda").to(torch.bfloat16)
     results = inputs.run_function(compose_attention)
     assert len(package) == 1
-    monkeypatch.setattr(flash, "obstacle", lambda q: "not now")
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q: "not now")
     for name, other in inputs.run_function(compose_attention).items():
         assert (results[name] - other).norm() <= 0.02 * other.norm(), name
     assert len(package) == 1

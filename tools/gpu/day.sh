@@ -37,7 +37,7 @@ train() {  # a step of the 405M shape, composed and plain, at 2048 and 8192 toke
 profile() { data && python3 .gpu/profile_step.py; }
 export -f data train profile
 stage facts 30 bash -c facts
-stage tests 130 python3 -m pytest -q --maxfail=8 -p no:cacheprovider tests/ops/test_triton_check.py tests/ops/test_compose_triton.py tests/models/test_triton_training.py
+stage tests 130 python3 -m pytest -q --maxfail=8 -p no:cacheprovider tests/ops/compose/test_triton_self_test.py tests/ops/compose/test_compose_triton.py tests/models/test_triton_training.py
 stage attention 150 python3 tools/bench_attention.py --quick --minutes 2.2 --output "$out/attention.json"
 stage tune 90 bash -c 'python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096; python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096 --window 256'
 stage train 150 bash -c train

@@ -183,7 +183,7 @@ def implementations(
             name = f"sdpa {backend.name.partition('_')[0].lower()}"
             note = "torch's own choice" if backend.value == chosen else ""
             found.append(Implementation(name, "sdpa", partial(_sdpa, backend), False, False, note))
-    problem = flash.obstacle(q)
+    problem = flash.unavailable_reason(q)
     if "flash-attn" in kinds and problem is None:
         found.append(Implementation("flash-attn", "flash-attn", _flash_attn, False, False))
     elif "flash-attn" in kinds:

@@ -92,7 +92,7 @@ class Prediction:
         """Longer cases tell more; the last that is noted counts."""
         self._bytes_per_element[kind, case.dtype] = peak / _map_elements(case)
 
-    def obstacle(self, kind: str, case: Case) -> str | None:
+    def unavailable_reason(self, kind: str, case: Case) -> str | None:
         """Why the case is not to be tried."""
         known = self._bytes_per_element
         if (kind, case.dtype) not in known and ("dense", case.dtype) not in known:
@@ -136,14 +136,14 @@ def measure(
             missing[each.name] = "the time limit was reached (--minutes)"
             continue
         try:
-            obstacle = prediction.obstacle(each.kind, case) if each.kind in DENSE else None
-            if obstacle is None:
+            unavailable_reason = prediction.unavailable_reason(each.kind, case) if each.kind in DENSE else None
+            if unavailable_reason is None:
                 passes = _passes(each, inputs)
                 rows[each.name] = _first_calls(case, each, passes["forward_backward"], device)
         except Exception as error:
-            obstacle = _excuse(error, each.kind)
-        if obstacle is not None:
-            missing[each.name] = obstacle
+            unavailable_reason = _excuse(error, each.kind)
+        if unavailable_reason is not None:
+            missing[each.name] = unavailable_reason
             continue
         if each.kind in DENSE:
             prediction.note(each.kind, case, rows[each.name]["peak_bytes"])

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dcscale.bench.data.corpus import VOCAB_SIZE, Corpus, write_bundles, write_documents
-from dcscale.data import BatchLoader, open_stream
+from dcscale.data import BatchLoader, StreamConfig, open_stream
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,17 @@ class DcscaleReader(Reader):
         super().__init__(settings)
         self.stream = open_stream(
             settings.root,
-            vocab_size=VOCAB_SIZE,
-            sequence_length=settings.length,
-            seed=settings.seed,
-            shuffle_shards=settings.shuffle_shards,
-            slots=settings.slots,
-            document_mask=True,
-            verify=settings.verify,
-            shuffle=settings.shuffle,
-            read_ahead=settings.read_ahead,
+            StreamConfig(
+                vocab_size=VOCAB_SIZE,
+                sequence_length=settings.length,
+                seed=settings.seed,
+                shuffle_shards=settings.shuffle_shards,
+                slots=settings.slots,
+                document_mask=True,
+                verify=settings.verify,
+                shuffle=settings.shuffle,
+                read_ahead=settings.read_ahead,
+            ),
         )
         self._batch = settings.batch * settings.world_size
         self._loader = BatchLoader(

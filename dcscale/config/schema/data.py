@@ -79,11 +79,11 @@ class DataConfig:
     timeout_seconds: float = number(30.0, POSITIVE)
     """Seconds in which a server must take a connection, and send some byte of an answer; else it is tried again."""
 
-    retry_seconds: float = number(1.0, POSITIVE)
+    retry_backoff_seconds: float = number(1.0, POSITIVE)
     """Seconds before the second try of a read that failed in a way that may pass, at most; doubled with each further
     try up to 60, and drawn at random below that."""
 
-    give_up_seconds: float = number(600.0, POSITIVE)
+    retry_total_seconds: float = number(600.0, POSITIVE)
     """Seconds that reading a shard may take with all its tries, before it counts as one that cannot be used."""
 
     cache: str | None = None

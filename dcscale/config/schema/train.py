@@ -124,7 +124,7 @@ class CheckpointConfig:
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one;
     or the path of a checkpoint."""
 
-    on_damaged: str = choice("fail", "previous")
+    on_corrupt: str = choice("fail", "previous")
     """What a damaged newest checkpoint does: ``fail`` stops the start and says what is wrong; ``previous`` sets it
     aside under another name and goes on from the newest good one. What is read is checked against its SHA-256 first."""
 

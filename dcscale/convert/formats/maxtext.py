@@ -35,7 +35,7 @@ from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats.upstream import branch_numbers, parameter_shapes
 from dcscale.convert.tensor_files import TensorFiles
-from dcscale.convert.tensor_map import LeftOut, Plan, Recipe, checked_config
+from dcscale.convert.tensor_map import DroppedTensor, Plan, TensorRule, checked_config
 
 OCDBT = "manifest.ocdbt"
 _ITEMS = ("state", "default")
@@ -371,18 +371,18 @@ def plan_maxtext(config: ModelConfig, group: int) -> Plan:
         source = _source(part, layer, group)
         how, make = makes.get(part, ("", None))
         expected[source] = kernels.get(part, shape[::-1] if how == "transposed" else shape)
-        recipes.append(Recipe(name, (source,), how, make=make))
+        recipes.append(TensorRule(name, (source,), how, make=make))
     left_out = {}
     for layer in range(config.layers):
         for part in ("dw1", "qkw", "dd"):
             source = _source(f"attention.compose.{part}", str(layer), group)
             if source not in expected:
-                left_out[source] = LeftOut("pre_compose and post_compose are false")
+                left_out[source] = DroppedTensor("pre_compose and post_compose are false")
                 expected[source] = kernels[f"attention.compose.{part}"]
         for stage in ("pre", "post"):
             source = _source("attention.q", str(layer), group).replace("query.kernel", f"AttentionOp_0.{stage}_proj.w")
             # It is added to the scores themselves.
-            left_out[source] = LeftOut("zero", ("is a static head projection, which dcscale has not", _is_zero))
+            left_out[source] = DroppedTensor("zero", ("is a static head projection, which dcscale has not", _is_zero))
             expected[source] = (1, h, h)
     return Plan(recipes, expected, left_out)
 

@@ -31,7 +31,7 @@ from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats.upstream import parameter_shapes
 from dcscale.convert.tensor_files import WEIGHT_DTYPES
-from dcscale.convert.tensor_map import LeftOut, Plan, Recipe, checked_config
+from dcscale.convert.tensor_map import DroppedTensor, Plan, TensorRule, checked_config
 from dcscale.models.init import initial_values
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gpt_neox": "GPT-NeoX"}
@@ -335,7 +335,7 @@ def plan_upcycle(
         dtypes: of the source's tensors, by name.
         seed: of the compose weights.
     """
-    recipes: list[Recipe] = []
+    recipes: list[TensorRule] = []
     expected: dict[str, tuple[int, ...]] = {}
     # A new tensor has the type of the source's; where they are several, one that holds the values of all.
     dtype = functools.reduce(
@@ -349,21 +349,21 @@ def plan_upcycle(
         layer, part, kind = _PARAMETER.fullmatch(name).groups()
         if kind == "bias" and not _has_bias(part, biases):
             how = "zero: the source has none"
-            recipes.append(Recipe(name, (), how, make=functools.partial(torch.zeros, shape, dtype=dtype)))
+            recipes.append(TensorRule(name, (), how, make=functools.partial(torch.zeros, shape, dtype=dtype)))
             continue
         source = f"{source_module(part, family, dtypes).format(layer)}.{kind}"
         if family == "gpt_neox" and part in ("attention.q", "attention.k", "attention.v"):
             expected[source] = (3 * shape[0], *shape[1:])
             number = "qkv".index(part[-1])
             how = f"of each head's query, key and value, part {number}"
-            recipes.append(Recipe(name, (source,), how, make=functools.partial(_of_fused, config.heads, number)))
+            recipes.append(TensorRule(name, (source,), how, make=functools.partial(_of_fused, config.heads, number)))
         else:
             expected[source] = shape
-            recipes.append(Recipe(name, (source,)))
-    left_out = {name: LeftOut("a mask or a table of RoPE") for name in dtypes if _BUFFERS.fullmatch(name)}
+            recipes.append(TensorRule(name, (source,)))
+    left_out = {name: DroppedTensor("a mask or a table of RoPE") for name in dtypes if _BUFFERS.fullmatch(name)}
     if config.tied_embeddings:
         source = f"{source_module('output', family, dtypes)}.weight"
-        left_out[source] = LeftOut("the embedding is the output matrix too")
+        left_out[source] = DroppedTensor("the embedding is the output matrix too")
         expected[source] = (config.vocab_size, config.dim)
     return Plan(recipes, expected, left_out)
 
@@ -382,7 +382,7 @@ def _of_fused(heads: int, number: int, fused: Tensor) -> Tensor:
     return fused.unflatten(0, (heads, 3, -1))[:, number].flatten(0, 1)
 
 
-def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.dtype, seed: int) -> Recipe:
+def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.dtype, seed: int) -> TensorRule:
     """A tensor of compose at the identity."""
     kind = name.rpartition(".")[2]
 
@@ -399,4 +399,4 @@ def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.
         "qkw": f"new, seed {seed}; zero where it makes w2, so that compose is the identity",
         "dw1": f"new, seed {seed}",
     }
-    return Recipe(name, (), how[kind], make=make)
+    return TensorRule(name, (), how[kind], make=make)

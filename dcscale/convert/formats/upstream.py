@@ -20,7 +20,7 @@ from torch import Tensor
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.tensor_files import TensorFiles
-from dcscale.convert.tensor_map import LeftOut, Plan, Recipe
+from dcscale.convert.tensor_map import DroppedTensor, Plan, TensorRule
 from dcscale.models import DCFormer
 from dcscale.models.dcmha import active_branches
 
@@ -121,27 +121,27 @@ def plan_import(config: ModelConfig, names: Collection[str], truth: str, query_w
             recipes.append(_import_compose(name, *match.groups(), config, truth, query_wise))
         else:
             source = upstream_name(name, config)
-            recipes.append(Recipe(name, (source,)))
+            recipes.append(TensorRule(name, (source,)))
     expected = upstream_shapes(config)
     used = {source for recipe in recipes for source in recipe.sources}
     left_out = {}
     for name in expected.keys() - used:
         if name == "output.weight":
-            left_out[name] = LeftOut("the embedding is the output matrix too")
+            left_out[name] = DroppedTensor("the embedding is the output matrix too")
         elif name.endswith((".dw_m", ".qkw_m", ".dw1", ".dd", ".qkw")):
             if config.attention == "mha":
-                left_out[name] = LeftOut("use_dcmha is false")
+                left_out[name] = DroppedTensor("use_dcmha is false")
             elif name.endswith("_m") == (truth == "merged"):
-                left_out[name] = LeftOut(
+                left_out[name] = DroppedTensor(
                     "this part of compose is off", ("is not zero", lambda tensor: not tensor.any())
                 )
             else:
-                left_out[name] = LeftOut(f"the {truth} tensors are the trained ones")
+                left_out[name] = DroppedTensor(f"the {truth} tensors are the trained ones")
         elif name.endswith(("pre_proj.w", "post_proj.w", ".sw")):
-            left_out[name] = LeftOut("the identity", ("is a static head projection", _is_identity_or_zero))
+            left_out[name] = DroppedTensor("the identity", ("is a static head projection", _is_identity_or_zero))
     for name in names:
         if re.fullmatch(r"layers\.\d+\.attention\.kv_cache\.\w+", name):
-            left_out[name] = LeftOut("a cache")
+            left_out[name] = DroppedTensor("a cache")
     return Plan(recipes, expected, left_out)
 
 
@@ -154,18 +154,18 @@ def plan_export(config: ModelConfig, dtype: torch.dtype) -> Plan:
             if match[2] == "q":
                 sources = tuple(name.replace(".q.", f".{part}.") for part in "qkv")
                 target = f"layers.{match[1]}.attention.wqkv.{match[3]}"
-                recipes.append(Recipe(target, sources, "one after the other", make=lambda *parts: torch.cat(parts)))
+                recipes.append(TensorRule(target, sources, "one after the other", make=lambda *parts: torch.cat(parts)))
         elif match := _COMPOSE.fullmatch(name):
             if match[2] == "dw1":
                 recipes += _export_compose(match[1], config, dtype)
         elif name == "output.weight" and config.tied_embeddings:
-            recipes.append(Recipe(name, ("embedding.weight",), "tied"))
+            recipes.append(TensorRule(name, ("embedding.weight",), "tied"))
         else:
-            recipes.append(Recipe(upstream_name(name, config), (name,)))
+            recipes.append(TensorRule(upstream_name(name, config), (name,)))
     for layer in range(config.layers):
         for stage in ("pre", "post"):
             name = f"layers.{layer}.attention.dyn_w_proj.{stage}_proj.w"
-            recipes.append(Recipe(name, (), "the identity", make=lambda: torch.eye(heads, dtype=dtype)[None]))
+            recipes.append(TensorRule(name, (), "the identity", make=lambda: torch.eye(heads, dtype=dtype)[None]))
     return Plan(recipes, parameter_shapes(config), {})
 
 
@@ -205,15 +205,15 @@ def upstream_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _import_qkv(name: str, layer: str, part: str, kind: str, config: ModelConfig, names: Collection[str]) -> Recipe:
+def _import_qkv(name: str, layer: str, part: str, kind: str, config: ModelConfig, names: Collection[str]) -> TensorRule:
     prefix = f"layers.{layer}.attention."
     if f"{prefix}wqkv.{kind}" not in names and f"{prefix}w{part}.{kind}" in names:
-        return Recipe(name, (f"{prefix}w{part}.{kind}",))
+        return TensorRule(name, (f"{prefix}w{part}.{kind}",))
     width = config.head_dim or config.dim // config.heads
     sizes = [heads * width for heads in (config.heads, *2 * [config.kv_heads or config.heads])]
     start = sum(sizes[: "qkv".index(part)])
     rows = (start, start + sizes["qkv".index(part)])
-    return Recipe(name, (f"{prefix}wqkv.{kind}",), f"rows {rows[0]} to {rows[1] - 1}", rows)
+    return TensorRule(name, (f"{prefix}wqkv.{kind}",), f"rows {rows[0]} to {rows[1] - 1}", rows)
 
 
 def branch_numbers(config: ModelConfig) -> list[int]:
@@ -221,7 +221,7 @@ def branch_numbers(config: ModelConfig) -> list[int]:
     return [BRANCHES.index(branch) for branch in active_branches(config.compose)]
 
 
-def _import_compose(name: str, layer: str, kind: str, config: ModelConfig, truth: str, query_wise: bool) -> Recipe:
+def _import_compose(name: str, layer: str, kind: str, config: ModelConfig, truth: str, query_wise: bool) -> TensorRule:
     prefix = f"layers.{layer}.attention.dyn_w_proj."
     branches, heads = branch_numbers(config), config.heads
     # Branches that are taken, or whose values do not matter.
@@ -254,10 +254,10 @@ def _import_compose(name: str, layer: str, kind: str, config: ModelConfig, truth
         return picked if kind == "dw1" else picked.flatten(1)
 
     some = "" if len(branches) == len(BRANCHES) else f", branches {', '.join(map(str, branches))} of its 0 to 3"
-    return Recipe(name, (source,), f"reshaped{some}", make=make)
+    return TensorRule(name, (source,), f"reshaped{some}", make=make)
 
 
-def _export_compose(layer: str, config: ModelConfig, dtype: torch.dtype) -> list[Recipe]:
+def _export_compose(layer: str, config: ModelConfig, dtype: torch.dtype) -> list[TensorRule]:
     """The five tensors of one layer. Branches and parts that are off are zero, which composes with the identity."""
     e, h, c, k = config.dim, config.heads, len(BRANCHES), 2 * _RANK * config.heads
     own, prefix = f"blocks.{layer}.attention.compose.", f"layers.{layer}.attention.dyn_w_proj."
@@ -282,11 +282,11 @@ def _export_compose(layer: str, config: ModelConfig, dtype: torch.dtype) -> list
     dd = (own + "dd",) if gates else ()
     how = "reshaped" if len(branches) == c else "reshaped, zero where compose is off"
     return [
-        Recipe(prefix + "dw1", dw1, how, make=lambda *t: spread((e, c, k), 1, *t)[:, None]),
-        Recipe(prefix + "qkw", qkw, how, make=lambda *t: spread((c, k, 2 * _RANK, h), 0, *t)[None]),
-        Recipe(prefix + "dd", dd, how, make=lambda *t: spread((e, c, h), 1, *t).flatten(1)[:, None]),
-        Recipe(prefix + "dw_m", dw1 + dd, "[dw1 | dd]", make=dw_m),
-        Recipe(prefix + "qkw_m", qkw, "qkw", make=lambda *t: spread((c, k, 2 * _RANK, h), 0, *t).flatten(2)),
+        TensorRule(prefix + "dw1", dw1, how, make=lambda *t: spread((e, c, k), 1, *t)[:, None]),
+        TensorRule(prefix + "qkw", qkw, how, make=lambda *t: spread((c, k, 2 * _RANK, h), 0, *t)[None]),
+        TensorRule(prefix + "dd", dd, how, make=lambda *t: spread((e, c, h), 1, *t).flatten(1)[:, None]),
+        TensorRule(prefix + "dw_m", dw1 + dd, "[dw1 | dd]", make=dw_m),
+        TensorRule(prefix + "qkw_m", qkw, "qkw", make=lambda *t: spread((c, k, 2 * _RANK, h), 0, *t).flatten(2)),
     ]
 
 

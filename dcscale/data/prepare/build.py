@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dcscale.data.errors import DataError
 from dcscale.data.prepare.documents import DEFAULT_SUFFIXES, SourceFile, find_files, split
-from dcscale.data.prepare.journal import Building, state_folder
+from dcscale.data.prepare.journal import Journal, state_folder
 from dcscale.data.prepare.pool import Map, processes
 from dcscale.data.prepare.shuffle import (
     PACKINGS,
@@ -159,7 +159,7 @@ def build_shards(
         "input_bytes": total_bytes,
         "input_paths_sizes_and_times": _fingerprint(files),
     }
-    building = Building(output, identity)
+    building = Journal(output, identity)
     task = SpoolTask(
         spool=building.spool,
         run=secrets.token_hex(4),
@@ -195,7 +195,7 @@ def _fingerprint(files: Sequence[SourceFile]) -> str:
     return hashed.hexdigest()
 
 
-def _check_state(building: Building, skip_undecodable: bool, progress: bool) -> None:
+def _check_state(building: Journal, skip_undecodable: bool, progress: bool) -> None:
     """Say what interrupted builds there are, and refuse to go on with one that has left out more than is allowed."""
     undecodable = [name for chunk in building.chunks.values() for name in chunk.undecodable]
     if undecodable and not skip_undecodable:
@@ -213,7 +213,7 @@ def _check_state(building: Building, skip_undecodable: bool, progress: bool) -> 
         tqdm.write(f"{message}\n  {other}", file=sys.stderr)
 
 
-def _spool(building: Building, task: SpoolTask, files: Sequence[SourceFile], run: Map, progress: bool) -> None:
+def _spool(building: Journal, task: SpoolTask, files: Sequence[SourceFile], run: Map, progress: bool) -> None:
     """First pass, or what is left of it."""
     if building.all_spooled:
         return
@@ -229,7 +229,7 @@ def _spool(building: Building, task: SpoolTask, files: Sequence[SourceFile], run
 
 
 def _write_part(
-    building: Building, part: str, layout: Layout, shard_tokens: int, tokenizer: Tokenizer, run: Map, progress: bool
+    building: Journal, part: str, layout: Layout, shard_tokens: int, tokenizer: Tokenizer, run: Map, progress: bool
 ) -> None:
     """Second pass over a part, or what is left of it."""
     folder, done = building.result / part, building.shards[part]
@@ -258,7 +258,7 @@ def _write_part(
     )
 
 
-def _report(building: Building, output: Path, parts: Sequence[str]) -> BuildReport:
+def _report(building: Journal, output: Path, parts: Sequence[str]) -> BuildReport:
     reports = {}
     for part in parts:
         shards = building.shards[part].values()

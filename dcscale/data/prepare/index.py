@@ -13,7 +13,7 @@ from dcscale.data.prepare.inspect import Survey, survey_shards
 from dcscale.data.shards.manifest import DTYPES, MANIFEST_NAME, SHARD_NAME, Manifest, TextInfo, write_manifest
 from dcscale.data.shards.shard import TOKEN_KINDS, type_of_tokens
 from dcscale.data.shards.tar import read_samples
-from dcscale.data.storage import FolderSource
+from dcscale.data.storage import LocalStorage
 from dcscale.data.tokenizers import TOKENIZER_NAME, load_tokenizer
 
 
@@ -62,7 +62,7 @@ def write_manifest_for(
     had_tokenizer = beside.exists()
     if had_tokenizer and hashlib.sha256(beside.read_bytes()).hexdigest() != loaded.fingerprint:
         raise DataError(f"{beside}: is not the tokenizer {tokenizer}; give this one, or remove the file")
-    first = FolderSource(folder)
+    first = LocalStorage(folder)
     dtype, text = _content_of(first.where(names[0]), first.read(names[0]), text_member, text_field, loaded.vocab_size)
     try:
         head = Manifest(dtype, loaded.save(folder), 0, (), text=text)

@@ -18,7 +18,7 @@ from dcscale.data.prepare.pool import processes
 from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest
 from dcscale.data.shards.shard import read_shard, samples_of
 from dcscale.data.shards.text import TextReader, open_text
-from dcscale.data.storage import FolderSource, Source, UnreadableError, open_source
+from dcscale.data.storage import LocalStorage, Storage, UnreadableError, open_storage
 from dcscale.data.tokenizers import tokenizer_of_shards
 
 
@@ -99,7 +99,7 @@ def survey(
     """Read the shards of a manifest and compare everything with it.
 
     Args:
-        root: folder or address of the manifest, see :func:`dcscale.data.storage.open_source`.
+        root: folder or address of the manifest, see :func:`dcscale.data.storage.open_storage`.
         names: the shards to be read; None reads all.
         workers: processes; each holds a shard.
         progress: show a progress bar.
@@ -107,7 +107,7 @@ def survey(
     Raises:
         DataError: there is no manifest, it cannot be used, or it does not have a shard of such a name.
     """
-    source = open_source(root)
+    source = open_storage(root)
     manifest = read_manifest(source)
     defects = []
     try:
@@ -122,7 +122,7 @@ def survey(
         where = source.where(MANIFEST_NAME)
         defects.append(f"{where}: max_token_id is {manifest.max_token_id}, but the largest in the shards is {largest}")
     strays = []
-    if isinstance(source, FolderSource):
+    if isinstance(source, LocalStorage):
         beside = {path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*.tar")}
         strays = sorted(beside - {info.name for info in manifest.shards})
     return Survey(str(source), manifest, shards, defects, strays)
@@ -144,7 +144,7 @@ def sample_documents(root: str | Path, names: Collection[str] | None = None) -> 
     Raises:
         DataError: as :func:`survey`, or a shard differs from its entry in the manifest.
     """
-    source = open_source(root)
+    source = open_storage(root)
     manifest = read_manifest(source)
     tokenizer, text = tokenizer_of_shards(source, manifest), open_text(source, manifest)
     for info in _chosen(source, manifest, names):
@@ -155,7 +155,7 @@ def sample_documents(root: str | Path, names: Collection[str] | None = None) -> 
                 yield SampleDocument(source.where(info.name), number, len(tokens), tokenizer.decode(tokens.tolist()))
 
 
-def _chosen(source: Source, manifest: Manifest, names: Collection[str] | None) -> list[ShardInfo]:
+def _chosen(source: Storage, manifest: Manifest, names: Collection[str] | None) -> list[ShardInfo]:
     if unknown := set(names or ()) - {info.name for info in manifest.shards}:
         raise DataError(f"{source.where(MANIFEST_NAME)}: has no shard {sorted(unknown)[0]}; check the name")
     return [info for info in manifest.shards if names is None or info.name in names]
@@ -177,8 +177,8 @@ def survey_shards(
 
 
 @lru_cache(maxsize=1)
-def _opened(root: str | Path, head: Manifest) -> tuple[Source, TextReader | None]:
-    source = open_source(root)
+def _opened(root: str | Path, head: Manifest) -> tuple[Storage, TextReader | None]:
+    source = open_storage(root)
     return source, open_text(source, head)
 
 

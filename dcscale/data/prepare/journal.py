@@ -40,7 +40,7 @@ def state_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.building")
 
 
-class Building:
+class Journal:
     """The state of the build of ``output``; a context manager that keeps other processes out.
 
     State in which nothing is noted is removed on leaving; other state stays until :meth:`publish`.
@@ -69,7 +69,7 @@ class Building:
         self.complete = False
         """Whether ``result`` is all that ``output`` is to be."""
 
-    def __enter__(self) -> Building:
+    def __enter__(self) -> Journal:
         self._root.mkdir(parents=True, exist_ok=True)
         self._lock = open(self._root / "lock", "wb")
         try:

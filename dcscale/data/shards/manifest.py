@@ -47,7 +47,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dcscale.data.errors import DataError
-from dcscale.data.storage import FolderSource, JoinedSource, Source, UnreadableError, open_source
+from dcscale.data.storage import LocalStorage, Storage, UnionStorage, UnreadableError, open_storage
 from dcscale.files import write_json
 
 MANIFEST_NAME = "manifest.json"
@@ -186,15 +186,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_NAME, content)
 
 
-def read_manifest(root: str | Path | Source) -> Manifest:
+def read_manifest(root: str | Path | Storage) -> Manifest:
     """Read the ``manifest.json`` of a root of shards; of several roots that are read as one, all of them.
 
     Raises:
         DataError: the root or the manifest is missing, unreadable, of another version, or breaks a rule; or the roots
             hold tokens of different kinds.
     """
-    source = open_source(root)
-    if isinstance(source, JoinedSource):
+    source = open_storage(root)
+    if isinstance(source, UnionStorage):
         return _join(source, [read_manifest(part) for part in source.parts])
     path = source.where(MANIFEST_NAME)
     try:
@@ -203,14 +203,14 @@ def read_manifest(root: str | Path | Source) -> Manifest:
         if not error.missing:
             raise DataError(f"{error}; it must be a readable file") from error
         hint = "make the shards with tools/make_shards.py"
-        if isinstance(source, FolderSource):
+        if isinstance(source, LocalStorage):
             inside = [child.name for child in sorted(source.folder.iterdir()) if (child / MANIFEST_NAME).is_file()]
             hint = f"did you mean {source.folder / inside[0]}?" if inside else hint
         raise DataError(f"{path}: no such file, so {source} is not a folder of shards; {hint}") from error
     return _Reader(path).manifest(text)
 
 
-def _join(source: JoinedSource, manifests: Sequence[Manifest]) -> Manifest:
+def _join(source: UnionStorage, manifests: Sequence[Manifest]) -> Manifest:
     first = manifests[0]
     for part, manifest in zip(source.parts, manifests):
         for name in ("dtype", "tokenizer", "row_tokens", "text"):

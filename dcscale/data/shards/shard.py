@@ -23,7 +23,7 @@ from dcscale.data.errors import DataError
 from dcscale.data.shards.manifest import ShardInfo
 from dcscale.data.shards.tar import ANEW, Member, content, fail, read_samples
 from dcscale.data.shards.text import TextReader
-from dcscale.data.storage import ContentError, Source, UnreadableError
+from dcscale.data.storage import ContentError, Storage, UnreadableError
 from dcscale.files import write_atomically
 
 TOKEN_KINDS = ("tokens.npy", "npy")
@@ -61,7 +61,7 @@ def write_shard(
     return ShardInfo(name, len(data), hashlib.sha256(data).hexdigest(), samples, documents, tokens, text_bytes)
 
 
-def check_shards(source: Source, shards: Iterable[ShardInfo]) -> None:
+def check_shards(source: Storage, shards: Iterable[ShardInfo]) -> None:
     """Check, without reading them, that shards are there and have the manifest's sizes.
 
     Raises:
@@ -74,7 +74,7 @@ def check_shards(source: Source, shards: Iterable[ShardInfo]) -> None:
 
 
 def read_shard(
-    source: Source, info: ShardInfo, *, dtype: str, vocab_size: int, verify: bool, text: TextReader | None = None
+    source: Storage, info: ShardInfo, *, dtype: str, vocab_size: int, verify: bool, text: TextReader | None = None
 ) -> list[np.ndarray]:
     """Read a shard's documents.
 

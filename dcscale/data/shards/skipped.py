@@ -28,7 +28,7 @@ class SkippedShard:
     """What is wrong with it: the shard, the sample where it is known, the rule."""
 
 
-def stand_in(info: ShardInfo, row_tokens: int | None, dtype: str, fill: int) -> list[np.ndarray]:
+def placeholder(info: ShardInfo, row_tokens: int | None, dtype: str, fill: int) -> list[np.ndarray]:
     """Documents of ``fill`` that take the place of a shard's: as many tokens, and as many documents or rows.
 
     So the documents of the other shards of its window are put into the same order as with it. Their exact places differ

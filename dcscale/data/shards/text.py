@@ -20,7 +20,7 @@ import numpy as np
 
 from dcscale.data.shards.manifest import Manifest, TextInfo
 from dcscale.data.shards.tar import content, fail, read_samples
-from dcscale.data.storage import Source
+from dcscale.data.storage import Storage
 from dcscale.data.tokenizers import Tokenizer, tokenizer_of_shards
 
 _BATCH_CHARACTERS = 1 << 22
@@ -83,7 +83,7 @@ class TextReader:
         return text
 
 
-def open_text(source: Source, manifest: Manifest) -> TextReader | None:
+def open_text(source: Storage, manifest: Manifest) -> TextReader | None:
     """What makes documents of shards that hold text; None for shards that hold tokens.
 
     Raises:

@@ -45,7 +45,7 @@ class ContentError(DataError):
     """An object that was read and is not the one that was asked for."""
 
 
-class Source(ABC):
+class Storage(ABC):
     """A root of shards; ``str()`` is how messages name it."""
 
     @abstractmethod

@@ -19,14 +19,14 @@ from tempfile import NamedTemporaryFile
 from typing import IO
 
 from dcscale.data.errors import DataError
-from dcscale.data.storage.base import ContentError, Source, check_content
+from dcscale.data.storage.base import ContentError, Storage, check_content
 
 _UNFINISHED = ".unfinished-"
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger("dcscale.data")
 
 
-class CachedSource(Source):
+class CachedStorage(Storage):
     """Objects whose checksum is known are kept in ``folder``; the others come from ``source`` every time.
 
     The entries, unfinished ones included, have at most ``most_bytes`` bytes together; those unused for the longest are
@@ -41,7 +41,7 @@ class CachedSource(Source):
         DataError: there can be no such folder.
     """
 
-    def __init__(self, source: Source, folder: Path, most_bytes: int) -> None:
+    def __init__(self, source: Storage, folder: Path, most_bytes: int) -> None:
         self._source, self._folder, self._most_bytes = source, folder, most_bytes
         self._kept = True
         try:

@@ -21,7 +21,7 @@ import requests
 import urllib3
 
 from dcscale.data.storage.base import ContentError, UnreadableError, check_content, check_size, shown
-from dcscale.data.storage.retry import AT_ONCE, Patience, RemoteSource, TransientError
+from dcscale.data.storage.retry import AT_ONCE, RemoteStorage, RetryPolicy, TransientError
 
 _CHUNK = 1 << 18
 """Bytes of a body read at once."""
@@ -30,16 +30,16 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {404, 410}
 
 
-class HttpSource(RemoteSource):
+class HttpStorage(RemoteStorage):
     """A folder of a web server.
 
     Args:
         root: its address; a query is sent with every request. Messages show neither query nor credentials.
-        patience: what the server is granted.
+        retry: what the server is granted.
     """
 
-    def __init__(self, root: str, patience: Patience) -> None:
-        super().__init__(patience)
+    def __init__(self, root: str, retry: RetryPolicy) -> None:
+        super().__init__(retry)
         self._root = urlsplit(root)
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class HttpSource(RemoteSource):
     @contextmanager
     def _answer(self, method: str, address: str, where: str, headers: Mapping[str, str]) -> Iterator[requests.Response]:
         """A server's answer; what goes wrong with it, then or while its body is read, is transient or final."""
-        timeout = (self.patience.timeout, self.patience.timeout)
+        timeout = (self.retry.timeout, self.retry.timeout)
         headers = {"Accept-Encoding": "identity", **headers}
         try:
             with self._connections().request(
@@ -122,7 +122,7 @@ class HttpSource(RemoteSource):
             if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in chain):
                 reason = "its certificate is not trusted; name the authority's file in REQUESTS_CA_BUNDLE"
                 raise UnreadableError(where, reason) from error
-            raise TransientError(_in_words(chain, self.patience.timeout)) from error
+            raise TransientError(_in_words(chain, self.retry.timeout)) from error
 
     def _connect(self) -> requests.Session:
         session = requests.Session()

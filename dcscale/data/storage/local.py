@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dcscale.data.errors import DataError
-from dcscale.data.storage.base import Source, UnreadableError, check_content, check_size
+from dcscale.data.storage.base import Storage, UnreadableError, check_content, check_size
 
 
-class FolderSource(Source):
+class LocalStorage(Storage):
     """A folder of this machine.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dcscale.data.errors import DataError
 from dcscale.data.storage.base import ContentError, UnreadableError, check_content, check_size
-from dcscale.data.storage.retry import Patience, RemoteSource, TransientError
+from dcscale.data.storage.retry import RemoteStorage, RetryPolicy, TransientError
 
 SCHEMES = {"s3": "s3", "gs": "gs"}
 """Scheme of an address -> extra of this package that installs what reads it."""
@@ -28,19 +28,19 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotF
 """Errors of libraries that are not imported here."""
 
 
-class ObjectSource(RemoteSource):
+class ObjectStorage(RemoteStorage):
     """A prefix of a bucket.
 
     Args:
         root: ``s3://BUCKET/PREFIX`` or ``gs://BUCKET/PREFIX``.
-        patience: what the store is granted.
+        retry: what the store is granted.
 
     Raises:
         DataError: what reads it is not installed, or ``root`` names no bucket.
     """
 
-    def __init__(self, root: str, patience: Patience) -> None:
-        super().__init__(patience)
+    def __init__(self, root: str, retry: RetryPolicy) -> None:
+        super().__init__(retry)
         self._scheme, slashes, self._path = root[:2], root[2:5], root[5:].rstrip("/")
         if slashes != "://" or not self._path.partition("/")[0] or "@" in self._path.partition("/")[0]:
             raise DataError(
@@ -112,7 +112,7 @@ class ObjectSource(RemoteSource):
 
         options: dict[str, Any] = {}
         if self._scheme == "s3":
-            limits = {"connect_timeout": self.patience.timeout, "read_timeout": self.patience.timeout}
+            limits = {"connect_timeout": self.retry.timeout, "read_timeout": self.retry.timeout}
             options["config_kwargs"] = {**conf.get("s3", {}).get("config_kwargs", {}), **limits}
         return self._kind(skip_instance_cache=True, use_listings_cache=False, **options)
 

@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dcscale.data.errors import DataError
-from dcscale.data.storage.base import Source, scheme_of, shown
-from dcscale.data.storage.cache import CachedSource
-from dcscale.data.storage.http import HttpSource
-from dcscale.data.storage.local import FolderSource
-from dcscale.data.storage.object_store import SCHEMES, ObjectSource
-from dcscale.data.storage.retry import Patience
+from dcscale.data.storage.base import Storage, scheme_of, shown
+from dcscale.data.storage.cache import CachedStorage
+from dcscale.data.storage.http import HttpStorage
+from dcscale.data.storage.local import LocalStorage
+from dcscale.data.storage.object_store import SCHEMES, ObjectStorage
+from dcscale.data.storage.retry import RetryPolicy
 
 
 def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]:
@@ -27,7 +27,7 @@ def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]
 
     Args:
         root: a path or an address.
-        glob_objects: finds folders of an object store, see :meth:`dcscale.data.storage.object_store.ObjectSource.glob`.
+        glob_objects: finds folders of an object store, see :meth:`ObjectStorage.glob`.
 
     Raises:
         DataError: nothing is there, the braces do not match, or ``*`` is used where folders cannot be listed.
@@ -63,7 +63,7 @@ def expand(root: str, glob_objects: Callable[[str], Sequence[str]]) -> list[str]
     return roots
 
 
-class JoinedSource(Source):
+class UnionStorage(Storage):
     """Roots one after another; of part i, the shard ``NAME`` is called ``i/NAME`` here. What belongs to all of them,
     such as the tokenizer, is read from the first.
 
@@ -72,7 +72,7 @@ class JoinedSource(Source):
         shown: how messages name them together.
     """
 
-    def __init__(self, parts: Sequence[Source], shown: str) -> None:
+    def __init__(self, parts: Sequence[Storage], shown: str) -> None:
         self.parts, self._shown = list(parts), shown
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class JoinedSource(Source):
         return part.read(rest, size, sha256)
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        of_parts: dict[Source, dict[str, int]] = {}
+        of_parts: dict[Storage, dict[str, int]] = {}
         for name, size in sizes.items():
             part, rest = self._of(name)
             of_parts.setdefault(part, {})[rest] = size
@@ -98,53 +98,53 @@ class JoinedSource(Source):
         for part in self.parts:
             part.close()
 
-    def _of(self, name: str) -> tuple[Source, str]:
+    def _of(self, name: str) -> tuple[Storage, str]:
         number, _, rest = name.partition("/")
         return (self.parts[int(number)], rest) if rest else (self.parts[0], name)
 
 
 @dataclass(frozen=True)
-class Access:
+class StorageOptions:
     """How places outside this machine are read."""
 
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     """What a slow or failing place is granted."""
 
     cache: Path | None = None
-    """Folder on a local disk that keeps shards; see :class:`dcscale.data.storage.cache.CachedSource`."""
+    """Folder on a local disk that keeps shards; see :class:`dcscale.data.storage.cache.CachedStorage`."""
 
     cache_bytes: int = 1 << 36
     """Bytes of that folder, at most."""
 
 
-def open_source(root: str | Path | Source, access: Access | None = None) -> Source:
+def open_storage(root: str | Path | Storage, storage_options: StorageOptions | None = None) -> Storage:
     """Open a root.
 
     Args:
         root: a folder, or an address that begins with ``http://``, ``https://``, ``s3://`` or ``gs://``. A text may be
             a pattern, see :mod:`dcscale.data.storage.open`; several roots are then read as one, in that order.
             A source is returned as it is.
-        access: how a place outside this machine is read; None takes the defaults.
+        storage_options: how a place outside this machine is read; None takes the defaults.
 
     Raises:
         DataError: there is no such root, or roots of this kind are not read.
     """
-    access = access or Access()
-    if isinstance(root, Source):
+    storage_options = storage_options or StorageOptions()
+    if isinstance(root, Storage):
         return root
     if isinstance(root, Path):
-        return FolderSource(root)
-    roots = expand(root, lambda pattern: ObjectSource(pattern, access.patience).glob())
-    parts = [_open_one(one, access) for one in roots]
+        return LocalStorage(root)
+    roots = expand(root, lambda pattern: ObjectStorage(pattern, storage_options.retry).glob())
+    parts = [_open_one(one, storage_options) for one in roots]
     if len(parts) == 1:
         return parts[0]
-    return JoinedSource(parts, f"{parts[0]} and {len(parts) - 1} more")
+    return UnionStorage(parts, f"{parts[0]} and {len(parts) - 1} more")
 
 
-def _open_one(root: str, access: Access) -> Source:
+def _open_one(root: str, storage_options: StorageOptions) -> Storage:
     scheme = scheme_of(root)
     if scheme is None:
-        return FolderSource(Path(root))
+        return LocalStorage(Path(root))
     if scheme in ("http", "https"):
         try:
             address = urlsplit(root)
@@ -156,14 +156,18 @@ def _open_one(root: str, access: Access) -> Source:
                 f"{shown(root)}: names no host, or no port from 1 to 65535; write it as {scheme}://HOST/FOLDER or "
                 f"{scheme}://HOST:PORT/FOLDER"
             )
-        return _cached(HttpSource(root, access.patience), access)
+        return _cached(HttpStorage(root, storage_options.retry), storage_options)
     if scheme in SCHEMES:
-        return _cached(ObjectSource(root, access.patience), access)
+        return _cached(ObjectStorage(root, storage_options.retry), storage_options)
     raise DataError(
         f"{shown(root)}: {scheme}: is no kind of place that shards are read from; give a folder, or an address that "
         f"begins with http://, https://, s3:// or gs://"
     )
 
 
-def _cached(source: Source, access: Access) -> Source:
-    return source if access.cache is None else CachedSource(source, access.cache, access.cache_bytes)
+def _cached(source: Storage, storage_options: StorageOptions) -> Storage:
+    return (
+        source
+        if storage_options.cache is None
+        else CachedStorage(source, storage_options.cache, storage_options.cache_bytes)
+    )

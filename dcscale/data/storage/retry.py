@@ -1,6 +1,6 @@
 """How long to keep trying what may pass by itself: a busy server, a connection that breaks, a body cut short.
 
-:class:`RemoteSource` is what all places outside this machine, which are read so, have in common.
+:class:`RemoteStorage` is what all places outside this machine, which are read so, have in common.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dcscale.data.storage.base import ContentError, Source, UnreadableError, check_size
+from dcscale.data.storage.base import ContentError, Storage, UnreadableError, check_size
 
 T = TypeVar("T")
 
@@ -33,16 +33,16 @@ _log = logging.getLogger("dcscale.data")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """What a slow or failing place is granted."""
 
     timeout: float = 30.0
     """Seconds in which a connection must be made, and in which some byte must arrive."""
 
-    wait: float = 1.0
+    backoff: float = 1.0
     """Seconds before the second try, at most; doubled with each further try."""
 
-    give_up: float = 600.0
+    total: float = 600.0
     """Seconds for an object with all tries."""
 
 
@@ -63,18 +63,18 @@ class Retries:
     """Tries again, with waits that grow and are drawn at random, so that many processes do not return all at once.
 
     A place that answers nothing any more is given up for all its objects together: once nothing has come from it for
-    ``patience.give_up`` seconds, each further object gets a single try. So a process that reads on past failures, and
+    ``retry.total`` seconds, each further object gets a single try. So a process that reads on past failures, and
     others that wait for it, are not held up by that time for every object.
     """
 
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
+    def __init__(self, retry: RetryPolicy) -> None:
+        self.retry = retry
         self._chance = random.Random()  # not the module's, whose state belongs to the run
         self._failing_since: float | None = None
         self._ended = threading.Event()
 
-    def __reduce__(self) -> tuple[type[Retries], tuple[Patience]]:
-        return Retries, (self.patience,)
+    def __reduce__(self) -> tuple[type[Retries], tuple[RetryPolicy]]:
+        return Retries, (self.retry,)
 
     def end(self) -> None:
         """Let the calls under way try no more; later ones are not affected."""
@@ -93,11 +93,11 @@ class Retries:
             ContentError: the content was wrong ``WRONG_CONTENT_TRIES`` times.
         """
         start, tries, wrong, ended = time.monotonic(), 0, 0, self._ended
-        deadline = min(start, self._failing_since or start) + self.patience.give_up
+        deadline = min(start, self._failing_since or start) + self.retry.total
         while True:
             tries += 1
             try:
-                result = attempt(max(deadline, time.monotonic() + self.patience.timeout))
+                result = attempt(max(deadline, time.monotonic() + self.retry.timeout))
             except TransientError as error:
                 self._failing_since = self._failing_since or time.monotonic()
                 reason, asked = str(error), min(error.wait, LONGEST_WAIT)
@@ -110,7 +110,7 @@ class Retries:
             else:
                 self._failing_since = None
                 return result
-            most = min(LONGEST_WAIT, self.patience.wait * 2 ** min(tries - 1, 30))
+            most = min(LONGEST_WAIT, self.retry.backoff * 2 ** min(tries - 1, 30))
             wait = max(asked, self._chance.uniform(0, most))
             now = time.monotonic()
             if now + wait > deadline:
@@ -127,16 +127,16 @@ AT_ONCE = 8
 """Objects looked at by as many threads."""
 
 
-class RemoteSource(Source):
-    """A place outside this machine, read with ``patience``.
+class RemoteStorage(Storage):
+    """A place outside this machine, read with ``retry``.
 
     Its check looks at up to 64 objects, evenly spread: looking at each of many thousands takes longer than noticing a
     missing one when its turn comes.
     """
 
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
-        self._retries = Retries(patience)
+    def __init__(self, retry: RetryPolicy) -> None:
+        self.retry = retry
+        self._retries = Retries(retry)
         self._client: Any = None
         self._owner = 0
 

@@ -12,12 +12,12 @@ import numpy as np
 from dcscale.data.errors import DataError
 from dcscale.data.shards.manifest import Manifest, ShardInfo
 from dcscale.data.shards.shard import read_shard
-from dcscale.data.shards.skipped import SkippedShard, check_loss, stand_in
+from dcscale.data.shards.skipped import SkippedShard, check_loss, placeholder
 from dcscale.data.shards.text import open_text
-from dcscale.data.storage import Source
+from dcscale.data.storage import Storage
 from dcscale.data.stream.block_reader import Key
 from dcscale.data.stream.order import Order
-from dcscale.data.stream.sequences import Window, fills_rows, pack_rows, pack_window
+from dcscale.data.stream.sequences import Window, fills_rows, pack_block, pack_rows
 
 
 class Part(NamedTuple):
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     skipped: tuple[SkippedShard, ...] = ()
 
 
-class WindowMaker:
+class BlockBuilder:
     """Reads a source's shards and packs them into windows; any thread may call it.
 
     Args:
@@ -47,7 +47,7 @@ class WindowMaker:
 
     def __init__(
         self,
-        source: Source,
+        source: Storage,
         manifest: Manifest,
         order: Order,
         *,
@@ -118,7 +118,7 @@ class WindowMaker:
 
     def _stand_in(self, info: ShardInfo) -> list[np.ndarray]:
         manifest = self._manifest
-        return stand_in(info, manifest.row_tokens, manifest.dtype, manifest.tokenizer.eos_id)
+        return placeholder(info, manifest.row_tokens, manifest.dtype, manifest.tokenizer.eos_id)
 
     def _read_shard(self, info: ShardInfo) -> list[np.ndarray]:
         row_tokens = self._manifest.row_tokens
@@ -142,6 +142,6 @@ class WindowMaker:
     def _pack_documents(self, key: Key, documents: list[np.ndarray]) -> Window:
         row_tokens = self._manifest.row_tokens
         if row_tokens is None:
-            return pack_window(documents, self._order.documents(*key, len(documents)))
+            return pack_block(documents, self._order.documents(*key, len(documents)))
         rows = sum(map(len, documents)) // row_tokens
         return pack_rows(documents, self._order.documents(*key, rows), row_tokens)

@@ -16,7 +16,7 @@ Key = tuple[int, int]
 _CLOSED = "reading was ended"
 
 
-class WindowReader:
+class BlockPrefetcher:
     """Makes the windows that are wanted, the first first, and keeps them as long as they are.
 
     The shards of a window are read by up to ``threads`` threads at once; where a window has fewer shards, several

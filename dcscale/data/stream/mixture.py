@@ -1,6 +1,6 @@
 """Several sources in one stream: whose sequence global number g is, and which of its own, in closed form.
 
-1. A pattern of P numbers, repeated, says which source each number belongs to. Source s has k_s of every P, and of any
+1. A pattern of P numbers, repeated, says which source each number belongs to. Storage s has k_s of every P, and of any
    first n numbers never more than one too many or too few: |count - n k_s / P| < 1.
 2. The count of earlier numbers of its source is a number's place in the source's own sequence of epochs: a source uses
    each of its N sequences once before any is used again, whatever the others do.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
@@ -28,7 +29,7 @@ from dcscale.data.errors import DataError
 from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.data.stream.lookahead import Group, Numbers, made_ahead, placed
 from dcscale.data.stream.sequences import Sequences
-from dcscale.data.stream.stream import Place, SequenceStream, fingerprint_of, open_stream
+from dcscale.data.stream.stream import Place, SequenceStream, StreamConfig, fingerprint_of, open_stream
 
 MIXTURE_VERSION = 1
 LONGEST_PATTERN = 10_000
@@ -145,18 +146,20 @@ def _counts_before(is_source: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(is_source[..., :1], dtype=np.int64), np.cumsum(is_source, axis=-1)], axis=-1)
 
 
-def open_mixture(sources: Sequence[DataSource], *, slots: int, **settings: Any) -> MixedStream:
-    """Open several roots of shards as one stream; :func:`dcscale.data.open_stream` says what the settings are.
+def open_mixture(
+    sources: Sequence[DataSource], stream_config: StreamConfig, *, skipped: Collection[str] = ()
+) -> MixedStream:
+    """Open several roots of shards as one stream, each as :func:`dcscale.data.open_stream` does.
 
     Raises:
         DataError: one of them cannot be opened, has another tokenizer than the first, or no positive weight.
     """
-    reopen = partial(open_mixture, list(sources), slots=slots, **settings)
     for source in sources:
         if not 0 < source.weight < math.inf:
             raise DataError(f"the weight of source {source.name} is {source.weight}, but must be a number above 0")
     streams = [
-        open_stream(source.path, slots=slots, source_number=number, **settings) for number, source in enumerate(sources)
+        open_stream(source.path, replace(stream_config, source_number=number), skipped=skipped)
+        for number, source in enumerate(sources)
     ]
     for stream in streams:
         if stream.tokenizer != streams[0].tokenizer:
@@ -165,7 +168,8 @@ def open_mixture(sources: Sequence[DataSource], *, slots: int, **settings: Any) 
                 f"{streams[0].tokenizer}; the sources of a mixture need the same: make the shards of one again"
             )
     parts = whole_parts([source.weight for source in sources])
-    order = MixedOrder(parts, [stream.sequences_per_epoch for stream in streams], slots)
+    order = MixedOrder(parts, [stream.sequences_per_epoch for stream in streams], stream_config.slots)
+    reopen = partial(open_mixture, list(sources), stream_config)
     return MixedStream([source.name for source in sources], streams, order, reopen)
 
 

@@ -37,7 +37,7 @@ class Window:
     """Shards that were given up when it was made."""
 
 
-def pack_window(documents: list[np.ndarray], order: np.ndarray) -> Window:
+def pack_block(documents: list[np.ndarray], order: np.ndarray) -> Window:
     """Put ``documents`` one after another in the given ``order`` [documents]."""
     ordered = [documents[i] for i in order.tolist()]
     # Not NumPy, which lets other threads run after each document, and then has to wait for them.

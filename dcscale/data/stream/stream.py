@@ -7,6 +7,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,77 +15,127 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcscale.config import Config
 from dcscale.data.errors import DataError
 from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
 from dcscale.data.shards.shard import check_shards
-from dcscale.data.storage import Access, Source, open_source
-from dcscale.data.stream.block_builder import WindowMaker
-from dcscale.data.stream.block_reader import Key, WindowReader
+from dcscale.data.storage import RetryPolicy, Storage, StorageOptions, open_storage
+from dcscale.data.stream.block_builder import BlockBuilder
+from dcscale.data.stream.block_reader import BlockPrefetcher, Key
 from dcscale.data.stream.lookahead import Group, Numbers, made_ahead, placed
 from dcscale.data.stream.order import ORDER_VERSION, Order
 from dcscale.data.stream.sequences import SequenceBuffer, Sequences
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """Which sequences a stream has, in which order, and how their shards are read. Can be sent to other processes.
+
+    Raises:
+        DataError: a value is out of range.
+    """
+
+    vocab_size: int
+    """The model's; at least the tokenizer's."""
+
+    sequence_length: int
+    """L, inputs (and targets) of a sequence."""
+
+    seed: int
+    """Seed of the order, any whole number."""
+
+    shuffle_shards: int
+    """Shards whose documents are shuffled together: a block."""
+
+    slots: int
+    """Independent read positions over an epoch."""
+
+    document_mask: bool
+    """Mask targets in another document than their input, and make document ids."""
+
+    verify: bool
+    """Check every shard's SHA-256 when it is read."""
+
+    shuffle: bool = True
+    """False reads the documents in the manifest's order, the same in every epoch, one shard at a time, from one slot;
+    ``seed``, ``shuffle_shards`` and ``slots`` are then not used."""
+
+    source_number: int = 0
+    """Number of the source in a mixture, whose sources share a seed."""
+
+    storage_options: StorageOptions | None = None
+    """How a root outside this machine is read; None takes the defaults."""
+
+    read_ahead: int | None = None
+    """Blocks that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which; None is one for
+    each slot."""
+
+    read_threads: int = 8
+    """Shards read at once."""
+
+    on_error: str = "fail"
+    """``fail``, or ``skip`` to skip a shard that cannot be used: masked padding takes its place, so that no sequence
+    outside its block changes."""
+
+    max_skipped: float = 0.0
+    """Largest part of the tokens that may be lost so."""
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("vocab_size", 1),
+            ("sequence_length", 1),
+            ("slots", 1),
+            ("shuffle_shards", 1),
+            ("read_ahead", 0),
+            ("read_threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise DataError(f"{name} is {value}, but must be at least {minimum}")
+
+    @classmethod
+    def of(cls, config: Config, **changes: Any) -> StreamConfig:
+        """What the config of a run says of its training data."""
+        data = config.data
+        settings = {
+            "vocab_size": config.model.vocab_size,
+            "sequence_length": data.sequence_length,
+            "seed": config.train.seed,
+            "shuffle_shards": data.shuffle_shards,
+            "slots": data.slots,
+            "document_mask": data.document_mask,
+            "verify": data.verify,
+            "storage_options": StorageOptions(
+                RetryPolicy(data.timeout_seconds, data.retry_backoff_seconds, data.retry_total_seconds),
+                cache=None if data.cache is None else Path(data.cache),
+                cache_bytes=data.cache_bytes,
+            ),
+            "read_ahead": data.read_ahead,
+            "read_threads": data.read_threads,
+            "on_error": data.on_error,
+            "max_skipped": data.max_skipped,
+        }
+        return cls(**{**settings, **changes})
+
+
 def open_stream(
-    root: str | Path | Source,
-    *,
-    vocab_size: int,
-    sequence_length: int,
-    seed: int,
-    shuffle_shards: int,
-    slots: int,
-    document_mask: bool,
-    verify: bool,
-    shuffle: bool = True,
-    source_number: int = 0,
-    access: Access | None = None,
-    read_ahead: int | None = None,
-    read_threads: int = 8,
-    on_error: str = "fail",
-    max_skipped: float = 0.0,
-    skipped: Collection[str] = (),
+    root: str | Path | Storage, stream_config: StreamConfig, *, skipped: Collection[str] = ()
 ) -> SequenceStream:
     """Open a folder of shards. Only its manifest is read here.
 
     Args:
         root: folder with a ``manifest.json``, as ``tools/make_shards.py`` writes it, or see
-            :func:`dcscale.data.storage.open_source`.
-        vocab_size: the model's; at least the tokenizer's.
-        sequence_length: L, inputs (and targets) a sequence.
-        seed: seed of the order, any whole number.
-        shuffle_shards: shards whose documents are shuffled together.
-        slots: independent read positions over an epoch.
-        document_mask: mask targets that lie in another document than their input, and give document ids.
-        verify: check every shard's SHA-256 when it is read.
-        shuffle: false reads the documents in the manifest's order, the same in every epoch, one shard at a time, from
-            one position; ``seed``, ``shuffle_shards`` and ``slots`` are then not used.
-        source_number: number of the source in a mixture, whose sources share a seed.
-        access: how a root outside this machine is read; None takes the defaults.
-        read_ahead: windows that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which;
-            None is one for each lane.
-        read_threads: shards read at once.
-        on_error: ``fail``, or ``skip`` to give up a shard that cannot be used: masked padding takes its place, so that
-            no sequence outside its window changes.
-        max_skipped: largest part of the tokens that may be lost so.
-        skipped: checksums of shards that were given up before.
+            :func:`dcscale.data.storage.open_storage`.
+        stream_config: which sequences, and how they are read.
+        skipped: checksums of shards that were skipped before.
 
     Raises:
-        DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, the
-            data do not fill one sequence or give no target or are rows of another length, or an argument is out of
-            range.
+        DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, or
+            the data do not fill one sequence, give no target or are rows of another length.
     """
-    reopen = partial(open_stream, **locals())
-    for name, value, minimum in (
-        ("vocab_size", vocab_size, 1),
-        ("sequence_length", sequence_length, 1),
-        ("slots", slots, 1),
-        ("shuffle_shards", shuffle_shards, 1),
-        ("read_ahead", 0 if read_ahead is None else read_ahead, 0),
-        ("read_threads", read_threads, 1),
-    ):
-        if value < minimum:
-            raise DataError(f"{name} is {value}, but must be at least {minimum}")
-    source = open_source(root, access)
+    vocab_size, sequence_length = stream_config.vocab_size, stream_config.sequence_length
+    document_mask = stream_config.document_mask
+    source = open_storage(root, stream_config.storage_options)
     manifest = read_manifest(source)
     path = source.where(MANIFEST_NAME)
     if manifest.tokenizer.vocab_size > vocab_size:
@@ -115,43 +166,37 @@ def open_stream(
             f"which only the document mask keeps from being learned; set data.document_mask=true, or make the shards "
             f"again without --pack"
         )
-    if not shuffle:
-        slots = shuffle_shards = 1
-        seed = 0
+    in_order = {"slots": 1, "shuffle_shards": 1, "seed": 0, "shuffle": False}
+    order_settings = (
+        in_order if not stream_config.shuffle else {name: getattr(stream_config, name) for name in in_order}
+    )
     order = Order(
         [shard.tokens for shard in manifest.shards],
         sequence_length=sequence_length,
-        slots=slots,
-        shuffle_shards=shuffle_shards,
-        seed=seed,
-        shuffle=shuffle,
-        source=source_number,
+        source=stream_config.source_number,
         rows=manifest.row_tokens is not None,
+        **order_settings,
     )
     identity = {
         "order_version": ORDER_VERSION,
         "data": manifest.fingerprint,
         "sequence_length": sequence_length,
-        "slots": slots,
-        "shuffle": shuffle,
-        "shuffle_shards": shuffle_shards,
-        "seed": seed,
         "document_mask": document_mask,
-        **({"source": source_number} if source_number else {}),
+        **order_settings,
+        **({"source": stream_config.source_number} if stream_config.source_number else {}),
     }
-    maker = WindowMaker(
+    builder = BlockBuilder(
         source,
         manifest,
         order,
         vocab_size=vocab_size,
-        verify=verify,
-        on_error=on_error,
-        max_skipped=max_skipped,
+        verify=stream_config.verify,
+        on_error=stream_config.on_error,
+        max_skipped=stream_config.max_skipped,
         skipped=skipped,
     )
-    return SequenceStream(
-        source, manifest, order, identity, maker, reopen, read_ahead=read_ahead, read_threads=read_threads
-    )
+    reopen = partial(open_stream, root, stream_config)
+    return SequenceStream(source, manifest, order, identity, builder, reopen, stream_config)
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -196,15 +241,13 @@ class SequenceStream:
 
     def __init__(
         self,
-        source: Source,
+        source: Storage,
         manifest: Manifest,
         order: Order,
         identity: dict[str, Any],
-        maker: WindowMaker,
+        builder: BlockBuilder,
         reopen: Callable[[], SequenceStream],
-        *,
-        read_ahead: int | None,
-        read_threads: int,
+        stream_config: StreamConfig,
     ) -> None:
         self.source = source
         self.manifest = manifest
@@ -212,9 +255,9 @@ class SequenceStream:
         """What decides the content of every sequence, for messages about what has changed."""
         self.fingerprint = fingerprint_of(identity)
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
-        self._order, self._maker, self._reopen = order, maker, reopen
-        self._windows = WindowReader(maker.shards, maker.read, maker.pack, read_threads)
-        self._read_ahead = read_ahead
+        self._order, self._builder, self._reopen = order, builder, reopen
+        self._windows = BlockPrefetcher(builder.shards, builder.read, builder.pack, stream_config.read_threads)
+        self._read_ahead = stream_config.read_ahead
         self._lock = threading.Lock()
         self._lanes: dict[int, Key] = {}
         self._expected: deque[Place] = deque()
@@ -229,12 +272,12 @@ class SequenceStream:
     @property
     def skipped(self) -> frozenset[str]:
         """Checksums of the shards that were given up."""
-        return self._maker.skipped
+        return self._builder.skipped
 
     @property
     def shards_read(self) -> int:
         """Shards read so far, repetitions included."""
-        return self._maker.shards_read
+        return self._builder.shards_read
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -272,7 +315,7 @@ class SequenceStream:
         Raises:
             DataError: a shard is missing or has another size.
         """
-        if self._maker.on_error == "skip":
+        if self._builder.on_error == "skip":
             return
         check_shards(self.source, self.manifest.shards[rank::world_size])
 
@@ -300,7 +343,7 @@ class SequenceStream:
         Raises:
             DataError: more would be lost than may be.
         """
-        self._maker.skip(sha256)
+        self._builder.skip(sha256)
         self._windows.close()
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ from dcscale.ops.compose.chunked import chunked_attention
 from dcscale.ops.compose.compiled import compiled_attention
 from dcscale.ops.compose.custom_op import SCRATCH_BYTES
 from dcscale.ops.compose.reference import reference_attention
-from dcscale.ops.compose.triton.op import obstacle, triton_attention
-from dcscale.ops.compose.triton.self_test import wrong_result
+from dcscale.ops.compose.triton.op import triton_attention, unavailable_reason
+from dcscale.ops.compose.triton.self_test import self_test_failure
 from dcscale.ops.compose.weights import ComposeWeights
 
 BACKENDS = ("auto", "reference", "chunked", "compiled", "triton")
@@ -90,7 +90,7 @@ def choose_backend(
     if requested != "auto":
         return requested, "requested"
     if pre is None and post is None:
-        problem = flash.obstacle(q)
+        problem = flash.unavailable_reason(q)
         if problem is None:
             return "flash-attn", "without compose weights this is plain attention"
         return "sdpa", f"without compose weights this is plain attention; not flash-attn: {problem}"
@@ -104,10 +104,10 @@ def choose_backend(
 
 
 def _triton_problem(q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
-    problem = obstacle(q, pre, post)
+    problem = unavailable_reason(q, pre, post)
     if problem is None and q.is_cuda:
         # Interpreted, as in tests on a CPU, nothing was compiled that could be wrong.
-        problem = wrong_result(q, pre, post)
+        problem = self_test_failure(q, pre, post)
     return problem
 
 

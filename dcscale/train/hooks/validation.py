@@ -10,7 +10,7 @@ import torch
 from dcscale.data import BatchLoader, DataError
 from dcscale.ops import bits_per_byte
 from dcscale.parallel import Engine
-from dcscale.train.data import next_together
+from dcscale.train.data import next_on_all_ranks
 from dcscale.train.hooks.base import Hook, due
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
     targets = 0
     with engine.evaluating() as forward:
         steps = loader.steps()
-        while (step := next_together(engine, steps)) is not None:
+        while (step := next_on_all_ranks(engine, steps)) is not None:
             targets += step.targets
             for batch in step.micro_batches:
                 batch = batch.to(device)

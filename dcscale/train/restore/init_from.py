@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcscale.checkpoint import CheckpointError, Weights, find_checkpoint
-from dcscale.checkpoint.layout import CONFIG, OPTIMIZER, WEIGHTS, damage, read_config, read_state
+from dcscale.checkpoint.layout import CONFIG, OPTIMIZER, WEIGHTS, corrupt_reason, read_config, read_state
 from dcscale.config import Config, differences
 from dcscale.config.errors import show
 from dcscale.data.shards.manifest import TokenizerInfo
@@ -66,7 +66,7 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ran
         raise CheckpointError(
             f"checkpoint.init_from: {error}. A model of others is converted first, by tools/convert_checkpoint.py"
         ) from error
-    if problem := damage(source, left_out=OPTIMIZER, rank=rank, ranks=ranks):
+    if problem := corrupt_reason(source, left_out=OPTIMIZER, rank=rank, ranks=ranks):
         raise CheckpointError(f"checkpoint.init_from: {problem}; copy it again, or name another")
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in DCFormer(config.model).named_parameters()}
@@ -98,7 +98,7 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ran
     return InitialWeights(source, weights, warnings)
 
 
-def beginning_changes(began_with: str | None, init_from: str | None) -> list[str]:
+def init_from_changes(began_with: str | None, init_from: str | None) -> list[str]:
     """In words, that a run which goes on began with other weights than ``checkpoint.init_from`` names now."""
     if init_from is None:
         return []

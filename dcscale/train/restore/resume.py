@@ -11,8 +11,8 @@ from dcscale.checkpoint.layout import (
     OLD_OPTIMIZER,
     OPTIMIZER,
     WEIGHTS,
-    damage,
-    defect,
+    corrupt_reason,
+    incomplete_reason,
     read_config,
     read_state,
     step_of,
@@ -20,7 +20,7 @@ from dcscale.checkpoint.layout import (
 from dcscale.config import Config, differences
 from dcscale.config.errors import show
 from dcscale.data.shards.manifest import TokenizerInfo
-from dcscale.parallel import decided_by_main, of_all_ranks
+from dcscale.parallel import broadcast_from_rank0, gather_objects
 from dcscale.train.state import TrainState
 
 MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
@@ -30,10 +30,10 @@ _COURSE = ("optimizer", "schedule", "train.steps", "train.gradient_clipping")
 """Settings that may change too, but decide the weights: a run that goes on says what was changed of them."""
 
 
-def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
+def find_resumable_checkpoint(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint this start goes on from, read and found undamaged, or None for a new run; all ranks call it.
 
-    Every rank reads a share of the files. With ``checkpoint.on_damaged=previous`` newer checkpoints of the run that are
+    Every rank reads a share of the files. With ``checkpoint.on_corrupt=previous`` newer checkpoints of the run that are
     damaged are passed over, and returned with what is wrong with them.
 
     Raises:
@@ -41,20 +41,20 @@ def good_checkpoint_to_resume(config: Config, rank: int, ranks: int) -> tuple[Pa
     """
     damaged: dict[Path, str] = {}
     while True:
-        checkpoint = decided_by_main(lambda: checkpoint_to_resume(config, damaged))
+        checkpoint = broadcast_from_rank0(lambda: checkpoint_to_resume(config, damaged))
         if checkpoint is None:
             return None, damaged
         # Training reads everything but the weights, which are made of the optimizer's float32 ones.
-        problems = of_all_ranks(damage(checkpoint, left_out=WEIGHTS, rank=rank, ranks=ranks))
+        problems = gather_objects(corrupt_reason(checkpoint, left_out=WEIGHTS, rank=rank, ranks=ranks))
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
             return checkpoint, damaged
         if not _is_of_run(checkpoint, config):
             raise CheckpointError(f"the checkpoint to go on from is damaged: {problem}; name another one")
-        if config.checkpoint.on_damaged == "fail":
+        if config.checkpoint.on_corrupt == "fail":
             raise CheckpointError(
                 f"the newest checkpoint is damaged: {problem}. Restore it from a copy, or set "
-                "checkpoint.on_damaged=previous to set it aside and go on from the newest good one"
+                "checkpoint.on_corrupt=previous to set it aside and go on from the newest good one"
             )
         damaged[checkpoint] = problem
 
@@ -102,7 +102,7 @@ def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = No
         )
     if existing:
         newest = existing[-1]
-        if defect(newest) or read_state(newest).get("branched_from") == str(checkpoint.resolve()):
+        if incomplete_reason(newest) or read_state(newest).get("branched_from") == str(checkpoint.resolve()):
             return newest  # the same words, said again, go on with the branch
     newer = [p.name for p in existing if step_of(p) > step_of(checkpoint)]
     if newer:
@@ -122,7 +122,7 @@ def data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
-def spread_changes(content: dict[str, Any], config: Config, world_size: int) -> list[str]:
+def topology_changes(content: dict[str, Any], config: Config, world_size: int) -> list[str]:
     """In what the state is spread and computed with in another way than it was, in words."""
     settings = {
         "ranks": ("world_size", world_size),
@@ -136,7 +136,7 @@ def spread_changes(content: dict[str, Any], config: Config, world_size: int) -> 
     ]
 
 
-def course_changes(checkpoint: Path, config: Config) -> list[str]:
+def hyperparameter_changes(checkpoint: Path, config: Config) -> list[str]:
     """In what the updates from now on are made in another way than those before, in words."""
     return [
         f"{path} was {show(there)} there and is {show(here)} here"
@@ -145,7 +145,7 @@ def course_changes(checkpoint: Path, config: Config) -> list[str]:
     ]
 
 
-def check_fits(
+def check_compatible(
     checkpoint: Path,
     content: dict[str, Any],
     config: Config,

@@ -11,15 +11,15 @@ from dcscale.checkpoint.layout import OPTIMIZER, read_state
 from dcscale.checkpoint.training_state import Fragments
 from dcscale.config import Config
 from dcscale.data import Stream
-from dcscale.parallel import Environment, decided_by_main, on_every_rank
+from dcscale.parallel import Environment, broadcast_from_rank0, run_on_all_ranks
 from dcscale.parallel.zero_state import SavedState
-from dcscale.train.restore.init_from import beginning_changes, initial_weights
+from dcscale.train.restore.init_from import init_from_changes, initial_weights
 from dcscale.train.restore.resume import (
-    check_fits,
-    course_changes,
+    check_compatible,
     data_changes,
-    good_checkpoint_to_resume,
-    spread_changes,
+    find_resumable_checkpoint,
+    hyperparameter_changes,
+    topology_changes,
 )
 from dcscale.train.state import TrainState
 
@@ -58,27 +58,32 @@ def find_start(config: Config, environment: Environment, stream: Stream) -> Star
         CheckpointError: the checkpoint or the weights cannot be used for this run.
     """
     rank, ranks = environment.rank, environment.world_size
-    checkpoint, corrupt = good_checkpoint_to_resume(config, rank, ranks)
+    checkpoint, corrupt = find_resumable_checkpoint(config, rank, ranks)
     if checkpoint is not None:
         return _resume(config, ranks, stream, checkpoint, corrupt)
     state = TrainState(data_identity=stream.identity)
     if config.checkpoint.init_from is None:
         return Start(StartKind.FRESH, state)
-    saved = on_every_rank(lambda: initial_weights(config, stream.tokenizer, rank, ranks))
+    saved = run_on_all_ranks(lambda: initial_weights(config, stream.tokenizer, rank, ranks))
     state.initial_weights = str(saved.source.resolve())
     messages = [f"beginning  with the weights of {saved.source}", *(f"warning    {text}" for text in saved.warnings)]
     return Start(StartKind.INIT_FROM, state, saved=saved, messages=tuple(messages))
 
 
 def _resume(config: Config, ranks: int, stream: Stream, checkpoint: Path, corrupt: Mapping[Path, str]) -> Start:
-    content = decided_by_main(lambda: read_state(checkpoint))
-    state = decided_by_main(lambda: check_fits(checkpoint, content, config, stream.identity, stream.tokenizer))
-    saved = on_every_rank(lambda: Fragments(checkpoint / OPTIMIZER))
-    changed = [*spread_changes(content, config, ranks), *decided_by_main(lambda: course_changes(checkpoint, config))]
+    content = broadcast_from_rank0(lambda: read_state(checkpoint))
+    state = broadcast_from_rank0(
+        lambda: check_compatible(checkpoint, content, config, stream.identity, stream.tokenizer)
+    )
+    saved = run_on_all_ranks(lambda: Fragments(checkpoint / OPTIMIZER))
+    changed = [
+        *topology_changes(content, config, ranks),
+        *broadcast_from_rank0(lambda: hyperparameter_changes(checkpoint, config)),
+    ]
     messages = [f"resuming   {change}" for change in changed]
     for change in data_changes(state.data_identity, stream.identity):
         messages.append(f"warning    {change}, as checkpoint.allow_data_change lets them be")
-    for warning in beginning_changes(state.initial_weights, config.checkpoint.init_from):
+    for warning in init_from_changes(state.initial_weights, config.checkpoint.init_from):
         messages.append(f"warning    {warning}")
     state.data_identity = stream.identity
     return Start(StartKind.RESUME, state, checkpoint, saved, tuple(messages), corrupt)

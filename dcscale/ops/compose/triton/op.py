@@ -20,7 +20,7 @@ from dcscale.ops.compose.triton.tiles import MAX_RANK, TABLE
 from dcscale.ops.compose.weights import ComposeWeights
 
 
-def obstacle(q_BTHD: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
+def unavailable_reason(q_BTHD: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
     """Why :func:`triton_attention` cannot run for these arguments; None if it can."""
     if q_BTHD.dtype == torch.float64:
         return "it computes in float32, and q is torch.float64"

@@ -38,7 +38,7 @@ class Kernels(NamedTuple):
     post: tuple[int, ...]
 
 
-def wrong_result(q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
+def self_test_failure(q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
     """What is wrong with the kernels that a call with these needs; None if nothing is.
 
     Compiles them, which takes seconds the first time on a machine, and runs them once a process.

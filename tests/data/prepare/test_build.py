@@ -1,0 +1,353 @@
+"""From text to shards: nothing lost, reproducible for any workers, and nothing half-made."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+import webdataset
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dcscale.data import DataError, StreamConfig, build_shards, open_stream, read_manifest
+from dcscale.data.prepare.documents import find_files, zstd
+from dcscale.data.prepare.shuffle import document_key, part_of
+from dcscale.data.shards.shard import read_shard
+from dcscale.data.storage import open_storage
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """60 text files, 40 JSONL lines in three kinds of files, 20 rows; each text is different, two are empty."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        path = folder / f"sub{i % 3}" / f"{i}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"file {i} " + "ä" * (i * 7 % 50) if i != 5 else "")
+    lines = [json.dumps({"text": f"line {i} " + "€" * (i * 11 % 40) if i != 7 else ""}) for i in range(60)]
+    (folder / "x.jsonl").write_text("\n".join(lines[:20]))
+    (folder / "y.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[20:30]).encode()))
+    (folder / "z.jsonl.zst").write_bytes(zstd.compress("\n".join(lines[30:40]).encode()))
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines[40:]], "id": range(20)})
+    parquet.write_table(table, folder / "a.parquet", row_group_size=6)
+    return folder
+
+
+def texts_of_corpus(corpus):
+    texts = [path.read_text() for path in corpus.rglob("*.txt")]
+    texts += parquet.read_table(corpus / "a.parquet").column("text").to_pylist()
+    lines = [(corpus / "x.jsonl").read_bytes(), gzip.decompress((corpus / "y.jsonl.gz").read_bytes())]
+    lines.append(zstd.decompress((corpus / "z.jsonl.zst").read_bytes()))
+    texts += [json.loads(line)["text"] for content in lines for line in content.splitlines()]
+    return sorted(filter(None, texts))
+
+
+def texts_of_shards(folder):
+    manifest = read_manifest(folder)
+    documents = [
+        document.tolist()
+        for info in manifest.shards
+        for document in read_shard(open_storage(folder), info, dtype=manifest.dtype, vocab_size=257, verify=True)
+    ]
+    assert all(document[-1] == 256 and document.count(256) == 1 for document in documents)
+    return [bytes(document[:-1]).decode() for document in documents]
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def small(corpus, output, **changes):
+    return build_shards([corpus], output, **{"shard_tokens": 500, "bundle_tokens": 100, "hold_out": 0.2, **changes})
+
+
+def test_every_text_is_in_exactly_one_shard(corpus, tmp_path):
+    report = small(corpus, tmp_path / "out")
+    train, validation = texts_of_shards(tmp_path / "out/train"), texts_of_shards(tmp_path / "out/validation")
+    assert sorted(train + validation) == texts_of_corpus(corpus)
+    assert report.empty == 2
+    assert report.undecodable == ()
+    assert list(report.parts) == [tmp_path / "out/train", tmp_path / "out/validation"]
+    for folder, part in report.parts.items():
+        manifest = part.manifest
+        assert manifest == read_manifest(folder)
+        texts = texts_of_shards(folder)
+        assert (part.documents, part.cut, part.filling) == (len(texts), 0, 0)
+        assert manifest.totals["documents"] == len(texts)
+        assert manifest.totals["text_bytes"] == sum(len(text.encode()) for text in texts)
+        assert manifest.totals["tokens"] == manifest.totals["text_bytes"] + len(texts)
+        assert manifest.max_token_id == 256
+    assert len(train) > 3 * len(validation) > 20
+
+
+def test_shards_and_bundles_have_the_sizes_asked_for(corpus, tmp_path):
+    small(corpus, tmp_path / "out", hold_out=0)
+    manifest = read_manifest(tmp_path / "out/train")
+    longest = 200
+    assert len(manifest.shards) > 5
+    assert all(500 <= shard.tokens < 500 + longest for shard in manifest.shards[:-1])
+    for shard in manifest.shards:
+        samples = webdataset.WebDataset(str(tmp_path / "out/train" / shard.name), shardshuffle=False).decode()
+        *full, rest = [len(sample["tokens.npy"]) for sample in samples]
+        assert all(100 <= tokens < 100 + longest for tokens in full)
+        assert 0 < rest < 100 + longest
+        assert len(full) + 1 == shard.samples
+    assert not (tmp_path / "out/validation").exists()
+
+
+def test_documents_are_scattered(corpus, tmp_path):
+    small(corpus, tmp_path / "out", hold_out=0)
+    kinds = [text.split()[0] for text in texts_of_shards(tmp_path / "out/train")]
+    changes = sum(here != there for here, there in itertools.pairwise(kinds))
+    assert 40 < changes < 80, "files and lines, about 60 of each, must alternate like coin tosses"
+
+
+def test_the_result_is_the_same_for_any_workers_buckets_batches_and_time(corpus, tmp_path, monkeypatch):
+    small(corpus, tmp_path / "one")
+    small(corpus, tmp_path / "two", workers=2)
+    small(corpus, tmp_path / "buckets", bucket_bytes=50)
+    expected = tree(tmp_path / "one")
+    assert len(expected) > 8
+    assert tree(tmp_path / "two") == expected
+    assert tree(tmp_path / "buckets") == expected
+    monkeypatch.setattr("dcscale.data.prepare.shuffle.CHUNK_BYTES", 50)
+    assert small(corpus, tmp_path / "batches").empty == 2
+    assert tree(tmp_path / "batches") == expected
+
+
+def test_seed_changes_the_order_but_not_what_is_held_out(corpus, tmp_path):
+    small(corpus, tmp_path / "a")
+    small(corpus, tmp_path / "b", seed=1)
+    for part in ("train", "validation"):
+        a, b = texts_of_shards(tmp_path / "a" / part), texts_of_shards(tmp_path / "b" / part)
+        assert sorted(a) == sorted(b)
+        assert a != b
+
+
+def test_what_is_held_out_follows_from_the_name_alone(corpus, tmp_path):
+    small(corpus, tmp_path / "all")
+    small(corpus / "sub1" / "..", tmp_path / "again", exclude=["sub0", "*.jsonl*"])
+    held_out = set(texts_of_shards(tmp_path / "all/validation"))
+    assert set(texts_of_shards(tmp_path / "again/validation")) < held_out
+    assert not set(texts_of_shards(tmp_path / "again/train")) & held_out
+
+
+def test_a_larger_part_held_out_contains_the_smaller():
+    names = [f"file-{i}.txt" for i in range(5000)]
+    parts = [{name for name in names if part_of(name, fraction) == "validation"} for fraction in (0, 0.02, 0.5)]
+    assert parts[0] == set()
+    assert parts[1] < parts[2]
+    assert 60 < len(parts[1]) < 140
+    assert 2350 < len(parts[2]) < 2650
+
+
+def test_names_that_are_no_text_have_keys_too():
+    assert document_key(os.fsdecode(b"\xff.txt"), "scatter") != document_key(os.fsdecode(b"\xfe.txt"), "scatter")
+
+
+def test_documents_with_the_same_name_are_all_kept(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same.txt").write_text(f"text {name}")
+    build_shards([tmp_path / name for name in "abc"], tmp_path / "out")
+    assert sorted(texts_of_shards(tmp_path / "out/train")) == ["text a", "text b", "text c"]
+
+
+def test_undecodable_documents_stop_the_build_or_are_counted(corpus, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"bad\.txt: byte 0 is 0xff"):
+            build_shards([corpus, tmp_path / "bad.txt"], tmp_path / "out", workers=workers)
+    assert not (tmp_path / "out").exists()
+    report = build_shards([corpus, tmp_path / "bad.txt"], tmp_path / "out", skip_undecodable=True)
+    assert report.undecodable == ("bad.txt",)
+    assert sorted(texts_of_shards(tmp_path / "out/train")) == texts_of_corpus(corpus)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "out"], "nothing else is left behind"
+
+
+def make_word_tokenizer(path, vocabulary):
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+
+
+def test_a_tokenizer_that_changes_under_its_name_is_noticed(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    (tmp_path / "a.txt").write_text("one two")
+    for number in (1, 2):
+        make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "one": 1 + number, "two": 4})
+        build_shards([tmp_path / "a.txt"], tmp_path / f"out{number}", tokenizer=str(path))
+        folder = tmp_path / f"out{number}/train"
+        (document,) = read_shard(
+            open_storage(folder), read_manifest(folder).shards[0], dtype="uint16", vocab_size=5, verify=True
+        )
+        assert document.tolist() == [1 + number, 4, 0]
+
+    def change_then_find(*arguments, **options):
+        make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1})
+        return find_files(*arguments, **options)
+
+    monkeypatch.setattr("dcscale.data.prepare.build.find_files", change_then_find)
+    make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "two": 2})
+    with pytest.raises(DataError, match=r"t\.json: was changed while shards were made with it"):
+        build_shards([tmp_path / "a.txt"], tmp_path / "out3", tokenizer=str(path))
+
+
+def test_uint32_for_large_vocabularies(tmp_path):
+    make_word_tokenizer(tmp_path / "t.json", {"<|endoftext|>": 0, "[UNK]": 1, "low": 2, "high": 70_000})
+    (tmp_path / "a.txt").write_text("low high other")
+    (tmp_path / "blank.txt").write_text("  \n")
+    report = build_shards(
+        [tmp_path / "a.txt", tmp_path / "blank.txt"], tmp_path / "out", tokenizer=str(tmp_path / "t.json")
+    )
+    folder = tmp_path / "out/train"
+    manifest = read_manifest(folder)
+    assert (manifest.dtype, manifest.tokenizer.vocab_size, manifest.max_token_id) == ("uint32", 70_001, 70_000)
+    documents = read_shard(open_storage(folder), manifest.shards[0], dtype="uint32", vocab_size=70_001, verify=True)
+    assert [document.tolist() for document in documents] == [[2, 70_000, 1, 0]]
+    assert report.empty == 1, "text without a token is left out"
+
+
+def test_an_output_in_the_way(corpus, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    small(corpus, out)
+    before = tree(out)
+    with pytest.raises(DataError, match=r"out: exists already; .*--overwrite"):
+        small(corpus, out)
+    assert tree(out) == before
+    small(corpus, out, overwrite=True, seed=1)
+    assert tree(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_shards_are_ever_overwritten(corpus, tmp_path):
+    out = tmp_path / "out"
+    small(corpus, out)
+    (out / "thesis.txt").write_text("do not delete")
+    with pytest.raises(DataError, match=r"out: holds other things than shards, so it is not overwritten"):
+        small(corpus, out, overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"file: holds other things than shards"):
+        small(corpus, tmp_path / "file", overwrite=True)
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"other: holds other things than shards"):
+        small(corpus, tmp_path / "other", overwrite=True)
+    assert (out / "thesis.txt").read_text() == "do not delete"
+
+
+def test_a_failed_overwrite_keeps_the_old_shards(corpus, tmp_path):
+    out = tmp_path / "out"
+    small(corpus, out)
+    before = tree(out)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="bad"):
+        build_shards([tmp_path / "bad.txt"], out, overwrite=True)
+    assert tree(out) == before
+
+
+def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    small(corpus, out)
+    before, rename = tree(out), Path.rename
+
+    def fail(path, target):
+        if path.name == "result":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        small(corpus, out, overwrite=True, seed=1)
+    assert tree(out) == before
+    monkeypatch.undo()
+    small(corpus, out, overwrite=True, seed=1)
+    assert tree(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shard_tokens": 0}, "shard_tokens is 0, but must be at least 1"),
+        ({"bundle_tokens": 0}, "bundle_tokens is 0, but must be at least 1"),
+        ({"workers": 0}, "workers is 0, but must be at least 1"),
+        ({"hold_out": 1.0}, r"hold_out is 1\.0, but must be at least 0 and below 1"),
+        ({"hold_out": -0.1}, r"hold_out is -0\.1, but must be"),
+        (
+            {"hold_out": 1e-9},
+            r"give no document for validation: .*; give more text, or another --hold-out",
+        ),
+        ({"tokenizer": "nowhere.json"}, r"nowhere\.json: cannot be read"),
+        ({"pack": "tight", "sequence_length": 8}, r"pack is 'tight', but must be best-fit or one-per-sequence"),
+        ({"pack": "best-fit"}, r"sequence_length is None and pack is best-fit, but with pack it must be at least 1"),
+        ({"pack": "best-fit", "sequence_length": 0}, r"sequence_length is 0 and pack is best-fit"),
+        ({"sequence_length": 8}, r"sequence_length is 8 and pack is None, .* without pack it must be left out"),
+    ],
+)
+def test_arguments_that_cannot_be_met(corpus, tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        small(corpus, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_is_all_empty(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="the inputs hold no text: all their documents are empty"):
+        build_shards([tmp_path / "a.txt"], tmp_path / "out")
+
+
+def run_tool(*arguments):
+    command = [sys.executable, str(REPOSITORY / "tools/make_shards.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_the_tool_makes_shards_that_a_stream_reads_and_says_what_to_do_next(corpus, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    out = tmp_path / "out"
+    options = ["--hold-out", 0.2, "--workers", 2, "--skip-undecodable", "--shard-tokens", 500]
+    options += ["--suffix", ".txt", "--exclude", "sub1"]
+    done = run_tool(corpus, tmp_path / "bad.txt", "--output", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"data.train={out / 'train'} data.validation={out / 'validation'} model.vocab_size=257" in done.stdout
+    assert "Left out, since empty: 1\n" in done.stdout
+    assert "Left out, since not UTF-8: 1, such as bad.txt\n" in done.stdout
+    assert "tokenize" in done.stderr, "a progress bar"
+    totals = read_manifest(out / "train").totals
+    assert f"{out / 'train'}: {totals['tokens']:,} tokens of {totals['documents']:,} documents" in done.stdout
+    stream = open_stream(
+        out / "train",
+        StreamConfig(
+            vocab_size=257, sequence_length=64, seed=0, shuffle_shards=2, slots=4, document_mask=True, verify=True
+        ),
+    )
+    assert stream.sequence(0).targets_NL.max() >= 0
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "message"),
+    [("nowhere", "out", "nowhere: is neither a file nor a folder"), ("", "a" * 300, "File name too long")],
+)
+def test_the_tool_reports_bad_input_without_a_traceback(tmp_path, given, output, message):
+    (tmp_path / "a.txt").write_text("text")
+    done = run_tool(tmp_path / given, "--output", tmp_path.parent / output)
+    assert done.returncode == 1
+    assert done.stderr.startswith("make_shards: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    (tmp_path / "a.txt").write_text("text")
+    done = run_tool(tmp_path / "a.txt", "--output", "/")
+    assert done.stderr.startswith("make_shards: /: is no folder that could be made")

@@ -1,0 +1,414 @@
+"""Builds that were interrupted, at any moment and in any way, end with the bytes of one that was not."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dcscale.data import ByteTokenizer, DataError, build_shards, read_manifest
+from dcscale.data.prepare import shuffle
+from dcscale.data.prepare.documents import find_files, split
+from dcscale.data.prepare.journal import Journal
+
+REPOSITORY = Path(__file__).parents[3]
+SIZES = {"shard_tokens": 400, "bundle_tokens": 100, "hold_out": 0.3, "bucket_bytes": 1000}
+
+
+def make_corpus(folder, files=6, lines=12):
+    folder.mkdir()
+    for i in range(files):
+        texts = (f"file {i} line {j} " + "x" * (i * 7 + j * 5) for j in range(lines))
+        (folder / f"{i}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return folder
+
+
+def tree(folder):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def expected(corpus):
+    build_shards([corpus], corpus.parent / "whole", **SIZES)
+    return tree(corpus.parent / "whole")
+
+
+KILL_AT_EVERY_STEP = """
+import os, shutil, signal, sys
+from dcscale.data import build_shards
+
+corpus, folder, stride, sizes = sys.argv[1], sys.argv[2], int(sys.argv[3]), eval(sys.argv[4])
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+steps, last = 0, None
+
+def count(event, arguments):
+    global steps
+    if last is not None and event in CHANGES and folder in str(arguments[0]):
+        steps += 1
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def build(out, kill_at):
+    global last
+    child = os.fork()
+    if child == 0:
+        last = kill_at
+        build_shards([corpus], out, **sizes)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+sys.addaudithook(count)
+first = 1
+while build(f"{folder}/{first}", first) != 0:
+    # Killed once more, elsewhere, and then let go.
+    build(f"{folder}/{first}", 1 + first * 7 % 40)
+    if not os.path.exists(f"{folder}/{first}"):
+        assert build(f"{folder}/{first}", 0) == 0
+    first += stride
+print(first)
+"""
+
+
+def test_a_build_killed_at_any_step_goes_on_to_the_same_bytes(corpus, expected, tmp_path):
+    command = [sys.executable, "-c", KILL_AT_EVERY_STEP, str(corpus), str(tmp_path), "6", repr(SIZES)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 150, "the build has as many steps at which it can be killed"
+    for path in tmp_path.iterdir():
+        if not path.name.startswith("."):
+            assert tree(path) == expected
+
+
+def state_of(out):
+    (state,) = [path for path in out.with_name(f".{out.name}.building").iterdir() if path.is_dir()]
+    return state
+
+
+def interrupt(monkeypatch, corpus, out, chunks=1000, shards=1000, **changes):
+    """A build in this process that is interrupted after some chunks or shards; returns what it did."""
+    did = count_work(monkeypatch, chunks, shards)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards([corpus], out, **{**SIZES, **changes})
+    monkeypatch.undo()
+    return did
+
+
+def count_work(monkeypatch, chunks=1000, shards=1000):
+    did = {"spool_chunk": 0, "write_planned_shard": 0}
+
+    def count(name, most):
+        function = getattr(sys.modules["dcscale.data.prepare.build"], name)
+
+        def counted(*arguments):
+            if did[name] == most:
+                raise KeyboardInterrupt
+            did[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(f"dcscale.data.prepare.build.{name}", counted)
+
+    count("spool_chunk", chunks)
+    count("write_planned_shard", shards)
+    return did
+
+
+def test_what_is_done_is_not_done_again(corpus, expected, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shards = sum(name.endswith(".tar") for name in expected)
+    assert interrupt(monkeypatch, corpus, out, chunks=4) == {"spool_chunk": 4, "write_planned_shard": 0}
+    assert interrupt(monkeypatch, corpus, out, shards=3) == {"spool_chunk": 2, "write_planned_shard": 3}
+    did = count_work(monkeypatch)
+    build_shards([corpus], out, **SIZES, progress=True)
+    assert did == {"spool_chunk": 0, "write_planned_shard": shards - 3}
+    assert (
+        "Going on with the build that was interrupted: 6 pieces of text and 3 shards are done."
+        in capsys.readouterr().err
+    )
+    assert tree(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no state is left"
+
+
+def test_what_is_done_is_noted_at_once(corpus, tmp_path, monkeypatch):
+    noted, spool_chunk = [], sys.modules["dcscale.data.prepare.build"].spool_chunk
+
+    def count_lines(*arguments):
+        noted.append((state_of(tmp_path / "out") / "journal").read_bytes().count(b"\n"))
+        return spool_chunk(*arguments)
+
+    monkeypatch.setattr("dcscale.data.prepare.build.spool_chunk", count_lines)
+    build_shards([corpus], tmp_path / "out", **SIZES)
+    assert noted == list(range(6))
+
+
+def test_the_report_covers_what_was_done_before(corpus, tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": ""}\n')
+    whole = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "whole", **SIZES, skip_undecodable=True)
+    count_work(monkeypatch, shards=4)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, skip_undecodable=True)
+    monkeypatch.undo()
+    again = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, skip_undecodable=True)
+    assert (again.empty, again.undecodable) == (whole.empty, whole.undecodable) == (1, ("bad.jsonl:1",))
+    assert list(again.parts.values()) == list(whole.parts.values())
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_build_that_a_document_has_stopped_goes_on_when_it_may_be_left_out(corpus, tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    inputs, out = [corpus, tmp_path / "bad.jsonl"], tmp_path / "out"
+    with pytest.raises(DataError, match="bad.jsonl, line 1"):
+        build_shards(inputs, out, **SIZES)
+    did = count_work(monkeypatch, shards=0)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(inputs, out, **SIZES, skip_undecodable=True)
+    assert did["spool_chunk"] == 1
+    monkeypatch.undo()
+    with pytest.raises(
+        DataError, match=r"is this build, interrupted, and bad\.jsonl:1 was left out .*--skip-undecodable"
+    ):
+        build_shards(inputs, out, **SIZES)
+    assert build_shards(inputs, out, **SIZES, skip_undecodable=True).undecodable == ("bad.jsonl:1",)
+
+
+CHANGES = {
+    "seed": lambda corpus: {"seed": 1},
+    "shard_tokens": lambda corpus: {"shard_tokens": 500},
+    "bundle_tokens": lambda corpus: {"bundle_tokens": 50},
+    "hold_out": lambda corpus: {"hold_out": 0.4},
+    "text_field": lambda corpus: {"text_field": "more"},
+    "pack": lambda corpus: {"pack": "best-fit", "sequence_length": 50},
+    "input_bytes": lambda corpus: (corpus / "1.jsonl").write_text('{"text": "new", "more": "new"}'),
+    "input_files": lambda corpus: (corpus / "9.jsonl").write_text('{"text": "new", "more": "new"}'),
+    "input_paths_sizes_and_times": lambda corpus: os.utime(corpus / "1.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_build_starts_anew_and_says_so(corpus, tmp_path, monkeypatch, capsys, name):
+    text, out = tmp_path / "text", tmp_path / "out"
+    shutil.copytree(corpus, text)
+    for path in text.iterdir():
+        lines = [{**json.loads(line), "more": f"more {line}"} for line in path.read_text().splitlines()]
+        path.write_text("\n".join(map(json.dumps, lines)))
+    interrupt(monkeypatch, text, out, shards=2)
+    state = state_of(out)
+    changed = CHANGES[name](text)
+    options = {**SIZES, **(changed if isinstance(changed, dict) else {})}
+    build_shards([text], tmp_path / "whole", **options)
+    build_shards([text], out, **options, progress=True)
+    said = capsys.readouterr().err
+    assert "Starting anew: an interrupted build is another one. It is kept until this one is complete." in said
+    assert re.search(rf"{state}: .*{name} .* \(now ", said)
+    assert tree(out) == tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text", "whole"]
+
+
+def test_an_interrupted_build_survives_a_mistaken_one(corpus, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, corpus, out, shards=3)
+    interrupt(monkeypatch, corpus, out, chunks=1, seed=7)
+    did = count_work(monkeypatch)
+    build_shards([corpus], out, **SIZES)
+    assert did["spool_chunk"] == 0
+    assert tree(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_state_is_no_input(corpus, expected, tmp_path, monkeypatch):
+    """With the output inside the input, and a suffix that the state's files have too."""
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    options = {**SIZES, "suffixes": (".jsonl", ".json", ".tokens", ".index", "journal")}
+    interrupt(monkeypatch, text, text / "out", chunks=3, **options)
+    did = count_work(monkeypatch)
+    build_shards([text], text / "out", **options)
+    assert did["spool_chunk"] == 3
+    assert tree(text / "out") == expected
+
+
+def test_one_process_at_a_time(corpus, tmp_path):
+    with (
+        Journal(tmp_path / "out", {}),
+        pytest.raises(DataError, match=r"lock: cannot be locked \(.*\): another process is making this output"),
+    ):
+        build_shards([corpus], tmp_path / "out", **SIZES)
+    build_shards([corpus], tmp_path / "out", **SIZES)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_process_killed_between_the_two_renames_has_replaced_nothing(corpus, expected, tmp_path):
+    out = tmp_path / "out"
+    build_shards([corpus], out, **SIZES)
+    (tmp_path / ".out.building").mkdir()
+    out.rename(tmp_path / ".out.building/replaced")
+    with pytest.raises(DataError, match="exists already"):
+        build_shards([corpus], out, **{**SIZES, "seed": 1})
+    assert tree(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_process_killed_after_the_last_rename_has_left_nothing_to_go_on_with(corpus, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("dcscale.data.prepare.journal.sync_folder", lambda folder: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        build_shards([corpus], out, **SIZES)
+    monkeypatch.undo()
+    assert tree(out) == expected
+    assert not (state_of(out) / "result").exists()
+    shutil.rmtree(out)
+    build_shards([corpus], out, **SIZES)
+    assert tree(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def largest(state, pattern):
+    return max(state.glob(f"spool/{pattern}"), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "tokens zeroed": (
+        lambda s: largest(s, "*.tokens").write_bytes(bytes(largest(s, "*.tokens").stat().st_size)),
+        "whose",
+    ),
+    "tokens cut": (lambda s: os.truncate(largest(s, "*.tokens"), 301), r"whose tokens from \d+ on are not those"),
+    "tokens lost": (lambda s: os.truncate(largest(s, "*.tokens"), 0), r"whose tokens from \d+ on are not those"),
+    "index cut": (lambda s: os.truncate(largest(s, "*.index"), 50), r"\d+ documents of \w+ instead of \d+"),
+    "index zeroed": (lambda s: largest(s, "*.index").write_bytes(bytes(400)), r"whose tokens from 0 on"),
+    "index lost": (lambda s: largest(s, "*.index").unlink(), r"\d+ documents of \w+ instead of \d+"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_spool_files_that_lack_something_are_refused(corpus, expected, tmp_path, monkeypatch, damage, message):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, corpus, out, shards=0)
+    damage(state_of(out))
+    with pytest.raises(DataError, match=rf"spool: holds .*{message}.*remove the folder"):
+        build_shards([corpus], out, **SIZES)
+    assert not out.exists()
+    shutil.rmtree(state_of(out))
+    build_shards([corpus], out, **SIZES)
+    assert tree(out) == expected
+
+
+@pytest.mark.parametrize("suffix", [".tokens", ".index"])
+def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_written(
+    corpus, tmp_path, monkeypatch, suffix
+):
+    """As when the disk is full for a moment, and the worker has chunks left."""
+    task = shuffle.SpoolTask(
+        tmp_path, "run", "byte", ByteTokenizer.fingerprint, None, "uint16", "text", False, 0.0, 0, 1
+    )
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(bytes(data)[:33])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+        def writelines(self, parts):
+            self.write(b"".join(parts))
+
+    def open_on_full_disk(path, mode):
+        return FullDisk(open(path, mode)) if path.suffix == suffix else open(path, mode)
+
+    done = []
+    for numbered in enumerate(split(find_files([corpus]))):
+        with monkeypatch.context() as patch:
+            if numbered[0] == 2:
+                patch.setattr(shuffle, "open", open_on_full_disk, raising=False)
+                with pytest.raises(OSError, match="No space left"):
+                    shuffle.spool_chunk(task, numbered)
+                continue
+        done.append(shuffle.spool_chunk(task, numbered))
+    plans = list(shuffle.plan_shards(tmp_path, "train", 400, done))
+    layout = shuffle.Layout("uint16", 100, 256, 0, None, None)
+    written = [shuffle.write_planned_shard(tmp_path, layout, plan) for plan in plans]
+    assert sum(shard.documents for shard in written) == 5 * 12
+
+
+def test_of_a_damaged_journal_the_good_lines_count(corpus, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for tail in (b'["chunk", [3', b'["chunk", [3, "x"\n["spooled", null]\n', b"\0" * 50):
+        interrupt(monkeypatch, corpus, out, chunks=2, overwrite=True)
+        with open(state_of(out) / "journal", "ab") as journal:
+            journal.write(tail)
+        assert interrupt(monkeypatch, corpus, out, chunks=1, overwrite=True)["spool_chunk"] == 1
+        lines = (state_of(out) / "journal").read_text().splitlines()
+        assert [json.loads(line)[1][0] for line in lines] == [0, 1, 2]
+        build_shards([corpus], out, **SIZES, overwrite=True)
+        assert tree(out) == expected
+
+
+def start_tool(corpus, out, workers):
+    options = ["--workers", workers, "--shard-tokens", 400, "--bundle-tokens", 100, "--hold-out", 0.3]
+    command = [sys.executable, REPOSITORY / "tools/make_shards.py", corpus, "--output", out, *options]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), env=environment, text=True, start_new_session=True, **streams)
+
+
+def wait_for_lines(out, kind, count):
+    """Until the journal has that many lines of a kind."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for journal in out.with_name(f".{out.name}.building").glob("*/journal"):
+            if journal.read_text().count(f'["{kind}"') >= count:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"no {count} lines of {kind} in two minutes")
+
+
+def test_the_tool_killed_in_each_pass_with_any_workers(tmp_path):
+    corpus, out = make_corpus(tmp_path / "text", files=150, lines=8), tmp_path / "out"
+    build_shards([corpus], tmp_path / "whole", shard_tokens=400, bundle_tokens=100, hold_out=0.3)
+    expected = tree(tmp_path / "whole")
+
+    tool = start_tool(corpus, out, workers=2)
+    wait_for_lines(out, "chunk", 10)
+    os.killpg(tool.pid, signal.SIGKILL)  # all of its processes
+    tool.communicate(timeout=60)
+
+    tool = start_tool(corpus, out, workers=3)
+    wait_for_lines(out, "shard", 10)
+    tool.send_signal(signal.SIGKILL)  # its first process only
+    tool.communicate(timeout=60)  # which ends when the last worker has closed the pipe
+    assert not out.exists()
+
+    tool = start_tool(corpus, out, workers=2)
+    wait_for_lines(out, "shard", 30)
+    os.killpg(tool.pid, signal.SIGINT)  # Ctrl-C
+    _, said = tool.communicate(timeout=60)
+    assert "Going on with the build that was interrupted: 150 pieces of text" in said
+    state = tmp_path / ".out.building"
+    assert "make_shards: interrupted\nThe same command goes on where it stopped; or to give up, remove" in said
+    assert said.endswith(f"{state}\n")
+    assert tool.returncode == 130
+    assert not out.exists()
+
+    build_shards([corpus], out, shard_tokens=400, bundle_tokens=100, hold_out=0.3)
+    assert tree(out) == expected
+    assert len(read_manifest(out / "train").shards) > 40

@@ -1,0 +1,307 @@
+"""Where a run goes on from, and which checkpoints it refuses."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from dcscale.checkpoint import CheckpointError
+from dcscale.checkpoint.layout import seal, step_name
+from dcscale.config import to_yaml
+from dcscale.data.shards.manifest import TokenizerInfo
+from dcscale.testing.runs import tiny_config
+from dcscale.train.restore import resume
+from dcscale.train.restore.resume import (
+    check_compatible,
+    checkpoint_to_resume,
+    data_changes,
+    find_resumable_checkpoint,
+    hyperparameter_changes,
+    read_state,
+    topology_changes,
+)
+from dcscale.train.state import TrainState
+
+IDENTITY = {"data": "abc", "sequence_length": 32}
+TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path / "run", tmp_path / "shards")
+
+
+def write(config, step, **changes):
+    """A checkpoint without weights."""
+    from pathlib import Path
+
+    folder = Path(config.run.folder) / "checkpoints" / step_name(step)
+    (folder / "optimizer").mkdir(parents=True)
+    extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8}
+    extra |= {"tokenizer": asdict(TOKENIZER), **changes}
+    state = TrainState(step=step, tokens=step * 256, sequences=step * 8, data_identity=IDENTITY, first_loss=2.0)
+    state.pending = [(1.5, 3)]
+    (folder / "state.json").write_text(json.dumps(state.to_json(**extra)))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    seal(folder)
+    return folder
+
+
+def fits(folder, config, identity=IDENTITY, tokenizer=TOKENIZER):
+    return check_compatible(folder, read_state(folder), config, identity, tokenizer)
+
+
+def test_a_new_run_has_nothing_to_go_on_from(config):
+    assert checkpoint_to_resume(config) is None
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(resume, "broadcast_from_rank0", lambda decide: decide())
+    monkeypatch.setattr(resume, "gather_objects", lambda value: [value])
+
+
+def flip(path):
+    """Changes the content of a file, but not its size."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda folder: (folder / "COMPLETE").unlink(), "COMPLETE is missing"),
+        (lambda folder: flip(folder / "state.json"), "state.json has the SHA-256"),
+    ],
+)
+def test_a_damaged_newest_checkpoint(config, one_rank, harm, problem):
+    older, newer = write(config, 2), write(config, 4)
+    assert find_resumable_checkpoint(config, 0, 1) == (newer, {})
+    harm(newer)
+    with pytest.raises(
+        CheckpointError, match=rf"damaged: .*{problem}.* checkpoint.on_corrupt=previous to set it aside"
+    ):
+        find_resumable_checkpoint(config, 0, 1)
+    config.checkpoint.on_corrupt = "previous"
+    found, damaged = find_resumable_checkpoint(config, 0, 1)
+    assert found == older
+    assert list(damaged) == [newer]
+    assert problem in damaged[newer]
+    harm(older)
+    with pytest.raises(CheckpointError, match=rf"none of the checkpoints in .* good; the newest: .*4/{problem[:5]}"):
+        find_resumable_checkpoint(config, 0, 1)
+
+
+def test_checkpoints_on_another_disk_are_the_runs_own(config, tmp_path, one_rank):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    older, newest = write(config, 2), write(config, 4)
+    assert fits(newest, config).branched_from is None
+    (newest / "state.json").unlink()
+    config.checkpoint.on_corrupt = "previous"
+    checkpoint, damaged = find_resumable_checkpoint(config, 0, 1)
+    assert (checkpoint, list(damaged)) == (older, [newest])
+
+
+def test_damage_on_another_rank_counts_too(config, monkeypatch, one_rank):
+    write(config, 4)
+    monkeypatch.setattr(
+        resume, "gather_objects", lambda value: [value, "x/optimizer/rank-00001.safetensors is missing"]
+    )
+    with pytest.raises(CheckpointError, match="damaged: x/optimizer/rank-00001.safetensors is missing"):
+        find_resumable_checkpoint(config, 0, 2)
+
+
+def test_a_named_checkpoint_that_is_damaged_has_no_previous(config, tmp_path, one_rank):
+    older = write(config, 2)
+    flip(older / "config.yaml")
+    settings = [f"checkpoint.resume={older}", "checkpoint.on_corrupt=previous"]
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
+    with pytest.raises(CheckpointError, match=r"to go on from is damaged: .*config.yaml has .*; name another one"):
+        find_resumable_checkpoint(branch, 0, 1)
+
+
+def test_a_named_checkpoint_of_the_run_itself_that_is_damaged(config, one_rank):
+    write(config, 2)
+    newer = write(config, 4)
+    flip(newer / "config.yaml")
+    config.checkpoint.resume, config.checkpoint.on_corrupt = str(newer), "previous"
+    with pytest.raises(CheckpointError, match=r"checkpoint.resume is damaged: .*config.yaml has .*; name another one"):
+        find_resumable_checkpoint(config, 0, 1)
+
+
+def test_a_branch_whose_newest_checkpoint_is_damaged(config, tmp_path, one_rank):
+    older = write(config, 2)
+    settings = [f"checkpoint.resume={older}", "checkpoint.on_corrupt=previous"]
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
+    first, second = (write(branch, step, branched_from=str(older)) for step in (5, 6))
+    (second / "state.json").unlink()
+    assert find_resumable_checkpoint(branch, 0, 1)[0] == first
+    (first / "state.json").unlink()
+    assert find_resumable_checkpoint(branch, 0, 1)[0] == older
+
+
+def test_never_refuses_a_folder_with_a_run(config):
+    config.checkpoint.resume = "never"
+    assert checkpoint_to_resume(config) is None
+    write(config, 2)
+    with pytest.raises(
+        CheckpointError, match="holds a run already .* choose another run.name, or checkpoint.resume=auto"
+    ):
+        checkpoint_to_resume(config)
+
+
+def test_a_named_checkpoint(config, tmp_path):
+    older = write(config, 2)
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", f"checkpoint.resume={older}")
+    assert checkpoint_to_resume(branch) == older
+
+
+def test_the_same_words_go_on_with_a_branch(config, tmp_path):
+    older = write(config, 2)
+    branch = tiny_config(tmp_path / "branch", tmp_path / "shards", f"checkpoint.resume={older}")
+    state = fits(older, branch)
+    assert state.branched_from == str(older)
+    newest = write(branch, 5, branched_from=str(older))
+    assert checkpoint_to_resume(branch) == newest
+    assert fits(newest, branch).branched_from == str(older)
+
+
+def test_going_back_in_the_same_folder_would_leave_newer_checkpoints_of_another_past(config):
+    older = write(config, 2)
+    write(config, 4)
+    config.checkpoint.resume = str(older)
+    with pytest.raises(CheckpointError, match="has gone on to step-00000004: choose another run.name"):
+        checkpoint_to_resume(config)
+
+
+def test_a_missing_checkpoint(config, tmp_path):
+    config.checkpoint.resume = str(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="checkpoint.resume: .*nothing holds no checkpoint"):
+        checkpoint_to_resume(config)
+    config.checkpoint.resume = "Auto"
+    with pytest.raises(CheckpointError, match="checkpoint.resume: Auto holds no checkpoint: .*; or use auto or never"):
+        checkpoint_to_resume(config)
+
+
+def test_state_round_trip(config):
+    state = fits(write(config, 3), config)
+    assert (state.step, state.tokens, state.sequences, state.first_loss) == (3, 768, 24, 2.0)
+    assert state.pending == [(1.5, 3)]
+
+
+def test_a_state_from_before_sequences_were_counted_goes_on_after_its_steps(config):
+    folder = write(config, 3, global_batch_size=8)
+    content = read_state(folder)
+    del content["sequences"]
+    assert TrainState.from_json(content).sequences == 24
+
+
+def test_the_backend_may_change(config):
+    folder = write(config, 3)
+    other = replace(config.model, backend="reference", scratch_mib=7)
+    assert fits(folder, replace(config, model=other)).step == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.dim=64"], "model.dim is 32 there and 64 here: that is another model"),
+        (["model.attention=mha"], 'model.attention is "dcmha" there and "mha" here'),
+        (["model.windows=[null]"], r"model.windows is \[8, null\] there and \[null\] here"),
+        (["model.compose.rank=1"], "model.compose.rank is 2 there and 1 here"),
+        (["train.global_batch_size=16"], "train.global_batch_size is 8 there and 16 here: steps would have another"),
+        (["train.steps=2"], "it is at step 3, past train.steps 2"),
+    ],
+)
+def test_another_model_or_run_is_refused(config, tmp_path, overrides, message):
+    folder = write(config, 3)
+    with pytest.raises(CheckpointError, match=message):
+        fits(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *overrides))
+
+
+def test_other_data_are_refused_and_all_is_named(config, tmp_path):
+    folder = write(config, 3)
+    larger = tiny_config(tmp_path / "run", tmp_path / "shards", "train.global_batch_size=16")
+    with pytest.raises(CheckpointError) as error:
+        fits(folder, larger, identity={**IDENTITY, "data": "xyz"})
+    assert "train.global_batch_size is 8 there and 16 here" in str(error.value)
+    assert "the data's data was 'abc' there and is 'xyz' here" in str(error.value)
+    assert "start a new run with another run.name, or set checkpoint.allow_data_change=true" in str(error.value)
+    with pytest.raises(CheckpointError) as error:
+        fits(folder, larger)
+    assert "allow_data_change" not in str(error.value)
+
+
+def test_what_is_spread_in_another_way_is_told(config, tmp_path):
+    content = read_state(write(config, 3))
+    assert topology_changes(content, config, 2) == []
+    other = tiny_config(tmp_path / "run", tmp_path / "shards", "parallel.zero_stage=3", "train.precision=bf16")
+    assert [change.split(";")[0] for change in topology_changes(content, other, 4)] == [
+        "ranks was 2 there and is 4 here",
+        "parallel.zero_stage was 1 there and is 3 here",
+        "train.precision was fp32 there and is bf16 here",
+    ]
+
+
+def test_what_changes_the_course_of_training_is_told(config, tmp_path):
+    folder = write(config, 3)
+    assert hyperparameter_changes(folder, config) == []
+    rule = 'optimizer.rules=[{match: "*.compose.*", lr_scale: 0.5}]'
+    words = ["optimizer.learning_rate=0.002", rule, "schedule.kind=constant", "train.steps=9", "log.interval=2"]
+    assert hyperparameter_changes(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *words)) == [
+        "train.steps was 8 there and is 9 here",
+        "optimizer.learning_rate was 0.01 there and is 0.002 here",
+        'optimizer.rules was [] there and is [{"match": "*.compose.*", "lr_scale": 0.5, "weight_decay": null}] here',
+        'schedule.kind was "cosine" there and is "constant" here',
+    ]
+
+
+def test_a_pickled_optimizer_of_an_earlier_version_is_not_loaded(config):
+    folder = write(config, 3)
+    (folder / "optimizer").rename(folder / "deepspeed")
+    assert checkpoint_to_resume(config) == folder
+    with pytest.raises(CheckpointError, match="pickled by an earlier version .* go on with that version, or start"):
+        fits(folder, config)
+
+
+def test_other_data_may_be_allowed_but_not_another_tokenizer(config):
+    folder = write(config, 3)
+    config.checkpoint.allow_data_change = True
+    identity = {**IDENTITY, "data": "xyz", "weights": [1, 2]}
+    state = fits(folder, config, identity=identity)
+    assert (state.sequences, state.data_identity) == (24, IDENTITY)
+    assert data_changes(state.data_identity, identity) == [
+        "the data's data was 'abc' there and is 'xyz' here: those are other sequences",
+        "the data's weights was None there and is [1, 2] here: those are other sequences",
+    ]
+    with pytest.raises(CheckpointError, match="the data's tokenizer is another one: the same token would mean another"):
+        fits(folder, config, identity=identity, tokenizer=replace(TOKENIZER, fingerprint="1" * 64))
+
+
+def test_a_model_without_optimizer_state_is_nothing_to_go_on_from(config):
+    folder = write(config, 3)
+    (folder / "optimizer").rmdir()
+    config.run.folder += "-other"
+    config.checkpoint.resume = str(folder)
+    with pytest.raises(CheckpointError, match="holds a model without optimizer state"):
+        checkpoint_to_resume(config)
+
+
+def test_damaged_parts_are_named(config):
+    folder = write(config, 3)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="state.json cannot be read"):
+        read_state(folder)
+    (folder / "state.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="state.json must be a JSON object, but is a list"):
+        read_state(folder)
+    (folder / "state.json").write_text('{"format": 7}')
+    with pytest.raises(CheckpointError, match="format 7, this version of dcscale reads 1"):
+        read_state(folder)
+    other = write(config, 5)
+    (other / "config.yaml").write_text("model: {colour: red}")
+    with pytest.raises(CheckpointError, match=r"(?s)config of .* cannot be read.*colour"):
+        fits(other, config)
