@@ -1,24 +1,35 @@
-"""Files that are never half-written: a reader sees the old content or the new, whatever dies when."""
+"""Atomic files and folders: a reader sees the old content or the new one, even if the writer is killed.
+
+The recipe is always the same: write under a temporary name, fsync, rename, fsync the parent folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import shutil
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TEMPORARY_PREFIX = ".unfinished-"
+"""Prefix of the name of a folder that is being written or removed."""
+
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Replaces what ``path`` holds by ``content`` (text as UTF-8) and makes it durable."""
+    """Replaces the content of ``path`` by ``content`` (text as UTF-8) and makes it durable."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -27,18 +38,60 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces ``path`` by ``value`` as indented JSON."""
+    """Replaces the content of ``path`` by ``value`` as indented JSON."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes ``target`` on exit, replacing what is there.
+
+    If the body raises, ``target`` stays as it was. Leftovers of a killed process are removed, or moved back, on entry.
+    """
+    temporary = target.with_name(TEMPORARY_PREFIX + target.name)
+    replaced = target.with_name(TEMPORARY_PREFIX + target.name + "-old")
+    if replaced.exists() and not target.exists():  # killed between the two renames of publish_folder
+        replaced.rename(target)
+    for leftover in (temporary, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync_tree(temporary)
+        publish_folder(temporary, target, replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_folder(folder: Path, target: Path, replaced: Path) -> None:
+    """Renames ``folder`` to ``target`` and makes the rename durable.
+
+    A folder cannot be renamed over another one: an existing ``target`` is first renamed to ``replaced``, and back if
+    ``folder`` cannot be renamed. The caller removes ``replaced``. A kill between the renames leaves no ``target``, so
+    the caller must look for ``replaced`` when it starts.
+    """
+    try:
+        if target.exists():
+            target.rename(replaced)
+        folder.rename(target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise
+    sync_folder(target.parent)
+
+
 def sync_tree(folder: Path) -> None:
-    """Makes every file and folder below ``folder`` durable, whoever wrote it."""
+    """Makes every file and folder below ``folder`` durable, including files written by other processes."""
     for path in [folder, *folder.rglob("*")]:
         sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` durable; or the content of a file."""
+    """Calls fsync: makes renames in a folder durable. Also accepts a file and makes its content durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,9 +100,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits; reads it piece by piece."""
-    digest, piece = hashlib.sha256(), bytearray(1 << 20)
+    """SHA-256 of a file's content as hexadecimal digits; holds 1 MiB of it in memory."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     with open(path, "rb", buffering=0) as f:
-        while count := f.readinto(piece):
-            digest.update(memoryview(piece)[:count])
+        while count := f.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
+
+
+def exit_with_parent() -> None:
+    """Makes this process, which multiprocessing started, exit at once when its parent does, even if that was killed.
+
+    A killed parent cannot stop its workers, which would keep writing to files that the next run may be using.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # not sys.exit, which would end this thread only
+
+    threading.Thread(target=watch, daemon=True).start()

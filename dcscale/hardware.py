@@ -1,4 +1,4 @@
-"""What devices can do at most, and what this process has used of one."""
+"""Peak rates and names of devices, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PEAK_TFLOPS_BF16 = {
     "H200": 989.0,
     "B200": 2250.0,
 }
-"""Dense bf16 peak in TFLOP/s of one whole SXM device (NVIDIA's data sheets), by its name without "NVIDIA"."""
+"""Dense bf16 peak in TFLOP/s of an SXM device (NVIDIA's data sheets), by its name without the prefix "NVIDIA "."""
 
 
 def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
-    """Peak of one device in TFLOP/s: as configured, or looked up for bf16 on a known GPU, else None."""
+    """Peak of one device in TFLOP/s: ``configured`` if given, else looked up for bf16 on a known GPU, else None."""
     if configured is not None or device.type != "cuda" or precision != "bf16":
         return configured
-    # The full name must match: PCIe and NVL boards and MIG slices contain the chip's name, and have a lower peak.
+    # Match the full name: names of PCIe and NVL boards and MIG slices contain the chip's name, but have a lower peak.
     return PEAK_TFLOPS_BF16.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
 
 
@@ -32,7 +32,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU with the threads that torch uses."""
+    """The name of the GPU, or "CPU" with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.get_num_threads()} threads"

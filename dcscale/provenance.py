@@ -1,4 +1,4 @@
-"""Which code, which machine, which versions: what checkpoints and measured figures carry."""
+"""Code revision, machine and versions, stored in checkpoints and with measured results."""
 
 from __future__ import annotations
 
@@ -17,34 +17,41 @@ import torch
 
 import dcscale
 
+# Libraries whose arithmetic or file formats a run depends on.
 LIBRARIES = ("torch", "deepspeed", "safetensors", "numpy")
 ROOT = Path(dcscale.__file__).parents[1]
 
 
 def versions() -> dict[str, str]:
-    """Of dcscale, Python, and the libraries whose arithmetic or files a run depends on."""
+    """Versions of dcscale, Python and :data:`LIBRARIES`, by name."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"dcscale": dcscale.__version__, "python": platform.python_version(), **found}
 
 
 def git_revision(root: Path = ROOT) -> dict[str, Any] | None:
-    """``{"commit": HASH, "dirty": whether files it tracks have changed}``; None where ``root`` is no git checkout."""
+    """``{"commit": HASH, "dirty": whether tracked files have changed}``; None if ``root`` is not a git checkout."""
 
-    def git(*words: str) -> str:
-        # Reading is safe in a checkout of another user, as on a machine that gets a copy.
-        command = ["git", "-c", "safe.directory=*", "-C", str(root), *words]
+    def git(*arguments: str) -> str:
+        # Allow a checkout that another user owns, such as a copy on another machine: it is only read.
+        command = ["git", "-c", "safe.directory=*", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None  # the package lies within a repository of something else
+            return None  # the package is inside a repository of another project
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit, or not ours to read
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit, or no permission to read it
         return None
 
 
 def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
-    """JSON of all of them. ``packages``: those whose versions matter beside torch's; None for one that is missing."""
+    """Provenance of a measured result, as JSON: command, date, commit, machine, versions.
+
+    Args:
+        command: the command line.
+        device: ``cpu`` or ``cuda``.
+        packages: further packages whose versions matter; the version of a missing package is None.
+    """
     return {
         "command": shlex.join(command),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -62,7 +69,7 @@ def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Processor, cores and memory of this machine, and the GPU for device ``cuda``; JSON."""
+    """Processor, cores and memory of this machine, and the GPU if ``device`` is ``cuda``, as JSON."""
     processor = _processor()
     found = {
         "device": device,
@@ -82,7 +89,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def slug(device: str) -> str:
-    """The device's name for a file's: the GPU's, or the processor's model."""
+    """The name of the GPU or processor as part of a file name: lower case letters, digits and hyphens."""
     name = re.sub(r"\((R|TM)\)", "", machine(device)["name"], flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -100,6 +107,6 @@ def _version(package: str) -> str | None:
 
 
 def _commit_name() -> str | None:
-    """Twelve digits of the commit, with "-dirty" where tracked files differ from it; None outside of a checkout."""
+    """First 12 digits of the commit, with "-dirty" if tracked files have changed; None outside of a git checkout."""
     revision = git_revision()
     return None if revision is None else revision["commit"][:12] + ("-dirty" if revision["dirty"] else "")

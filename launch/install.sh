@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv beside this folder with dcscale and pinned packages in it; does nothing when that is already done.
+# Creates .venv in the repository with dcscale and pinned packages; does nothing if it is up to date.
 # Used by launch/quickstart.sh and tests/run.sh. Usage: bash launch/install.sh [EXTRAS]   (EXTRAS such as "test")
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,7 +9,7 @@ stamp=.venv/installed-$extras
 say() { printf '\033[1m%s\033[0m\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# Whatever decides what is installed is in this fingerprint.
+# Fingerprint of everything that determines what is installed.
 wanted=$(cat pyproject.toml launch/constraints.txt launch/install.sh | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
@@ -21,7 +21,7 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || die "no Python 3.10 or newer was found; install one or set PYTHON=/path/to/python"
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    say "Making .venv with $("$python" --version)"
+    say "Creating .venv with $("$python" --version)"
     was_there=no
     [ ! -e .venv ] || was_there=yes
     if ! "$python" -m venv .venv; then
@@ -38,10 +38,10 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+
         "${pip[@]}" "torch==$version"
     else
         say "Installing torch $version for the CPU (about 200 MB)"
-        # The +cpu version exists only without CUDA: asking for it can never fetch CUDA packages.
+        # The +cpu version has no CUDA: requesting it can never download CUDA packages.
         first=$("${pip[@]}" "torch==$version+cpu" 2>&1) \
             || "${pip[@]}" "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu \
-            || die "torch could not be installed; before PyTorch's own index was added, pip said: $first"
+            || die "torch could not be installed; without PyTorch's own index, pip printed: $first"
     fi
 fi
 say "Installing dcscale and its packages"

@@ -7,15 +7,15 @@ usage() {
     cat <<'USAGE'
 Usage: bash launch/quickstart.sh [--new] [--name NAME] [--processes N] [key=value ...]
 
-Makes .venv, turns the Python standard library's source files into token shards, and trains a small DCFormer
+Creates .venv, turns the Python standard library's source files into token shards, and trains a small DCFormer
 with `deepspeed launch/train.py configs/quickstart.yaml`: on all GPUs (or those in CUDA_VISIBLE_DEVICES), or with
-2 processes on the CPU (a few minutes on 2 cores). What is already there is used again; an unfinished run goes on
-where it stopped.
+2 processes on the CPU (a few minutes on 2 cores). What is already there is reused; an unfinished run
+is resumed.
 
-  --new            start another run (quickstart-2, quickstart-3, ...) instead of going on
+  --new            start another run (quickstart-2, quickstart-3, ...) instead of resuming
   --name NAME      name of the run; its folder is runs/NAME (default: quickstart)
-  --processes N    number of processes (default: one a GPU, or 2 on the CPU)
-  key=value        any setting, such as train.steps=200 or model.attention=mha (the Transformer twin)
+  --processes N    number of processes (default: one per GPU, or 2 on the CPU)
+  key=value        any setting, such as train.steps=200 or model.attention=mha (the Transformer baseline)
 USAGE
 }
 
@@ -68,12 +68,12 @@ if result.get("completed"):
     print(f"{run} is complete:", *summary_lines(result), sep="\n")
     sys.exit(0)
 if (run / "checkpoints").exists():
-    print(f"{run} is there and unfinished: going on from its newest checkpoint.")
+    print(f"{run} is unfinished: resuming from its newest checkpoint.")
 sys.exit(1)
 PYTHON
 then
     if [ ${#settings[@]} -gt 0 ]; then
-        printf 'Not used, as the run is complete:'; printf ' %s' "${settings[@]}"; echo
+        printf 'Ignored, because the run is complete:'; printf ' %s' "${settings[@]}"; echo
     fi
     printf 'Start another run with:'; printf ' %q' bash launch/quickstart.sh --name "$name" --new "${settings[@]}"; echo
 else
@@ -84,11 +84,11 @@ else
         settings=(train.precision=bf16 "${settings[@]}")
     else
         processes=${processes:-2}
-        export DS_ACCELERATOR=cpu  # DeepSpeed need not warn that it found no GPU
+        export DS_ACCELERATOR=cpu  # no warning from DeepSpeed that it found no GPU
     fi
-    # configs/quickstart.yaml has 4 sequences each for 2 processes; more processes take 4 sequences each, too.
+    # configs/quickstart.yaml has 4 sequences for each of 2 processes; keep 4 per process with more of them.
     [ "$processes" -le 2 ] || settings=("train.global_batch_size=$((4 * processes))" "${settings[@]}")
-    # The deepspeed command drops CUDA_VISIBLE_DEVICES when it is told a number, and takes no other names than indices.
+    # With a number of processes, deepspeed ignores CUDA_VISIBLE_DEVICES, and --include takes indices only, no UUIDs.
     visible=$(printf %s "${CUDA_VISIBLE_DEVICES:-}" | tr -d ' ' | cut -d, -f "1-$processes")
     if [ "$gpus" -eq 0 ] || [ -z "$visible" ]; then
         launcher=(deepspeed --quiet --num_accelerators "$processes")
@@ -97,8 +97,8 @@ else
     else
         launcher=(torchrun --standalone --nproc-per-node "$processes")
     fi
-    # The run is a process group of its own and gets signals from here, as INT: the deepspeed command, which would die
-    # of any at once, ignores that one and waits for its launcher, which waits for the last checkpoint.
+    # The run is a process group of its own, to which this script forwards signals as INT. The deepspeed command would
+    # die immediately of any signal, so it ignores INT and waits for its launcher, which waits for the last checkpoint.
     set -m
     (trap '' INT; exec "${launcher[@]}" launch/train.py configs/quickstart.yaml "run.name=$name" "${settings[@]}") &
     set +m
@@ -108,7 +108,9 @@ else
     while kill -0 "$group" 2>/dev/null; do wait "$group" || status=$?; done
     trap - INT TERM HUP
     if [ "$status" -ne 0 ]; then
-        [ ! -e "$run/checkpoints/latest" ] || echo "The same command goes on from $run/checkpoints/$(cat "$run/checkpoints/latest")."
+        if [ -e "$run/checkpoints/latest" ]; then
+            echo "The same command resumes from $run/checkpoints/$(cat "$run/checkpoints/latest")."
+        fi
         exit "$status"
     fi
 fi
@@ -116,7 +118,7 @@ fi
 say "Next"
 cat <<NEXT
   look at the curves      .venv/bin/tensorboard --logdir runs          (then open the address it prints)
-  let the model write     .venv/bin/python tools/generate.py $run --prompt "def "
-  the Transformer twin    bash launch/quickstart.sh --name twin model.attention=mha
+  generate text           .venv/bin/python tools/generate.py $run --prompt "def "
+  the baseline            bash launch/quickstart.sh --name baseline model.attention=mha
   your own text           see README.md, "Train on your own data"
 NEXT

@@ -1,4 +1,4 @@
-"""Train a DCFormer or its Transformer twin.
+"""Train a DCFormer or its Transformer baseline.
 
     deepspeed launch/train.py CONFIG.yaml [MORE.yaml ...] [key=value ...]
     torchrun --nproc-per-node N launch/train.py ...
@@ -9,8 +9,8 @@ YAML files are merged in order, later wins, then key=value. `python tools/check_
 every key; `python tools/check_config.py CONFIG.yaml ...` shows what a run would use, without starting it.
 
 Exit code: 0 done, 2 settings, data or checkpoint do not fit or training diverged, 75 stopped by a signal with a
-checkpoint written (start again with the same words to go on), 130 interrupted before training began or twice, 1
-anything else. torchrun makes 1 of all but 0.
+checkpoint written (the same command resumes), 130 interrupted before training began or twice, 1 anything else.
+torchrun turns every code but 0 into 1.
 """
 
 from __future__ import annotations
@@ -20,42 +20,40 @@ import os
 import sys
 import traceback
 
-from dcscale.checkpoint import CheckpointError
-from dcscale.config import ConfigError, check_config, load_config, raise_problems
-from dcscale.data import DataError
-from dcscale.observe import Console
-from dcscale.parallel import (
-    LaunchError,
-    RankError,
-    discover,
-    share_cores,
-    start_distributed,
-    stop_distributed,
-)
-from dcscale.train import StopReason, build_trainer, summary_lines, write_summary
-from dcscale.train.optimizer import RuleError
-
 DONE, FAILED, UNFIT, SIGNAL, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml|key=value", help="settings, in order")
+    parser.add_argument("settings", nargs="+", metavar="CONFIG.yaml|key=value", help="settings, in order")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    words = parser.parse_args(arguments).words
+    return train(parser.parse_args(arguments).settings)
+
+
+def train(settings: list[str]) -> int:
+    """Trains with these config files and ``key=value`` overrides; the exit code."""
+    # Imported after the arguments are parsed: this takes seconds.
+    from dcscale.checkpoint import CheckpointError
+    from dcscale.config import ConfigError, check_config, load_config, raise_problems
+    from dcscale.data import DataError
+    from dcscale.observe import Console
+    from dcscale.parallel import LaunchError, RankError, discover, share_cores, start_distributed, stop_distributed
+    from dcscale.train import StopReason, build_trainer, summary_lines, write_summary
+    from dcscale.train.optimizer import RuleError
+
     environment = None
     try:
         environment = discover()
         console = Console(enabled=environment.is_main)
-        loaded = load_config([w for w in words if "=" not in w], [w for w in words if "=" in w])
+        loaded = load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
         config = loaded.config
         raise_problems(check_config(config, environment.world_size), loaded.origins)
         share_cores(environment)
         start_distributed(environment, config.parallel.timeout_minutes)
         trainer = build_trainer(config, environment, console)
         try:
-            ending = trainer.fit()
-            summary = write_summary(trainer, ending)
+            stop_reason = trainer.fit()
+            summary = write_summary(trainer, stop_reason)
         finally:
             trainer.close()
     except (ConfigError, LaunchError, DataError, CheckpointError, RuleError, RankError, FloatingPointError) as error:
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         return UNFIT
     except KeyboardInterrupt:
         if environment is None or environment.is_main:
-            print("interrupted: earlier checkpoints are whole, and the same words go on from them", file=sys.stderr)
+            print("interrupted: earlier checkpoints are complete, the same command resumes from them", file=sys.stderr)
         sys.stderr.flush()
         os._exit(INTERRUPTED)
     except Exception:
@@ -74,11 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(FAILED)
     stop_distributed()
-    console.line(f"ended      {ending.value}")
+    console.line(f"ended      {stop_reason.value}")
     for line in summary_lines(summary):
         console.line(line)
     console.line(f"files      {trainer.run}; curves: tensorboard --logdir {trainer.run}")
-    return SIGNAL if ending is StopReason.SIGNAL else DONE
+    return SIGNAL if stop_reason is StopReason.SIGNAL else DONE
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Record what a change of structure must not change: losses, the order of the data, the tests and their coverage.
 
     python tests/behaviour.py --output before.json            # about a minute
-    python tests/behaviour.py --output before.json --tests    # also runs all tests under coverage: about 25 minutes
+    python tests/behaviour.py --output before.json --tests    # also runs all tests under coverage: about 15 minutes
     python tests/behaviour.py --compare before.json after.json
 
 Compare records of one machine: another processor may round differently. The recorded figures are
@@ -113,8 +113,11 @@ def tested(folder: Path) -> dict[str, Any]:
     config = folder / "coveragerc"
     config.write_text(COVERAGE.format(source=ROOT / "dcscale", folder=folder))
     coverage = [sys.executable, "-m", "coverage"]
-    command = [*coverage, "run", f"--rcfile={config}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = ["pytest", "-q", "-p", "no:cacheprovider", "-n2", "--dist=loadfile"]
+    command = [*coverage, "run", f"--rcfile={config}", "-m", *pytest]
     ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
+        print("\n".join(line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))))
     outcomes = dict(re.findall(r"(\d+) (passed|failed|skipped|error)", ended.stdout.splitlines()[-1]))
     subprocess.run([*coverage, "combine", "-q", f"--rcfile={config}"], cwd=ROOT, check=True)
     report = folder / "coverage.json"

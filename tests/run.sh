@@ -1,12 +1,22 @@
 #!/usr/bin/env bash
-# Sets up what is missing, checks the style and runs all tests. Arguments go to pytest, and then the style is not
-# checked: bash tests/run.sh -k resume -x
+# Install what is missing, check the style, run all tests, a file at a time on each core. Arguments go to pytest, and then
+# nothing else is done: bash tests/run.sh -k resume -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh test
 export PATH="$PWD/.venv/bin:$PATH"
-if [ $# -eq 0 ]; then
-    ruff check .
-    ruff format --check .
-fi
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
+
+ruff check .
+ruff format --check .
+
+logs=runs/tests
+mkdir -p "$logs"
+cores=$(nproc)
+status=0
+python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --durations=0 --durations-min=0.5 2>&1 \
+    | tee "$logs/pytest.log" | grep -vE '^[0-9.]+s (call|setup|teardown) ' || status=1
+grep -E '^[0-9.]+s (call|setup|teardown) ' "$logs/pytest.log" | sort -rn > "$logs/durations.txt" || true
+echo "Durations above 0.5 s, slowest first: $logs/durations.txt"
+tail -n 1 "$logs/pytest.log"
+exit $status

@@ -82,7 +82,7 @@ ONE_HOME = {
 OTHERS = "dcscale/bench/data/"
 
 TOP_LEVEL = {
-    *(".ci", ".gitignore", "LICENSE", "README.md", "pyproject.toml"),
+    *(".ci", ".github", ".gitignore", "LICENSE", "README.md", "pyproject.toml"),
     *("configs", "dcscale", "launch", "tests", "tools"),
 }
 MOST_LINES, MOST_LINES_OF_A_KERNEL = 500, 700

@@ -1,13 +1,13 @@
-"""Checks the errors of compose attention, then times it against the dense formula and plain attention.
+"""Checks the errors of compose attention, then compares its speed with the dense formula and plain attention.
 
     python tools/bench_attention.py                      # a GPU: under ten minutes
     python tools/bench_attention.py --quick              # a CPU: under three minutes
     python tools/bench_attention.py --length 1024 8192 --window none 256 512 --kinds triton sdpa
     python tools/bench_attention.py --markdown tools/results/attention-nvidia-h100-80gb-hbm3.json
 
-Every implementation is compared with float64 first; if one is wrong, nothing is timed and the status is 1. The
-result is printed, written as JSON and drawn beside it. TFLOP/s count the two matrix products over visible pairs of
-query and key only, 4 D a pair and head forward, and 2.5 times that backward. The implementations, for --kinds:
+Every implementation is compared with float64 first; if one is wrong, nothing is timed and the exit code is 1. The
+result is printed, written as JSON and plotted next to it. TFLOP/s count only the two matrix products over visible
+pairs of query and key: 4 D per pair and head forward, and 2.5 times that backward. The implementations, for --kinds:
 
 """
 
@@ -20,24 +20,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dcscale.bench.attention.cases import DTYPES, KINDS, Case, make_cases, too_slow
-from dcscale.bench.attention.measure import WrongResultsError, run_all
-from dcscale.bench.attention.report import judge, markdown, plot, target_lines
+from dcscale.bench.attention import DTYPE_NAMES, KINDS
 from dcscale.cli import check_output, print_tables, whole_number
 from dcscale.files import write_json
-from dcscale.provenance import facts, slug
+
+# What imports torch is imported in the functions, after the arguments are parsed: it takes seconds.
+if TYPE_CHECKING:
+    from dcscale.bench.attention.cases import Case
 
 RESULTS = Path(__file__).parent / "results"
 MINUTES = {"cuda": 9.0, "cpu": 20.0, "quick": 2.5}
-SECONDS_OF_TIMES = {"cuda": 3.0, "cpu": 10.0, "quick": 3.0}
-"""A case's, by what is run."""
+SECONDS = {"cuda": 3.0, "cpu": 10.0, "quick": 3.0}
+"""Seconds that the timing of one case may take."""
 
 
-def window(text: str) -> int | None:
+def window_size(text: str) -> int | None:
     return None if text == "none" else whole_number(text)
 
 
@@ -45,8 +44,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     description = __doc__ + "\n".join(f"    {kind:14} {meaning}" for kind, meaning in KINDS.items())
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on a GPU, fp32 and bf16 on a CPU")
-    parser.add_argument("--batch", type=whole_number, default=1, metavar="B", help="sequences a call (default 1)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPE_NAMES, help="default: bf16 on a GPU, fp32 and bf16 on a CPU"
+    )
+    parser.add_argument("--batch", type=whole_number, default=1, metavar="B", help="sequences per call (default 1)")
     parser.add_argument(
         "--length", type=whole_number, nargs="+", metavar="T", help="default: 1024 to 32768; CPU: to 4096"
     )
@@ -54,25 +55,35 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument(
         "--head-dim", type=whole_number, nargs="+", metavar="D", help="default: 128, 64 and 80; CPU: 64"
     )
-    parser.add_argument("--window", type=window, nargs="+", metavar="W", help="keys, or none (default: none 256)")
+    parser.add_argument("--window", type=window_size, nargs="+", metavar="W", help="keys, or none (default: none 256)")
     parser.add_argument("--rank", type=whole_number, default=2, metavar="R", help="of the compose weights (default 2)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="default: all, as far as time allows")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--minutes", type=float, help="begin nothing after these (default: GPU 9, CPU 20, --quick 2.5)")
+    parser.add_argument(
+        "--minutes", type=float, help="start no case after this time (default: GPU 9, CPU 20, --quick 2.5)"
+    )
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)  # for tests: the time of one case
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: tools/results/attention-DEVICE.json")
-    parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="print a result for the README, and end")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="print a result for the README, and exit")
     options = parser.parse_args(arguments)
+
+    import torch
+
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
     if options.minutes is not None and not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: must be above 0")
-    check_output(parser, options.output, "; the plot lies beside it as .png")
+    check_output(parser, options.output, "; the plot is written next to it as .png")
     return parser, options
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser, options = parse(arguments)
+    from dcscale.bench.attention.measure import WrongResultsError, run_all
+    from dcscale.bench.attention.report import judge, markdown, target_lines
+    from dcscale.provenance import facts
+
     if options.markdown is not None:
         print_tables(parser, options.markdown, markdown)
         return 0
@@ -87,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         errors, rows = run_all(
             *plan(options),
             options.device,
-            SECONDS_OF_TIMES[mode],
+            options.seconds or SECONDS[mode],
             options.minutes or MINUTES[mode],
             lambda line: print(line, flush=True),
         )
@@ -102,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Case], Callable[[Case], dict[str, str | None]]]:
-    """(the cases, the implementations of a case with the reason why one is left out)."""
+    """(the cases, a function from a case to {kind: why it is left out, or None})."""
+    from dcscale.bench.attention.cases import make_cases, too_slow
+
     cases = make_cases(
         options.device,
         dtypes=options.dtype,
@@ -120,23 +133,26 @@ def plan(options: argparse.Namespace) -> tuple[list[Case], Callable[[Case], dict
 
 
 def save(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Writes the JSON and draws the plot beside it."""
+    """Writes the JSON and plots it next to it."""
+    from dcscale.bench.attention.report import plot
+    from dcscale.provenance import slug
+
     name = f"attention-{slug(options.device)}{'-quick' if options.quick else ''}.json"
     path = options.output or RESULTS / name
     write_json(path, result)
     print(f"written: {path}")
     if not any("times_sdpa" in row for row in result["rows"]):
-        print("no plot: nothing was timed beside SDPA")
+        print("no plot: nothing was timed next to SDPA")
         return
     try:
         plot(result, path.with_suffix(".png"))
-        print(f"drawn: {path.with_suffix('.png')}")
+        print(f"plotted: {path.with_suffix('.png')}")
     except ModuleNotFoundError as error:
         print(f"no plot: {error.name} is not installed (pip install -c launch/constraints.txt matplotlib)")
 
 
 if __name__ == "__main__":
-    # What an earlier run has compiled would make this one's compile times, and its duration, a matter of luck.
+    # An empty cache: with what earlier runs have compiled, compile times would mean nothing.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         sys.exit(main())

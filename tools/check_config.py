@@ -1,10 +1,10 @@
-"""Checks a config without building anything, and shows what it comes to.
+"""Checks a config without building anything, and shows what follows from it.
 
     python tools/check_config.py configs/quickstart.yaml train.steps=200 --world-size 8
     python tools/check_config.py --reference
 
-Prints every problem and ends with status 1; or, if there is none, every setting with its origin, the numbers that
-follow from them, and the DeepSpeed config that is generated. --reference prints all settings as Markdown.
+Prints every problem and exits with 1; or, if there is none, prints every setting with its origin, the numbers that
+follow from the settings, and the generated DeepSpeed config. --reference prints all settings as Markdown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 
+from dcscale.cli import whole_number
 from dcscale.config import Config, ConfigError, Loaded, check_config, load_config, raise_problems
 from dcscale.config.errors import show
 from dcscale.config.reference import FIELDS, get, reference
@@ -21,14 +22,12 @@ from dcscale.config.reference import FIELDS, get, reference
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="FILE|key=value", help="later ones win; files come first")
-    parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks (default: not known)")
-    parser.add_argument("--reference", action="store_true", help="print every setting with its meaning, and end")
+    parser.add_argument("--world-size", type=whole_number, metavar="N", help="number of ranks (default: any)")
+    parser.add_argument("--reference", action="store_true", help="print every setting with its meaning, and exit")
     options = parser.parse_intermixed_args(arguments)
     if options.reference:
         print(reference())
         return 0
-    if options.world_size is not None and options.world_size < 1:
-        parser.error(f"--world-size {options.world_size}: must be at least 1")
     try:
         overrides = [text for text in options.settings if "=" in text]
         loaded = load_config([text for text in options.settings if "=" not in text], overrides)
@@ -54,7 +53,7 @@ def print_settings(loaded: Loaded) -> None:
 
 
 def print_numbers(config: Config, world_size: int | None) -> None:
-    """What follows from the settings: tokens, accumulation, parameters and FLOPs, and the DeepSpeed config."""
+    """Prints tokens, accumulation, parameters, FLOPs, epochs and the DeepSpeed config."""
     train, length = config.train, config.data.sequence_length
     tokens = train.global_batch_size * length
     print(f"\ntokens a step      {tokens:,}")
@@ -78,7 +77,7 @@ def print_numbers(config: Config, world_size: int | None) -> None:
 
 
 def print_epochs(config: Config) -> None:
-    """How much of each source the run would use, where the training data lie on this machine."""
+    """Prints how much of each source the run would use, if the training data is on this machine."""
     from dcscale.data import DataError, MixedStream
     from dcscale.train.data import open_training_stream
 
@@ -87,7 +86,7 @@ def print_epochs(config: Config) -> None:
     try:
         stream = open_training_stream(config)
     except DataError as error:
-        print(f"epochs             not known: {error}")
+        print(f"epochs             unknown: {error}")
         return
     sequences = config.train.steps * config.train.global_batch_size
     epochs = stream.epochs(sequences)
@@ -95,7 +94,7 @@ def print_epochs(config: Config) -> None:
         print(f"epochs             {epochs['']:.4g}")
         return
     for number, (name, share) in enumerate(zip(stream.names, stream.shares)):
-        used = stream.order.count(number, sequences)
+        used = stream.planner.count(number, sequences)
         print(f"of source {name:8} {used:,} sequences ({share:.2%}), {epochs[name]:.4g} epochs")
 
 

@@ -1,16 +1,16 @@
-"""Look into shards: verify them, show some of their documents, or write a manifest for the tars of others.
+"""Inspect shards: verify them, show some of their documents, or write a manifest for third-party tars.
 
-    python tools/inspect_shards.py data/web/train                         # read everything, name every defect
+    python tools/inspect_shards.py data/web/train                         # read everything, report every defect
     python tools/inspect_shards.py data/web/train --samples 5             # show documents as text
-    python tools/inspect_shards.py theirs/ --write-manifest --tokenizer tokenizer.json
+    python tools/inspect_shards.py tars/ --write-manifest --tokenizer tokenizer.json
 
-A PATH is a folder or address of shards with their manifest, or single tars of such a folder. Verifying reads every
-shard and compares size, checksum, counts, token ids, and the ends of rows; it ends with 1 if anything is wrong.
+A PATH is a folder or address of shards with their manifest, or a single tar of such a folder. Verifying reads every
+shard and compares size, checksum, counts, token ids and the ends of rows. The exit status is 1 if anything is wrong.
 
---write-manifest makes the tars of others usable as they are: those that hold tokens as KEY.tokens.npy (with
-KEY.lens.npy, or a document each) or KEY.npy, and those that hold text as KEY.txt or as a field of KEY.json. What else
-is in them, such as images, is left alone. Text is then tokenised whenever it is read, about 0.3 million tokens a second
-and thread: fine for small data; for a large run, unpack the text and make shards of it with tools/make_shards.py.
+--write-manifest makes third-party tars usable as they are: tars of tokens as KEY.tokens.npy (with KEY.lens.npy, or one
+document each) or KEY.npy, and tars of text as KEY.txt or as a field of KEY.json. Other members, such as images, are
+ignored. Text is tokenized whenever it is read, at about 0.3 million tokens per second and thread: fine for small data;
+for a large run, unpack the text and build shards from it with tools/make_shards.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-MOST_CHARACTERS = 2000
+from dcscale.cli import whole_number
+
+MAX_CHARACTERS = 2000
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -29,29 +31,31 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folder or address of shards, or tars")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--samples", type=int, metavar="N", help="show the first N documents instead of verifying")
-    what.add_argument("--write-manifest", action="store_true", help="for a folder of tars, or tars, without one")
-    parser.add_argument("--tokenizer", help="to write a manifest: 'byte' or the path of a tokenizer.json")
-    parser.add_argument("--eos-token", help="the tokenizer.json's token that ends a document, if it cannot be told")
+    what.add_argument(
+        "--samples", type=whole_number, metavar="N", help="show the first N documents instead of verifying"
+    )
+    what.add_argument(
+        "--write-manifest", action="store_true", help="write a manifest for a folder of tars, or for tars"
+    )
+    parser.add_argument("--tokenizer", help="with --write-manifest: 'byte' or the path of a tokenizer.json")
+    parser.add_argument("--eos-token", help="token of tokenizer.json that ends a document, if it cannot be detected")
     parser.add_argument(
-        "--text-member", choices=("txt", "json"), help="members that hold the text (default: what the first tar has)"
+        "--text-member", choices=("txt", "json"), help="members that hold the text (default: detected in the first tar)"
     )
     parser.add_argument("--text-field", default="text", help="field of a .json member that holds the text")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
+        "--workers", type=whole_number, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
     )
     options = parser.parse_args(arguments)
     if options.write_manifest != (options.tokenizer is not None):
         parser.error("--tokenizer is needed for --write-manifest, and for nothing else")
     if (options.eos_token or options.text_member) and not options.write_manifest:
         parser.error("--eos-token and --text-member are for --write-manifest only; leave them out")
-    if options.workers < 1 or (options.samples is not None and options.samples < 1):
-        parser.error("--workers and --samples must be at least 1")
     return options
 
 
 def roots_of(paths: list[str]) -> dict[str, list[str] | None]:
-    """Roots of shards -> the shards of them that were named; None stands for all."""
+    """Roots of shards -> names of the shards to read, or None for all."""
     from dcscale.data.errors import DataError
     from dcscale.data.shards.manifest import MANIFEST_NAME
 
@@ -62,7 +66,9 @@ def roots_of(paths: list[str]) -> dict[str, list[str] | None]:
             continue
         folder = next((folder for folder in Path(path).parents if (folder / MANIFEST_NAME).is_file()), None)
         if folder is None:
-            raise DataError(f"{path}: has no {MANIFEST_NAME} beside it or above; write one with --write-manifest")
+            raise DataError(
+                f"{path}: has no {MANIFEST_NAME} next to it or in a parent folder; write one with --write-manifest"
+            )
         names = roots.setdefault(str(folder), [])
         if names is not None:
             names.append(Path(path).relative_to(folder).as_posix())
@@ -70,11 +76,11 @@ def roots_of(paths: list[str]) -> dict[str, list[str] | None]:
 
 
 def verify(paths: list[str], workers: int) -> bool:
-    from dcscale.data.prepare.inspect import survey
+    from dcscale.data.prepare.inspect import inspect_shards
 
     good = True
     for root, names in roots_of(paths).items():
-        found = survey(root, names, workers=workers, progress=True)
+        found = inspect_shards(root, names, workers=workers, progress=True)
         report(found)
         good = good and not found.defects
     return good
@@ -86,7 +92,7 @@ def show_samples(paths: list[str], count: int) -> bool:
 
     for root, names in roots_of(paths).items():
         for document in islice(sample_documents(root, names), count):
-            text = document.text[:MOST_CHARACTERS]
+            text = document.text[:MAX_CHARACTERS]
             left = len(document.text) - len(text)
             print(f"---- {document.shard}, document {document.number}: {document.tokens:,} tokens")
             print(printable(text) + (f"... ({left:,} more characters)" if left else ""))
@@ -95,36 +101,36 @@ def show_samples(paths: list[str], count: int) -> bool:
 
 def write_manifest(options: argparse.Namespace) -> bool:
     from dcscale.data.errors import DataError
-    from dcscale.data.prepare.index import write_manifest_for
+    from dcscale.data.prepare.index import index_tars
 
     paths = [Path(path).absolute() for path in options.paths]
     folder, tars = paths[0], sorted(paths[0].rglob("*.tar"))
     if not folder.is_dir():
         if strange := [path for path in options.paths if not Path(path).is_file()]:
-            raise DataError(f"{strange[0]}: is no file of this machine; give one folder, or tars only")
+            raise DataError(f"{strange[0]}: is not a local file; give one folder, or only tars")
         folder, tars = Path(os.path.commonpath([path.parent for path in paths])), sorted(paths)
     elif len(paths) > 1:
-        raise DataError(f"{paths[1]}: is given beside a folder; give one folder, or tars only")
+        raise DataError(f"{paths[1]}: is given together with a folder; give one folder, or only tars")
     chosen = {
         name: getattr(options, name) for name in ("tokenizer", "eos_token", "text_member", "text_field", "workers")
     }
-    found = write_manifest_for(folder, tars, **chosen, progress=True)
+    found = index_tars(folder, tars, **chosen, progress=True)
     report(found)
     if found.defects:
-        print(f"{folder}: no manifest was written; mend or remove the tars named above")
+        print(f"{folder}: no manifest was written; repair or remove the tars named above")
         return False
     vocab_size = found.manifest.tokenizer.vocab_size
     print(f"Wrote the manifest. To train on it: data.train={folder} model.vocab_size={vocab_size}")
     if found.manifest.text:
-        print("The text is tokenised whenever it is read: for a large run, unpack it for tools/make_shards.py.")
+        print("The text is tokenized whenever it is read: for a large run, unpack it and use tools/make_shards.py.")
     return True
 
 
 def report(found) -> None:
-    print("\n".join(found.lines()))
+    print("\n".join(found.summary()))
     for defect in found.defects:
         print(f"inspect_shards: {defect}", file=sys.stderr)
-    print(f"  verdict     {f'{len(found.defects):,} defects' if found.defects else 'all is well'}")
+    print(f"  verdict     {f'{len(found.defects):,} defects' if found.defects else 'no defects'}")
 
 
 def main(arguments: list[str] | None = None) -> int:

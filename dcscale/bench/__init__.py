@@ -1,1 +1,1 @@
-"""What tools/bench_*.py measure, and what they share: times, memory, and the facts that a figure has to carry."""
+"""The benchmarks of tools/bench_*.py, and the meters of time and memory that they share."""

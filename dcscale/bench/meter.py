@@ -1,6 +1,7 @@
-"""Time and memory of functions: on a GPU by its own clock and counter, on a CPU by those of Python and the profiler.
+"""Meters of time and memory, for functions and for whole processes.
 
-Time on the wall and on all cores, and memory, of this process and those that it has started.
+Of a function: milliseconds by the GPU's events or Python's clock, and peak memory by torch's CUDA allocator or, on a
+CPU, its profiler. Of this process: wall time, memory, and CPU time including the processes that it has started.
 """
 
 from __future__ import annotations
@@ -20,31 +21,37 @@ from torch.profiler import ProfilerActivity, profile
 Name = TypeVar("Name", bound=Hashable)
 Run = Callable[[], object]
 
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
-_LARGER_THAN_ANY_CACHE = 2**28
-"""Bytes that are written before each call on a GPU, so that none finds its input in the L2 cache."""
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+_CACHE_FLUSH_BYTES = 2**28
+"""Larger than any L2 cache: written before each call on a GPU, so that no call finds its input cached."""
 
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells what a container may use."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux reports the memory limit of a container."""
 
 
 def time_in_turns(
     runs: Mapping[Name, Run], device: str, seconds: float, deadline: float
 ) -> tuple[dict[Name, list[float]], dict[Name, str]]:
-    """(milliseconds of every call, why a run has none) by name. Every run has been called before.
+    """Time functions in turns: each round calls each of them once, so that temporary slowdowns affect all alike.
 
-    A round calls each run once, so that whatever slows the machine for a while slows all alike. There are as many
-    rounds as fit into ``seconds``, from :data:`FEWEST_ROUNDS` to :data:`MOST_ROUNDS`; after ``deadline``, a time of
-    :func:`time.monotonic`, none begins but the first. A run for which memory does not suffice has no times.
+    Args:
+        runs: the functions by name. Each must have been called before (warmed up).
+        device: "cuda" or "cpu".
+        seconds: time to spend. There are at least :data:`MIN_ROUNDS` and at most :data:`MAX_ROUNDS` rounds.
+        deadline: a time of :func:`time.monotonic` after which no round starts, except for the first.
+
+    Returns:
+        (milliseconds of every call, why a function has no times) by name. Functions that run out of memory have none.
     """
     stopwatch = _gpu_stopwatch() if device == "cuda" else _cpu_stopwatch
     runs, times, failures = dict(runs), {name: [] for name in runs}, {}
     started, rounds = time.monotonic(), 0
-    while runs and rounds < MOST_ROUNDS:
+    while runs and rounds < MAX_ROUNDS:
         now = time.monotonic()
-        over = now - started >= seconds and rounds >= FEWEST_ROUNDS
+        over = now - started >= seconds and rounds >= MIN_ROUNDS
         if rounds > 0 and (over or now >= deadline):
             break
+        # Read the clocks after the round: reading a GPU event waits for it.
         readings = {}
         for name, run in list(runs.items()):
             try:
@@ -68,8 +75,8 @@ def _cpu_stopwatch(run: Run) -> Callable[[], float]:
 
 
 def _gpu_stopwatch() -> Callable[[Run], Callable[[], float]]:
-    """Reads only later, so that Python launches the next call while the GPU is still busy."""
-    cache = torch.empty(_LARGER_THAN_ANY_CACHE, dtype=torch.int8, device="cuda")
+    """Events are read only later, so that Python launches the next call while the GPU is still busy."""
+    cache = torch.empty(_CACHE_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def stopwatch(run: Run) -> Callable[[], float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,10 +95,7 @@ def _gpu_stopwatch() -> Callable[[Run], Callable[[], float]]:
 
 
 def peak_bytes(run: Run, device: str) -> int:
-    """The most memory that torch's allocator held at once during ``run()``, above what it held before.
-
-    On a CPU the allocator keeps no peak, but the profiler sees each of its steps, those inside custom operators too.
-    """
+    """Peak memory in bytes that torch's allocator held during ``run()``, above what it held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -99,7 +103,8 @@ def peak_bytes(run: Run, device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler greets on stderr
+    # The CPU allocator records no peak, but the profiler sees every allocation, those in custom operators too.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,26 +118,32 @@ def peak_bytes(run: Run, device: str) -> int:
     return peak
 
 
-def available_bytes(device: str) -> int:
-    """Memory that can still be allocated."""
+def available_bytes(device: str, *, cgroup: Path = CGROUP) -> int:
+    """Memory in bytes that can still be allocated.
+
+    Args:
+        device: "cuda" or "cpu".
+        cgroup: folder with the container's memory limit, if there is one; for "cpu" only.
+    """
     if device == "cuda":
+        # Free memory of the device, and what torch's allocator caches.
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    limit, used = (_CONTROL_GROUP / name for name in ("memory.max", "memory.current"))
+    limit, used = (cgroup / name for name in ("memory.max", "memory.current"))
     if limit.exists() and limit.read_text().strip() != "max":
         available = min(available, int(limit.read_text()) - int(used.read_text()))
     return available
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Also on a CPU, where torch has no type for it."""
+    """Whether memory ran out; on a CPU torch raises a plain RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and what it says first."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['-'])[0]}"
 
 
@@ -140,55 +151,57 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Reading(NamedTuple):
-    """Seconds, or the seconds between two readings."""
+    """Wall and CPU time in seconds, or their differences between two readings."""
 
     wall: float
     cpu: float
 
     def since(self, earlier: Reading) -> Reading:
+        """The time between two readings."""
         return Reading(self.wall - earlier.wall, self.cpu - earlier.cpu)
 
 
 def read() -> Reading:
-    """Now. CPU seconds are of all threads, of children that have ended and of all living descendants."""
+    """The current reading. CPU seconds include all threads, ended child processes and all living descendants."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = time.process_time() + ended.ru_utime + ended.ru_stime
     return Reading(time.perf_counter(), cpu + sum(_cpu_of(pid) for pid in descendants()))
 
 
 def memory_bytes(name: str) -> int:
-    """Memory of this process as the kernel counts it: ``VmRSS`` in use now, ``VmHWM`` the most since the last reset."""
+    """Memory of this process in bytes: ``VmRSS`` in use now, ``VmHWM`` at its peak since :func:`reset_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 def reset_peak() -> None:
-    """Let the peak begin at what is in use now."""
+    """Reset the peak of memory to what is in use now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def descendants() -> list[int]:
-    """Processes that this one, or one of them, has started."""
+    """Process ids of all descendants of this process."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and (fields := _stat(int(folder.name))):
             parents[int(folder.name)] = int(fields[1])
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        parent = waiting.pop()
-        children = [pid for pid, of in parents.items() if of == parent]
+    found, queue = [], [os.getpid()]
+    while queue:
+        parent = queue.pop()
+        children = [pid for pid, its_parent in parents.items() if its_parent == parent]
         found += children
-        waiting += children
+        queue += children
     return found
 
 
 def _cpu_of(pid: int) -> float:
     fields = _stat(pid)
+    # utime, stime, cutime and cstime, in clock ticks
     return sum(map(int, fields[11:15])) / _TICKS if fields else 0.0
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; None for a process that is gone."""
+    """Fields of /proc/PID/stat from the state on; None if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

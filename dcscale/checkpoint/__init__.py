@@ -1,12 +1,12 @@
-"""Checkpoints: what is in one, how it is written without ever leaving half of one, how it is found again."""
+"""Checkpoints: their files, asynchronous crash-safe writing, finding and reading them."""
 
-from dcscale.checkpoint.checkpointer import Checkpoints
+from dcscale.checkpoint.checkpointer import Checkpointer
 from dcscale.checkpoint.layout import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.weights import Weights, save_weights
 
 __all__ = [
     "CheckpointError",
-    "Checkpoints",
+    "Checkpointer",
     "Weights",
     "checkpoints_of",
     "find_checkpoint",

@@ -1,4 +1,4 @@
-"""A model's weights as safetensors shards, written and read one tensor at a time."""
+"""Model weights as safetensors shards with an index, in the layout of Hugging Face; read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcscale.checkpoint.layout import CheckpointError, some_of
+from dcscale.checkpoint.layout import CheckpointError, join_problems
 from dcscale.files import write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+"""Default size of a shard, in bytes."""
 
 
 def save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes named tensors into ``folder`` as shards of at most ``shard_bytes`` (one tensor at least) and an index.
+    """Writes named tensors into ``folder`` as shards and an index. Holds one shard in memory.
 
-    Holds one shard in memory.
+    Args:
+        weights: name and tensor, consumed one at a time.
+        folder: where to write; made if there are tensors.
+        shard_bytes: largest size of a shard; a larger tensor is a shard of its own.
     """
     writer = _ShardWriter(folder, shard_bytes)
     for name, tensor in weights:
@@ -34,6 +38,7 @@ class _ShardWriter:
         self._folder, self._shard_bytes = folder, shard_bytes
         self._shard: dict[str, Tensor] = {}
         self._shard_of: dict[str, str] = {}
+        # Bytes in the open shard, bytes in finished shards, number of finished shards.
         self._in_shard = self._total = self._written = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -61,14 +66,14 @@ class _ShardWriter:
 
 
 class Weights:
-    """The tensors of a folder that :func:`save_weights` has written, read one at a time.
+    """The tensors in a folder that :func:`save_weights` has written; :meth:`read` loads one at a time.
 
     Args:
-        folder: where they lie.
-        shapes: of all tensors that must be there, by name.
+        folder: the folder.
+        shapes: shapes of the expected tensors, by name.
 
     Raises:
-        CheckpointError: names, shapes or a file do not fit; says which, of many names the first and how many more.
+        CheckpointError: a file cannot be read, or tensors are missing, unknown or have another shape; lists them.
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]):
@@ -82,20 +87,24 @@ class Weights:
         problems += [f"{name} is unknown to the model" for name in self._shard_of if name not in shapes]
         by_shard: dict[str, list[str]] = {}
         for name, shard in self._shard_of.items():
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{index} names the file {shard!r} outside its folder")
+            if Path(shard).name != shard:  # an index from elsewhere must not make us read other files
+                raise CheckpointError(f"{index} lists the file {shard!r} outside its folder")
             by_shard.setdefault(shard, []).append(name)
         for shard, names in by_shard.items():
             with self._open(shard) as file:
                 for name in names:
                     shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(shapes.get(name, ()))
                     if name in shapes and shape != wanted:
-                        problems.append(f"{name} has shape {shape}, the model wants {wanted}")
+                        problems.append(f"{name} has shape {shape}, the model expects {wanted}")
         if problems:
-            raise CheckpointError(f"{folder} does not fit the model: {some_of(problems)}")
+            raise CheckpointError(f"{folder} does not fit the model: {join_problems(problems)}")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the CPU."""
+        """Loads a tensor to the CPU.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
         with self._open(self._shard_of[name]) as file:
             return file.get_tensor(name)
 

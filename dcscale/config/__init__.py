@@ -1,4 +1,4 @@
-"""Settings: what there is (schema), read from YAML and arguments (load), and whether they go together (check)."""
+"""Settings: declared in ``schema``, read from YAML files and arguments by ``load``, validated by ``check``."""
 
 from dcscale.config.check import check_config
 from dcscale.config.errors import ConfigError, Problem, raise_problems

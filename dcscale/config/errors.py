@@ -1,4 +1,4 @@
-"""What can be wrong with a config, said so that a person can mend it."""
+"""Problems of a config, with everything a user needs to fix them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 NO_VALUE = object()
-"""The value of a problem that is not about a value, such as a missing file."""
+"""Stands for the value of a problem without one, such as a missing file."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and the way out."""
+    """One problem and the way out, printed as ``PATH = VALUE (ORIGIN): RULE; FIX``."""
 
     path: str
-    """Dotted path of the setting, perhaps of an item in it, such as ``model.windows[1]``; or the file."""
+    """Dotted path of the setting, or of an item in it, such as ``model.windows[1]``; or a file."""
 
     value: Any
     rule: str
     fix: str
     origin: str = ""
-    """Where the value was written: ``FILE:LINE``, ``command line`` or ``default``; empty if not known."""
+    """Where the value comes from: ``FILE:LINE``, ``command line`` or ``default``; empty if unknown."""
 
     @property
     def setting(self) -> str:
-        """The path without what names an item."""
+        """The path without the index of an item."""
         return self.path.partition("[")[0]
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; ``problems`` holds everything that is wrong with it."""
+    """An invalid config; ``problems`` lists everything that is wrong with it."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -53,7 +53,8 @@ def raise_problems(problems: Iterable[Problem], origins: Mapping[str, str] | Non
     """Raises one ConfigError that lists all problems, if there are any.
 
     Args:
-        origins: where each setting's value was written, as :func:`~dcscale.config.load.load_config` returns it.
+        problems: the problems.
+        origins: where each setting's value comes from, as :func:`~dcscale.config.load.load_config` returns it.
     """
     origins = origins or {}
     located = [replace(problem, origin=problem.origin or origins.get(problem.setting, "")) for problem in problems]
@@ -62,11 +63,11 @@ def raise_problems(problems: Iterable[Problem], origins: Mapping[str, str] | Non
 
 
 def show(value: Any) -> str:
-    """A value as one would write it in YAML, on one line: ``null``, ``true``, ``[256, null]``, ``"text"``."""
+    """Formats a value as in YAML, on one line: ``null``, ``true``, ``[256, null]``, ``"text"``."""
     return json.dumps(value, ensure_ascii=False, default=lambda item: asdict(item) if is_dataclass(item) else str(item))
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:
-    """The question, where one of the options resembles ``word``."""
+    """``did you mean OPTION?`` if one of the options resembles ``word``, else None."""
     near = difflib.get_close_matches(word, list(options), n=1)
     return f"did you mean {near[0]}?" if near else None

@@ -1,8 +1,8 @@
-"""From YAML files and ``key=value`` arguments to a :class:`Config`, strictly, and back to YAML.
+"""Reads a :class:`Config` from YAML files and ``key=value`` arguments, strictly, and writes it as YAML.
 
-Files are merged over the schema's defaults in order, then the overrides; later wins. OmegaConf converts and checks
-the types and resolves ``${section.key}``. Its resolvers, such as ``${oc.env:HOME}``, are refused: a config may come
-from outside and has no business in the environment.
+Files are merged over the schema's defaults in order, then the overrides; later ones win. OmegaConf converts and checks
+types and resolves ``${section.key}``. Its resolvers, such as ``${oc.env:HOME}``, are refused: a config may come from
+somebody else, and must not read environment variables.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config, and where each of its values came from."""
+    """A config and the origin of each of its values."""
 
     config: Config
 
     origins: dict[str, str]
-    """By path: ``default``, ``FILE:LINE`` or ``command line``."""
+    """Path of a setting -> ``default``, ``FILE:LINE`` or ``command line``."""
 
 
 def load_config(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Loaded:
     """Merges YAML files in order over the defaults, then ``key=value`` overrides.
 
-    Whether the values go together is :func:`~dcscale.config.check.check_config`'s question.
+    Ranges and rules between settings are checked by :func:`~dcscale.config.check.check_config`.
 
     Raises:
-        ConfigError: everything that could not be read: files, YAML, keys, types.
+        ConfigError: lists all unreadable files, invalid YAML, unknown keys and wrong types.
     """
     merge = _Merge()
     for file in files:
@@ -55,13 +55,19 @@ def load_config(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> L
 
 
 def from_dict(values: Mapping[str, Any], source: str = "dictionary", overrides: Iterable[str] = ()) -> Config:
-    """The inverse of :func:`config_to_dict`; a key that is not there keeps its default. ``key=value`` comes last.
+    """The inverse of :func:`config_to_dict`; missing keys keep their defaults.
+
+    Args:
+        values: sections as nested mappings.
+        source: name of the origin in error messages.
+        overrides: ``key=value``, applied last.
 
     Raises:
-        ConfigError: unknown keys and wrong types, said to be in ``source``.
+        ConfigError: lists unknown keys and wrong types.
+        ValueError: ``values`` is not a mapping.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{source} is no mapping of sections but {values!r}")
+        raise ValueError(f"{source} must be a mapping of sections, but is {values!r}")
     merge = _Merge()
     merge.section("", yaml_syntax.nodes(_escape(values)), source)
     for override in overrides:
@@ -75,9 +81,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config, paths: Iterable[str] | None = None) -> str:
-    """The config as YAML text that :func:`load_config` reads back to an equal one.
+    """The config as YAML text, which :func:`load_config` reads back to an equal config.
 
-    ``paths``: the sections and fields that are written, such as ``model`` and ``train.precision``; None writes all.
+    Args:
+        config: the config.
+        paths: sections and fields to write, such as ``model`` and ``train.precision``; None writes all.
     """
     everything = config_to_dict(config)
     chosen: dict[str, Any] = {}
@@ -91,9 +99,15 @@ def to_yaml(config: Config, paths: Iterable[str] | None = None) -> str:
 
 
 def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    """Path and both values of every setting in which two configs, or two sections of one class, differ."""
+    """(path, value in a, value in b) of every setting that differs between two configs or sections of the same class.
+
+    Raises:
+        ValueError: the classes differ.
+    """
     if type(a) is not type(b):
-        raise ValueError(f"only configs of one class can be compared, not {type(a).__name__} with {type(b).__name__}")
+        raise ValueError(
+            f"only configs of the same class can be compared, not {type(a).__name__} with {type(b).__name__}"
+        )
     found = []
     for item in dataclasses.fields(a):
         x, y = getattr(a, item.name), getattr(b, item.name)
@@ -104,14 +118,15 @@ def differences(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     return found
 
 
-class _Refused(Exception):
-    """Part of a setting's value that cannot be taken over: arguments of :meth:`_Merge.report`."""
+class _InvalidValue(Exception):
+    """Part of a value is invalid; its arguments are those of :meth:`_Merge.report`."""
 
 
 class _Merge:
-    """Takes over source after source, and collects what is wrong with any of them."""
+    """Merges source after source into ``tree``, and collects the problems of all of them."""
 
     def __init__(self) -> None:
+        # OmegaConf converts values to the types of the schema when they are set.
         self.tree = OmegaConf.structured(Config)
         self.origins = dict.fromkeys(FIELDS, "default")
         self.problems: list[Problem] = []
@@ -120,22 +135,24 @@ class _Merge:
         self.problems.append(Problem(path, value, rule, fix, origin))
 
     def file(self, path: Path) -> None:
+        """Merges a YAML file."""
         try:
             node = yaml_syntax.parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            self.report(str(path), "there is no such file", _near_files(path))
+            self.report(str(path), "there is no such file", _similar_file(path))
         except yaml_syntax.DialectError as error:
-            place = f"{path}:{error.line}" if error.line else str(path)
-            self.report(place, f"this is not valid: {error}", "correct the file")
+            location = f"{path}:{error.line}" if error.line else str(path)
+            self.report(location, f"invalid YAML: {error}", "correct the file")
         except (OSError, UnicodeDecodeError) as error:
-            self.report(str(path), f"cannot be read ({error})", "name a YAML file in UTF-8")
+            self.report(str(path), f"cannot be read ({error})", "give a YAML file in UTF-8")
         else:
             if isinstance(node, yaml.MappingNode):
                 self.section("", node, str(path))
             else:
-                self.report(str(path), "must hold sections with keys", 'such as "train: {steps: 10}"')
+                self.report(str(path), "must contain sections with keys", 'such as "train: {steps: 10}"')
 
     def override(self, text: str) -> None:
+        """Merges a ``key=value`` argument."""
         path, equals, value = text.partition("=")
         if not equals:
             self.report(text, "is not of the form key=value", "write, for example, train.steps=10", origin=COMMAND_LINE)
@@ -143,10 +160,10 @@ class _Merge:
         try:
             self.setting(path, yaml_syntax.parse(value), COMMAND_LINE)
         except yaml_syntax.DialectError as error:
-            self.report(path, f"this is not valid YAML: {error}", "put text in quotes", value, COMMAND_LINE)
+            self.report(path, f"invalid YAML: {error}", "put text in quotes", value, COMMAND_LINE)
 
     def setting(self, path: str, node: yaml.Node, source: str) -> None:
-        """Takes over a field or a whole section."""
+        """Sets a field, a section or an item of a list."""
         item = re.fullmatch(r"([\w.]+)\[(\d+)\](?:\.(\w+))?", path)
         if path in FIELDS:
             self.field(FIELDS[path], node, source)
@@ -155,61 +172,63 @@ class _Merge:
         elif item and item[1] in FIELDS and source == COMMAND_LINE:
             self.item(FIELDS[item[1]], int(item[2]), item[3], node)
         else:
-            self.report(path, "unknown key", _suggestion(path), yaml_syntax.plain(node), _place(source, node))
+            self.report(path, "unknown key", _suggestion(path), yaml_syntax.plain(node), _origin(source, node))
 
     def section(self, prefix: str, node: yaml.Node, source: str) -> None:
-        """Takes over the keys of a section; one that is written without any, as a null, changes nothing."""
+        """Sets the keys of a section. An empty section (null in YAML) changes nothing."""
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if "." in key.value:
-                    fix = "dots are for the command line: here write a section with its keys indented below it"
-                    self.report(prefix + key.value, "unknown key", fix, yaml_syntax.plain(value), _place(source, key))
+                    fix = "dotted keys are only for the command line: write a section with its keys indented below it"
+                    self.report(prefix + key.value, "unknown key", fix, yaml_syntax.plain(value), _origin(source, key))
                 else:
                     self.setting(prefix + key.value, value, source)
         elif node.tag != yaml_syntax.NULL:
-            fix = f"its keys are {', '.join(_below(prefix))}"
-            self.report(prefix[:-1], "must be a section", fix, yaml_syntax.plain(node), _place(source, node))
+            fix = f"its keys are {', '.join(_names_in(prefix))}"
+            self.report(prefix[:-1], "must be a section", fix, yaml_syntax.plain(node), _origin(source, node))
 
     def field(self, field: Field, node: yaml.Node, source: str) -> None:
-        origin = _place(source, node)
+        """Sets the value of a field, after checking its type."""
+        origin = _origin(source, node)
         try:
             value = _value(field.path, node, field.type)
             if not isinstance(value, (str, list, dict)) and not has_type(value, field.type):
-                raise ValidationError("of a plain value nothing is converted: OmegaConf would take 5 for true")
+                raise ValidationError("OmegaConf would convert the value, for example 5 to true")
             OmegaConf.update(self.tree, field.path, value)
             self.origins[field.path] = origin
         except OmegaConfBaseException:
             fix = f"the default is {show(field.default)}"
             self.report(field.path, f"must be {type_name(field.type)}", fix, yaml_syntax.plain(node), origin)
-        except _Refused as refused:
-            self.report(*refused.args, origin=origin)
+        except _InvalidValue as invalid:
+            self.report(*invalid.args, origin=origin)
 
     def item(self, field: Field, number: int, key: str | None, node: yaml.Node) -> None:
-        """Takes over an item of a list, or one key of it, beside what the list holds so far."""
+        """Sets an item of a list, or one key of the item, and keeps the rest of the list."""
         items, before = OmegaConf.select(self.tree, field.path), self.origins[field.path]
         count = len(items) if OmegaConf.is_list(items) else 0
         path = f"{field.path}[{number}]"
         if number >= count:
-            rule, fix = f"there is no such item: {field.path} has {count} so far", f"give {field.path} whole"
+            rule, fix = f"there is no such item: {field.path} has {count} so far", f"set the list {field.path} itself"
             self.report(path, rule, fix, yaml_syntax.plain(node), COMMAND_LINE)
             return
-        whole = yaml_syntax.nodes(OmegaConf.to_container(items))
+        # Change the item in the list's YAML nodes, then set the list like any other value.
+        changed = yaml_syntax.nodes(OmegaConf.to_container(items))
         if key is None:
-            whole.value[number] = node
-        elif isinstance(whole.value[number], yaml.MappingNode):
-            keys = {name.value: (name, value) for name, value in whole.value[number].value}
+            changed.value[number] = node
+        elif isinstance(changed.value[number], yaml.MappingNode):
+            keys = {name.value: (name, value) for name, value in changed.value[number].value}
             keys[key] = (yaml_syntax.nodes(key), node)
-            whole.value[number].value = list(keys.values())
+            changed.value[number].value = list(keys.values())
         else:
             self.report(
                 f"{path}.{key}", "unknown key", f"{path} is a single value", yaml_syntax.plain(node), COMMAND_LINE
             )
             return
-        self.field(field, whole, COMMAND_LINE)
+        self.field(field, changed, COMMAND_LINE)
         self.origins[field.path] = before if before.endswith(COMMAND_LINE) else f"{before}, {COMMAND_LINE}"
 
     def finish(self) -> Loaded:
-        """Resolves ``${section.key}``; raises if anything was wrong."""
+        """Resolves ``${section.key}`` and returns the config; raises ConfigError if there is any problem."""
         for field in FIELDS.values():
             try:
                 value = OmegaConf.select(self.tree, field.path)
@@ -224,7 +243,7 @@ class _Merge:
 
 
 def _value(path: str, node: yaml.Node, wanted: Any) -> Any:
-    """The node as a plain value for a field of type ``wanted``; text stays as it was written, ``1e3`` or ``no``."""
+    """The node as plain value for a field of type ``wanted``. Text fields keep the text as written, such as ``1e3``."""
     if isinstance(node, yaml.SequenceNode):
         inner = typing.get_args(wanted)[0] if typing.get_origin(wanted) is list else None
         return [_value(f"{path}[{i}]", item, inner) for i, item in enumerate(node.value)]
@@ -233,26 +252,26 @@ def _value(path: str, node: yaml.Node, wanted: Any) -> Any:
         for key, value in node.value:
             if hints and key.value not in hints:
                 fix = did_you_mean(key.value, hints) or f"the keys are {', '.join(hints)}"
-                raise _Refused(f"{path}.{key.value}", "unknown key", fix, yaml_syntax.plain(value))
+                raise _InvalidValue(f"{path}.{key.value}", "unknown key", fix, yaml_syntax.plain(value))
         return {key.value: _value(f"{path}.{key.value}", item, hints.get(key.value)) for key, item in node.value}
     if node.value == "???":
-        raise _Refused(path, "there is no value yet", "write one in place of the ???", "???")
+        raise _InvalidValue(path, "a value is missing", "replace the ??? by a value", "???")
     _check_references(path, node.value)
     is_text = wanted is str or str in typing.get_args(wanted) or "${" in node.value
     return node.value if is_text and node.tag != yaml_syntax.NULL else yaml_syntax.plain(node)
 
 
 def _check_references(path: str, text: str) -> None:
-    r"""Allows ``${section.key}`` only; ``\${`` is text, as in OmegaConf's grammar."""
+    r"""Allows references ``${section.key}`` only; ``\${`` is a literal ``${``, as in OmegaConf's grammar."""
     for match in re.finditer(r"(\\*)\$\{([\w.]*\})?", text):
-        if len(match[1]) % 2:
+        if len(match[1]) % 2:  # an odd number of backslashes: the last one escapes ``${``
             continue
         if match[2] is None:
             rule = "only ${section.key} is resolved; environment variables and functions are not"
-            raise _Refused(path, rule, r"write the value itself, or \${ for a literal ${", text)
+            raise _InvalidValue(path, rule, r"write the value itself, or \${ for a literal ${", text)
         name = match[2][:-1]
         if name not in FIELDS:
-            raise _Refused(path, f"refers to {name}, which is no setting", _suggestion(name), text)
+            raise _InvalidValue(path, f"refers to {name}, which is not a setting", _suggestion(name), text)
 
 
 def _escape(value: Any) -> Any:
@@ -264,13 +283,14 @@ def _escape(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _place(source: str, node: yaml.Node) -> str:
+def _origin(source: str, node: yaml.Node) -> str:
+    """Where a value comes from: ``FILE:LINE`` or ``command line``."""
     mark = node.start_mark
     return source if source == COMMAND_LINE or mark is None else f"{source}:{mark.line + 1}"
 
 
-def _below(prefix: str) -> list[str]:
-    """Names of the keys and sections right below a section."""
+def _names_in(prefix: str) -> list[str]:
+    """Names of the keys and sections directly in a section."""
     return [path[len(prefix) :] for path in _PATHS if path.startswith(prefix) and "." not in path[len(prefix) :]]
 
 
@@ -278,12 +298,12 @@ _PATHS = [*SECTIONS, *FIELDS]
 
 
 def _suggestion(path: str) -> str:
-    """What an unknown path was meant to be: the same name elsewhere, or one like it; else what there is."""
+    """What an unknown path may have meant: the same name in another section or a similar one; else the known names."""
     above = [".".join(path.split(".")[:n]) for n in range(path.count("."), 0, -1)]
     if field := next((FIELDS[p] for p in above if p in FIELDS), None):
-        return f"{field.path} is given whole, such as {field.path}={show(field.default)}"
+        return f"{field.path} has no keys: set it itself, such as {field.path}={show(field.default)}"
     prefix = next((f"{p}." for p in above if p in SECTIONS), "")
-    siblings = _below(prefix)
+    siblings = _names_in(prefix)
     by_name: dict[str, list[str]] = {}
     for known in _PATHS:
         by_name.setdefault(known.rpartition(".")[2], []).append(known)
@@ -301,8 +321,8 @@ def _suggestion(path: str) -> str:
     return f"did you mean {' or '.join(found)}?"
 
 
-def _near_files(path: Path) -> str:
-    """Names a file that resembles a missing one: beside it, or in the folder ``configs``."""
+def _similar_file(path: Path) -> str:
+    """Suggests a file with a similar name, from the same folder or from the folder ``configs``."""
     files = {file.name: file for file in (*Path("configs").rglob("*.y*ml"), *path.parent.glob("*.y*ml"))}
     near = difflib.get_close_matches(path.name, files, n=1)
     return f"did you mean {files[near[0]]}?" if near else "the presets are in the folder configs"

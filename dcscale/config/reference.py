@@ -1,4 +1,4 @@
-"""Every setting as a table: path, type, default and meaning, read from the schema; and that table as text."""
+"""All settings as a table (path, type, default, allowed values, meaning), read from the schema; and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from dcscale.config.schema.limits import Range
 
 @dataclass(frozen=True)
 class Field:
-    """One setting."""
+    """One setting of the schema."""
 
     path: str
     """Dotted path, such as ``model.compose.rank``."""
 
     type: Any
-    """Type of its values: a scalar, ``scalar | None`` or a list of scalars or dataclasses."""
+    """Type: a scalar, ``scalar | None``, or a list of scalars or dataclasses."""
 
     default: Any
-    """Its value where nothing else is said."""
+    """Default value."""
 
     meaning: str
     """The docstring below the field."""
 
     choices: tuple[Any, ...] | None = None
-    """The allowed values, where there are only a few."""
+    """The allowed values, or None if they are not enumerated."""
 
     range: Range | None = None
-    """The allowed numbers, also of those in a list."""
+    """The allowed numbers, also for the items of a list."""
 
     @property
     def allowed(self) -> str:
-        """Choices or range in words."""
+        """Choices or range as text; empty if there is neither."""
         if self.choices is not None:
             return ", ".join(map(str, self.choices))
         return "" if self.range is None else str(self.range)
 
 
 def walk(section: type, prefix: str = "") -> Iterator[Field]:
-    """Yields every field that holds a value, in the order of the schema; sections are gone into."""
+    """Yields every field that holds a value, in the order of the schema; recurses into sections."""
     hints, meanings = typing.get_type_hints(section), docstrings(section)
     for item in fields(section):
         path, hint = f"{prefix}{item.name}", hints[item.name]
@@ -61,7 +61,7 @@ def walk(section: type, prefix: str = "") -> Iterator[Field]:
 
 
 def sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Yields path and class of every section below ``section``, outer before inner."""
+    """Yields path and class of every section within ``section``, outer sections first."""
     for name, hint in typing.get_type_hints(section).items():
         if is_dataclass(hint):
             yield f"{prefix}{name}", hint
@@ -70,32 +70,33 @@ def sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 
 @functools.cache
 def docstrings(section: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, on one line, by the field's name."""
+    """The docstring below each field of a dataclass, on one line, by field name."""
+    # Python does not keep these docstrings, so they are read from the source.
     body = ast.parse(inspect.getsource(section)).body[0].body
     found = {}
-    for node, below in itertools.pairwise(body):
-        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        if isinstance(node, ast.AnnAssign) and is_text and isinstance(below.value.value, str):
-            found[node.target.id] = " ".join(below.value.value.split())
+    for node, following in itertools.pairwise(body):
+        is_constant = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and is_constant and isinstance(following.value.value, str):
+            found[node.target.id] = " ".join(following.value.value.split())
     return found
 
 
 FIELDS: dict[str, Field] = {field.path: field for field in walk(Config)}
-"""Every setting of :class:`~dcscale.config.schema.Config` by its path."""
+"""Every setting of :class:`~dcscale.config.schema.Config`, by path."""
 
 SECTIONS: dict[str, type] = dict(sections(Config))
-"""Every section by its path."""
+"""Class of every section, by path."""
 
 
 def get(config: Any, path: str) -> Any:
-    """The value of ``config`` at a path, which may name an item, such as ``optimizer.rules[0].match``."""
+    """The value of ``config`` at a path, also of an item, such as ``optimizer.rules[0].match``."""
     for part in re.findall(r"\w+", path):
         config = config[int(part)] if part.isdigit() else getattr(config, part)
     return config
 
 
 def has_type(value: Any, wanted: Any) -> bool:
-    """Whether ``value`` is of a field's type; an int is a float too, a bool is neither."""
+    """Whether ``value`` has the type ``wanted``; an int also counts as float, a bool as neither."""
     arguments = typing.get_args(wanted)
     if typing.get_origin(wanted) is list:
         return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
@@ -110,7 +111,7 @@ def has_type(value: Any, wanted: Any) -> bool:
 
 
 def type_name(wanted: Any) -> str:
-    """A field's type in words, such as ``list of (int or null)``."""
+    """A type as text, such as ``list of (int or null)``."""
     arguments = typing.get_args(wanted)
     if typing.get_origin(wanted) is list:
         inner = type_name(arguments[0])
@@ -124,8 +125,15 @@ def type_name(wanted: Any) -> str:
 
 
 def reference() -> str:
-    """All settings: a table for each section, and for the items of a list of settings."""
-    parts = ["# Settings", ""]
+    """All settings as Markdown: one table per section, and one per list of dataclasses for its items."""
+    parts = [
+        "# Settings",
+        "",
+        "Generated from `dcscale/config/schema` by `python tests/test_pages.py`. YAML files are merged in order, later",
+        "wins; `key=value` on the command line comes last. `python tools/check_config.py CONFIG...` shows where each",
+        "value comes from.",
+        "",
+    ]
     for prefix, section in sections(Config):
         own = [field for field in walk(section, f"{prefix}.") if "." not in field.path[len(prefix) + 1 :]]
         parts += _table(prefix, section, own)

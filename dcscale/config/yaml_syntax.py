@@ -1,7 +1,7 @@
-"""The YAML that configs are written in: the core schema of YAML 1.2, without tags, aliases or double keys.
+"""The YAML dialect of configs: the core schema of YAML 1.2, without tags, aliases and duplicate keys.
 
-PyYAML reads YAML 1.1, where ``3e-4`` is text, ``no`` is false and ``12:30`` is 750. Here ``3e-4`` is a number and the
-other two are text. Tags and aliases are refused: a config may come from outside, and needs neither.
+PyYAML implements YAML 1.1, where ``3e-4`` is text, ``no`` is false and ``12:30`` is 750. Here ``3e-4`` is a number and
+the other two are text. Tags and aliases are refused: a config may come from somebody else, and needs neither.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 NULL = "tag:yaml.org,2002:null"
+# Types of scalars: tag -> (pattern of the text, characters that it may start with).
 _SCALARS = {
     NULL: (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -25,19 +26,20 @@ _TAGS = {*_SCALARS, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "ma
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers = {}  # replaces those of YAML 1.1; filled below
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(
-                None, None, "* begins an alias, which is not supported: quote the text", mark
+                None, None, "* starts an alias, which is not supported: quote the text", mark
             )
         node = super().compose_node(parent, index)
         if node.tag not in _TAGS:
             raise yaml.composer.ComposerError(None, None, f"the tag {node.tag} is not supported", node.start_mark)
         if isinstance(node, yaml.ScalarNode) and (half := re.search("[\ud800-\udfff]", node.value)):
-            problem = f"\\u{ord(half[0]):04x} is half a character: write the whole one"  # as JSON escapes those beyond
+            # JSON escapes characters above U+FFFF as two such halves; Python text cannot hold one of them alone.
+            problem = f"\\u{ord(half[0]):04x} is half of a surrogate pair: write the character itself"
             raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         return node
 
@@ -46,9 +48,9 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.composer.ComposerError(None, None, "a key must be a word", key.start_mark)
+                raise yaml.composer.ComposerError(None, None, "a key must be a scalar", key.start_mark)
             if key.value in lines:
-                problem = f"the key {key.value} is there twice, first in line {lines[key.value]}"
+                problem = f"duplicate key {key.value}, first in line {lines[key.value]}"
                 raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return node
@@ -64,7 +66,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=short)
 
     def represent_text(self, text: str) -> yaml.Node:
-        # PyYAML takes U+0085 for a line break and folds it, unless it is escaped.
+        # PyYAML treats U+0085 as a line break and folds it, unless it is escaped in double quotes.
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -73,16 +75,16 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 class DialectError(ValueError):
-    """Text that is not YAML, or not of this dialect."""
+    """The text is not YAML, or not of this dialect."""
 
     def __init__(self, reason: str, line: int | None):
         super().__init__(reason)
         self.line = line
-        """Line of the error, from 1; None where the text cannot be read at all."""
+        """Line of the error, from 1; None if the text cannot be parsed at all."""
 
 
 def parse(text: str) -> yaml.Node:
-    """Parses one document into nodes, which know their lines. Empty text is a null.
+    """Parses one document into nodes, which hold their line numbers. Empty text is null.
 
     Raises:
         DialectError: with the reason and the line.
@@ -99,12 +101,12 @@ def parse(text: str) -> yaml.Node:
 
 
 def nodes(value: Any) -> yaml.Node:
-    """Plain values as nodes, as if they had been written and parsed."""
+    """Converts plain values into nodes, as if they had been written and parsed."""
     return yaml.representer.SafeRepresenter(sort_keys=False).represent_data(value)
 
 
 def plain(node: yaml.Node) -> Any:
-    """The node as plain values; a number that Python cannot hold stays text."""
+    """Converts a node into plain values; a number that Python refuses to parse stays text."""
     try:
         return _Loader("").construct_object(node, deep=True)
     except ValueError:
@@ -112,5 +114,5 @@ def plain(node: yaml.Node) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Plain values as YAML text, a list of scalars on one line."""
+    """Writes plain values as YAML text, with lists of scalars on one line."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,5 +1,5 @@
-"""What a conversion refuses with."""
+"""The error of conversions."""
 
 
 class ConversionError(ValueError):
-    """A source that cannot be converted as asked."""
+    """A source that cannot be converted as requested."""

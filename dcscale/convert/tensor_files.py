@@ -1,4 +1,4 @@
-"""The tensors of a folder, read one at a time: safetensors, or PyTorch's .bin without running what is in it."""
+"""Reads the tensors of a folder one at a time: safetensors, or PyTorch's .bin without running any code in it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dcscale.checkpoint.weights import INDEX
 from dcscale.convert.errors import ConversionError
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What weights may be stored as."""
+"""Types that weights may have in a file."""
 
 NAMES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-"""Files that hold or list a folder's tensors; the first that is there counts, as it does for transformers."""
+"""Files with a folder's tensors or their index. The first that exists is read, as transformers does."""
 
 
 class TensorFiles(ABC):
-    """Named tensors of one or several files, of which nothing is held in memory.
+    """Named tensors in one or several files; none is kept in memory.
 
     Attributes:
-        source: the file that lists or holds them.
+        source: the file with the tensors, or their index.
         shapes: of every tensor, by name.
         dtypes: of every tensor, by name.
-        shared: groups of names that are one and the same memory in the file.
+        shared: groups of names that share memory in the file.
     """
 
     def __init__(self, source: Path):
@@ -39,7 +39,11 @@ class TensorFiles(ABC):
 
     @abstractmethod
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or some of its rows, in memory of its own."""
+        """A tensor, or its rows from the first to before the second of ``rows``, in new memory.
+
+        Raises:
+            ConversionError: the file cannot be read.
+        """
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if name in self.shapes:
@@ -54,9 +58,9 @@ class _Safetensors(TensorFiles):
         for path in files:
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                    for name in file.keys():  # noqa: SIM118 - the file is not a mapping
                         part = file.get_slice(name)
-                        # An empty slice has the tensor's type.
+                        # get_slice has no dtype in torch's terms, but an empty slice does. A scalar has no slices.
                         dtype = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
                         self._add(name, tuple(part.get_shape()), dtype)
                         self._file_of[name] = path
@@ -72,7 +76,7 @@ class _Safetensors(TensorFiles):
 
 
 class _TorchFiles(TensorFiles):
-    """Files of torch.save, mapped into memory: only the pages of a tensor that is read are loaded."""
+    """Files of torch.save, mapped into memory: only the pages of tensors that are read are loaded."""
 
     def __init__(self, source: Path, files: list[Path]):
         super().__init__(source)
@@ -80,14 +84,15 @@ class _TorchFiles(TensorFiles):
         by_memory: dict[int, list[str]] = {}
         for path in files:
             try:
+                # weights_only: a pickle can run any code when it is loaded.
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
                 raise ConversionError(
-                    f"{path} is refused: {str(error).splitlines()[0]} Only a file of named tensors, written by "
-                    "torch.save of PyTorch 1.6 or newer, is read; nothing else is unpickled"
+                    f"{path} cannot be read: {str(error).splitlines()[0]} It must be a file of named tensors, written "
+                    "by torch.save of PyTorch 1.6 or newer; nothing else is unpickled"
                 ) from error
             if not isinstance(content, dict):
-                raise ConversionError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+                raise ConversionError(f"{path} has a {type(content).__name__}, expected a dictionary of tensors")
             for name, tensor in content.items():
                 if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                     raise ConversionError(
@@ -107,19 +112,20 @@ def open_tensors(folder: Path) -> TensorFiles:
     """The tensors of ``folder``.
 
     Raises:
-        ConversionError: there are none, or a file is missing, damaged, or holds anything but named tensors.
+        ConversionError: there are none, or a file is missing, corrupt, or has anything but named tensors.
     """
     source = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if source is None:
-        raise ConversionError(f"{folder} holds no weights: looked for {', '.join(NAMES)}")
+        raise ConversionError(f"{folder} has no weights: looked for {', '.join(NAMES)}")
     files = [source]
     if source.name.endswith(".index.json"):
         try:
             names = set(json.loads(source.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConversionError(f"{source} is no index of tensors (weight_map): {error!r}") from error
+            raise ConversionError(f"{source} is not an index of tensors (weight_map): {error!r}") from error
+        # A path could name any file on this machine.
         outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if outside:
-            raise ConversionError(f"{source} names {outside[0]!r}: its files must lie beside it")
+            raise ConversionError(f"{source} names {outside[0]!r}: its files must be in the same folder")
         files = [folder / name for name in sorted(names)]
     return (_TorchFiles if ".bin" in source.name else _Safetensors)(source, files)

@@ -1,7 +1,9 @@
 """Data: from text to token shards, and from shards to batches in a fixed order.
 
-:mod:`shards <dcscale.data.shards>` says what a shard is, :mod:`storage <dcscale.data.storage>` where its bytes are;
-:mod:`prepare <dcscale.data.prepare>` makes shards of text, :mod:`stream <dcscale.data.stream>` makes batches of shards.
+- :mod:`dcscale.data.shards`: what a shard is.
+- :mod:`dcscale.data.storage`: where the bytes of shards are stored.
+- :mod:`dcscale.data.prepare`: makes shards from text.
+- :mod:`dcscale.data.stream`: makes batches from shards.
 """
 
 from dcscale.data.errors import DataError
@@ -10,15 +12,15 @@ from dcscale.data.shards.manifest import Manifest, read_manifest
 from dcscale.data.shards.skipped import SkippedShard
 from dcscale.data.storage import RetryPolicy, StorageOptions
 from dcscale.data.stream.loader import Batch, BatchLoader
-from dcscale.data.stream.mixture import MixedStream, Stream, open_mixture
-from dcscale.data.stream.stream import SequenceStream, StreamConfig, open_stream
+from dcscale.data.stream.mixture import MixedStream, open_mixture
+from dcscale.data.stream.stream import SequenceStream, Stream, StreamConfig, open_stream
 from dcscale.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
+    load_shard_tokenizer,
     load_tokenizer,
     tokenizer_files,
-    tokenizer_of_shards,
 )
 
 __all__ = [
@@ -38,10 +40,10 @@ __all__ = [
     "StreamConfig",
     "Tokenizer",
     "build_shards",
+    "load_shard_tokenizer",
     "load_tokenizer",
     "open_mixture",
     "open_stream",
     "read_manifest",
     "tokenizer_files",
-    "tokenizer_of_shards",
 ]

@@ -1,5 +1,5 @@
-"""The error of everything that is wrong with data or with how it is asked for."""
+"""The error raised for unusable data and for invalid requests for data."""
 
 
 class DataError(ValueError):
-    """Data, or a request for it, is unusable. The message names the thing, its value, the rule and the way out."""
+    """Data, or a request for it, is unusable. The message names the item, its value, the rule and how to fix it."""

@@ -15,50 +15,60 @@ from dcscale.files import write_atomically
 
 TOKENIZER_NAME = "tokenizer.json"
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-"""Names under which an end-of-document token is looked for when none is given."""
+"""Usual names of the end-of-document token; looked up in the vocabulary if none is given."""
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back."""
+    """Converts text to token ids and back."""
 
     spec: str
-    """``byte``, or the path of a ``tokenizer.json``: what :func:`load_tokenizer` takes."""
+    """``byte``, or the path of a ``tokenizer.json``; an argument of :func:`load_tokenizer`."""
 
     fingerprint: str
-    """SHA-256 of the definition."""
+    """SHA-256 of the definition, in hexadecimal."""
 
     vocab_size: int
     """One more than the largest token id."""
 
     eos_id: int
-    """The token that ends a document."""
+    """Id of the end-of-document token."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without an end-of-document token."""
 
     @abstractmethod
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The same, and for each token the characters [begin, end) of ``text`` that it stands for, at least in part.
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Like :meth:`encode`, with the range [begin, end) of characters of ``text`` that each token covers.
 
-        Spaces before a token's first letter may be missing there.
+        A token may cover only part of a character. Ranges may leave out spaces before the first letter of a token.
+
+        Returns:
+            (token ids, (begin, end) of each token).
         """
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; end-of-document tokens give none, bytes that are not UTF-8 give U+FFFD."""
+        """The text of token ids, without end-of-document tokens; invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of whole documents, each with its end-of-document token: uint32 [tokens] each."""
+        """Token ids of complete documents.
+
+        Returns:
+            uint32 [tokens of the document, its end-of-document token included] for each document.
+
+        Raises:
+            DataError: a document cannot be tokenized.
+        """
 
     def save(self, folder: Path) -> TokenizerInfo:
-        """Put what is needed to load it again into ``folder``; returns its entry in the manifest."""
+        """Write the files needed to load the tokenizer into ``folder``; returns its entry in the manifest."""
         return TokenizerInfo(self.spec, self.fingerprint, self.vocab_size, self.eos_id)
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 as end of document."""
+    """The UTF-8 bytes 0 to 255 as tokens, and 256 as the end-of-document token."""
 
     spec = "byte"
     fingerprint = hashlib.sha256(b"dcscale byte tokenizer, version 1").hexdigest()
@@ -68,36 +78,36 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        places = [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
-        return self.encode(text), places
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        offsets = [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
+        return self.encode(text), offsets
 
     def decode(self, ids: list[int]) -> str:
-        # 0xFF is never part of UTF-8, so an id beyond the vocabulary shows as one U+FFFD.
+        # 0xFF never occurs in UTF-8, so an id outside the vocabulary decodes to one U+FFFD.
         return bytes(min(i, 255) for i in ids if i != self.eos_id).decode(errors="replace")
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        ends = np.array([self.eos_id], dtype=np.uint32)
-        return [np.concatenate([np.frombuffer(text.encode(), np.uint8), ends], dtype=np.uint32) for text in texts]
+        eos = np.array([self.eos_id], dtype=np.uint32)
+        return [np.concatenate([np.frombuffer(text.encode(), np.uint8), eos], dtype=np.uint32) for text in texts]
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the Hugging Face ``tokenizers`` library.
 
-    Text never becomes a special token: a document in which ``<|endoftext|>`` is written keeps it as text.
+    Text is never encoded to a special token: ``<|endoftext|>`` in a document stays ordinary text.
 
     Args:
-        path: the ``tokenizer.json``, or with ``definition`` whatever names it.
-        eos: name or id of the token that ends a document; None takes the one of ``EOS_TOKENS`` that it has.
-        definition: what is in the file, where it was read already.
+        path: the ``tokenizer.json``; with ``definition``, only its name for messages.
+        eos: name or id of the end-of-document token; None takes the only one of ``EOS_TOKENS`` in the vocabulary.
+        definition: content of the file, if it was already read.
 
     Raises:
-        DataError: the library or the file is missing, the file is not a tokenizer, or ``eos`` is not a token of it.
+        DataError: the library or the file is missing, the file is not a tokenizer, or ``eos`` is not in its vocabulary.
     """
 
     def __init__(self, path: Path | str, eos: str | int | None = None, definition: bytes | None = None) -> None:
         try:
-            from tokenizers import Tokenizer as Library  # optional: byte tokens need no library
+            from tokenizers import Tokenizer as Library  # optional dependency: byte tokens do not need it
         except ImportError as error:
             raise DataError(
                 f"{path}: a {TOKENIZER_NAME} needs the tokenizers package, which is not installed; "
@@ -111,6 +121,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._library = Library.from_buffer(self._definition)
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise DataError(f"{path}: is not a Hugging Face {TOKENIZER_NAME}: {error}; give another file") from error
+        # Encode special tokens in text as ordinary text, and do not apply the file's own padding and truncation.
         self._library.encode_special_tokens = True
         self._library.no_padding()
         self._library.no_truncation()
@@ -127,15 +138,15 @@ class HuggingFaceTokenizer(Tokenizer):
             candidates = [self._library.id_to_token(eos) if isinstance(eos, int) else eos]
         if len(candidates) != 1 or candidates[0] not in vocabulary:
             raise DataError(
-                f"{self.spec}: the token that ends a document is not clear: asked for {eos!r}, found {candidates} "
-                f"among its {len(vocabulary)} tokens; name one of its tokens with --eos-token"
+                f"{self.spec}: the end-of-document token is ambiguous or missing: requested {eos!r}, found "
+                f"{candidates} among its {len(vocabulary)} tokens; name one of its tokens with --eos-token"
             )
         return vocabulary[candidates[0]]
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._library.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -146,8 +157,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         try:
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception, such as for words that its vocabulary lacks
-            raise DataError(f"{self.spec}: cannot tokenise a document: {error}; give another tokenizer") from error
+        except Exception as error:  # the library raises bare Exception, for example for words outside its vocabulary
+            raise DataError(f"{self.spec}: cannot tokenize a document: {error}; give another tokenizer") from error
         return [np.array([*encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
 
     def save(self, folder: Path) -> TokenizerInfo:
@@ -159,57 +170,60 @@ def load_tokenizer(spec: str | Path, eos: str | None = None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        spec: ``byte``; the path of a ``tokenizer.json``; or a folder that holds shards (their tokenizer, checked
-            against the manifest) or just a ``tokenizer.json``.
-        eos: name of the token that ends a document, for a ``tokenizer.json`` outside a folder of shards; None takes
-            the one of ``EOS_TOKENS`` that it has.
+        spec: ``byte``; the path of a ``tokenizer.json``; a folder of shards, whose tokenizer is checked against the
+            manifest; or another folder with a ``tokenizer.json``.
+        eos: name of the end-of-document token, for a ``tokenizer.json`` outside a folder of shards; None takes the
+            only one of ``EOS_TOKENS`` in the vocabulary.
 
     Raises:
         DataError: there is no such tokenizer, it cannot be loaded, or it is not the one that made the shards.
     """
     if spec == "byte":
         if eos is not None:
-            raise DataError(f"the tokenizer is 'byte', whose documents end with token 256, not {eos!r}; leave that out")
+            raise DataError(f"the tokenizer is 'byte', whose documents end with token 256, not {eos!r}; leave it out")
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir() and (path / MANIFEST_NAME).exists():
-        return tokenizer_of_shards(LocalStorage(path), read_manifest(path))
+        return load_shard_tokenizer(LocalStorage(path), read_manifest(path))
     return HuggingFaceTokenizer(path / TOKENIZER_NAME if path.is_dir() else path, eos)
 
 
-def tokenizer_of_shards(source: Storage, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of shards.
+def load_shard_tokenizer(storage: Storage, manifest: Manifest) -> Tokenizer:
+    """Load the tokenizer that made the tokens of shards.
 
     Args:
-        source: root of the shards.
-        manifest: what is known about them.
+        storage: root of the shards.
+        manifest: their manifest.
 
     Raises:
-        DataError: it is not there, cannot be loaded, or is not the one that the manifest names.
+        DataError: it is missing, cannot be loaded, or is not the one in the manifest.
     """
     expected = manifest.tokenizer
     if expected.spec == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
     else:
         try:
-            definition = source.read(TOKENIZER_NAME)
+            definition = storage.read(TOKENIZER_NAME)
         except UnreadableError as error:
             raise DataError(f"{error}; put the tokenizer that made the shards there") from error
-        tokenizer = HuggingFaceTokenizer(source.where(TOKENIZER_NAME), expected.eos_id, definition)
+        tokenizer = HuggingFaceTokenizer(storage.location(TOKENIZER_NAME), expected.eos_id, definition)
     for name in ("fingerprint", "vocab_size", "eos_id"):
         found, wanted = getattr(tokenizer, name), getattr(expected, name)
         if found != wanted:
             raise DataError(
-                f"{source.where(MANIFEST_NAME)}: tokenizer.{name} is {wanted!r}, but the tokenizer there now has "
+                f"{storage.location(MANIFEST_NAME)}: tokenizer.{name} is {wanted!r}, but the tokenizer there now has "
                 f"{found!r}; put the tokenizer that made the shards back, or make the shards again"
             )
     return tokenizer
 
 
-def tokenizer_files(source: Storage, manifest: Manifest) -> dict[str, bytes]:
-    """Files of a root of shards that are needed to load its tokenizer elsewhere, by name; none for byte tokens.
+def tokenizer_files(storage: Storage, manifest: Manifest) -> dict[str, bytes]:
+    """The files of a root of shards that are needed to load its tokenizer elsewhere.
+
+    Returns:
+        File name -> content; empty for byte tokens.
 
     Raises:
-        DataError: one cannot be read.
+        DataError: a file cannot be read.
     """
-    return {} if manifest.tokenizer.spec == "byte" else {TOKENIZER_NAME: source.read(TOKENIZER_NAME)}
+    return {} if manifest.tokenizer.spec == "byte" else {TOKENIZER_NAME: storage.read(TOKENIZER_NAME)}

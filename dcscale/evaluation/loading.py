@@ -1,4 +1,4 @@
-"""A trained model of any format that :mod:`dcscale.convert` reads, used without DeepSpeed; its command-line options."""
+"""Find and load a trained model of any format that :mod:`dcscale.convert` reads, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcscale.cli import whole_number
+from dcscale.cli import source_options
 from dcscale.config import Config
-from dcscale.convert import DTYPES, Conversion, add_source_options, prepare, source_options
+from dcscale.convert import DTYPES, Conversion, prepare
 from dcscale.data import ByteTokenizer, DataError, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from dcscale.data.tokenizers import TOKENIZER_NAME
 from dcscale.models import DCFormer
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model that was found. Its tensors are read by :meth:`load` only, its tokenizer when it is asked for."""
+class TrainedModel:
+    """A model that was found and checked. Weights are read by :meth:`load`, the tokenizer on first access."""
 
     conversion: Conversion
     tokenizer_spec: str | None
-    """Takes the place of the model's own: see :func:`dcscale.data.load_tokenizer`."""
+    """Tokenizer to use instead of the model's own; see :func:`dcscale.data.load_tokenizer`."""
     eos_token: str | None
-    """Name of the token that ends a document, for a tokenizer of which that is not known."""
+    """Text of the end-of-document token, for a tokenizer that does not define it."""
 
     @property
     def config(self) -> Config:
@@ -37,23 +37,23 @@ class Trained:
 
     @property
     def folder(self) -> Path:
-        """Where it lies: of a run, the checkpoint."""
-        return self.conversion.found.folder
+        """The folder of the model; for a run, that of its checkpoint."""
+        return self.conversion.source.folder
 
     @property
     def step(self) -> int | None:
-        """The step of training it is from; None where that is not known."""
+        """Optimizer steps that the model was trained for; None if not known."""
         return self.conversion.state.get("step") or None
 
     @property
     def description(self) -> list[str]:
-        """What it is, and what a person should know of how it was taken."""
+        """Lines for the user: what the model is, and notes on its conversion."""
         step = "" if self.step is None else f" (step {self.step})"
-        return [self.conversion.found.description + step, *(f"note: {note}" for note in self.conversion.notes)]
+        return [self.conversion.source.description + step, *(f"note: {note}" for note in self.conversion.notes)]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one that was named, else the model's own.
+        """The tokenizer that was given, else the model's own.
 
         Raises:
             DataError: there is none, or it cannot be loaded.
@@ -69,87 +69,52 @@ class Trained:
         return HuggingFaceTokenizer(file, self.eos_token if own is None else own["eos_id"])
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> DCFormer:
-        """The model; ``dtype`` None is the type it was trained in. See :meth:`dcscale.convert.Conversion.load`."""
+        """Loads the model; ``dtype`` None: as trained. See :meth:`dcscale.convert.Conversion.load`."""
         return self.conversion.load(device, dtype)
 
 
-def open_trained(path: Path, *, tokenizer: str | None = None, eos_token: str | None = None, **options: Any) -> Trained:
-    """Finds out what ``path`` is, a run too; ``options`` as for :func:`dcscale.convert.prepare`.
+def open_trained(
+    path: Path, *, tokenizer: str | None = None, eos_token: str | None = None, **options: Any
+) -> TrainedModel:
+    """Opens the model at ``path``, which may also be a run. Unpickles nothing but tensors.
 
-    Nothing is unpickled but tensors.
+    Args:
+        path: run, checkpoint, model folder, or a folder of another format.
+        tokenizer: tokenizer to use instead of the model's own.
+        eos_token: text of the end-of-document token.
+        options: as for :func:`dcscale.convert.prepare`.
 
     Raises:
-        ConversionError: it is no model, or not one that dcscale can have; everything in the way is listed.
+        ConversionError: there is no model, or not one that dcscale supports; lists all problems.
     """
-    return Trained(prepare(path, "dcscale", **options), tokenizer, eos_token)
+    return TrainedModel(prepare(path, "dcscale", **options), tokenizer, eos_token)
 
 
-Told = Callable[[int, int], None]
-"""Gets how much is done, and of how much."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with the number of items that are done, and their total number."""
 
 
-def padded(rows: Sequence[Sequence[int]], padding: int, device: torch.device) -> Tensor:
-    """int64 [B, T], T of the longest row."""
+def pad_rows(rows: Sequence[Sequence[int]], padding: int, device: torch.device) -> Tensor:
+    """Rows as an int64 tensor [B, T], padded at the end to T, the length of the longest row."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], device=device)
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
-    """Raises DataError for a token that the model does not have."""
+def check_token_ids(ids: Sequence[int], vocab_size: int, location: str) -> None:
+    """Raises DataError if a token id is outside the model's vocabulary; ``location`` begins the message."""
     largest = max(ids, default=0)
     if largest >= vocab_size:
         raise DataError(
-            f"{where}: the tokenizer gives token {largest}, but the model has {vocab_size} tokens: name the tokenizer "
-            "that it was trained with by --tokenizer"
+            f"{location}: the tokenizer gives token {largest}, but the model has {vocab_size} tokens: use the "
+            "tokenizer that the model was trained with (--tokenizer)"
         )
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name, once a number has been there and back."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds them; :func:`open_model` reads those that find the model, :func:`dtype_of` one of the others."""
-    parser.add_argument(
-        "path",
-        type=Path,
-        help="run (its newest whole checkpoint is used), checkpoint, model folder, or any other folder that "
-        "tools/convert_checkpoint.py reads; it is only read",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="tokenizer.json, or byte (default: what lies beside the model)"
-    )
-    parser.add_argument(
-        "--eos-token", metavar="NAME", help="the tokenizer's token that ends a document, where that is not clear"
-    )
-    parser.add_argument(
-        "--begin-id",
-        type=partial(whole_number, least=0),
-        metavar="ID",
-        help="token to put before every text, for a model that was trained so: Llama's beginning-of-text (default: "
-        "none, as in dcscale's training)",
-    )
-    parser.add_argument(
-        "--device",
-        type=usable_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type to compute in (default: as trained)")
-    add_source_options(parser)
-
-
-def open_model(options: argparse.Namespace) -> Trained:
-    """The model that was named, not loaded yet; tells on stderr what it is.
+def open_model(options: argparse.Namespace) -> TrainedModel:
+    """Opens the model that command-line options name, without loading it; prints its description to stderr.
 
     Raises:
-        ValueError: see :func:`open_trained`; or the model does not have the token of ``--begin-id``.
+        ValueError: see :func:`open_trained`; or the model has no token ``--begin-id``.
     """
     trained = open_trained(
         options.path, tokenizer=options.tokenizer, eos_token=options.eos_token, **source_options(options)
@@ -162,5 +127,5 @@ def open_model(options: argparse.Namespace) -> Trained:
 
 
 def dtype_of(options: argparse.Namespace) -> torch.dtype | None:
-    """None: as trained."""
+    """The dtype that ``--dtype`` names; None: as trained."""
     return DTYPES.get(options.dtype)

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, and as rows of a table for people and for JSON."""
+"""Results of evaluations, as JSON rows and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ from dcscale.ops import bits_per_byte
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Figures of one text or one folder of shards."""
+class LossResult:
+    """Results for one text or one folder of shards."""
 
     name: str
     tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
     loss: float
-    """Nats a token, mean."""
+    """Mean, nats/token."""
     perplexity: float
-    """exp(loss), a token."""
+    """exp(loss), per token."""
     bits_per_byte: float | None
-    """Bits a byte of the text, whatever the tokenizer; None where the text's bytes are not known."""
+    """Bits per byte of text, comparable between tokenizers; None if the number of bytes is not known."""
 
 
-def losses(name: str, total: float, tokens: int, text_bytes_per_token: float | None) -> Losses:
-    """Figures from a sum of ``total`` nats over ``tokens``.
+def loss_result(name: str, total: float, tokens: int, text_bytes_per_token: float | None) -> LossResult:
+    """Results from a loss sum.
+
+    Args:
+        name: of the text or folder.
+        total: sum of the losses in nats.
+        tokens: number of predicted tokens.
+        text_bytes_per_token: mean UTF-8 bytes per token; None: not known.
 
     Raises:
-        FloatingPointError: the loss is not finite, or so large that exp(loss) is no number any more.
+        FloatingPointError: the loss is not finite, or exp(loss) would overflow.
     """
     loss = total / tokens
-    if not loss < 700:
+    if not loss < 700:  # exp() overflows above 709; NaN fails this comparison, too
         raise FloatingPointError(
-            f"{name}: the loss is {loss:.6g} nats/token: the model's weights are damaged or training has diverged"
+            f"{name}: the loss is {loss:.6g} nats/token: the model's weights are corrupt or training has diverged"
         )
     bits = None if text_bytes_per_token is None else bits_per_byte(loss, text_bytes_per_token)
-    return Losses(name, tokens, loss, math.exp(loss), bits)
+    return LossResult(name, tokens, loss, math.exp(loss), bits)
 
 
-_LOSSES = ("name", "tokens", "loss", "perplexity", "bits_per_byte")
-_ACCURACIES = ("name", "task", "texts", "answers", "answer_accuracy", "tokens", "token_accuracy")
+_LOSS_COLUMNS = ("name", "tokens", "loss", "perplexity", "bits_per_byte")
+_ACCURACY_COLUMNS = ("name", "task", "texts", "answers", "answer_accuracy", "tokens", "token_accuracy")
 
 
 def accuracy_rows(files: Sequence[tuple[str, Mapping[str, Accuracy]]]) -> list[dict[str, Any]]:
-    """A row for each task of a file, one for all of it (``task`` None), and one for all of several (``name`` None)."""
+    """A row per task of each file, a total per file (``task`` None), and a total of several files (``name`` None)."""
     rows = []
     for name, tasks in files:
         rows += [_row(name, task, counts) for task, counts in tasks.items()]
@@ -67,16 +73,16 @@ def _row(name: str | None, task: str | None, counts: Accuracy) -> dict[str, Any]
 
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
-    """The tables of a result, and what a person should know of its figures."""
+    """The tables of a result, and notes on it, as lines."""
     lines = []
-    for columns, rows in ((_LOSSES, result["losses"]), (_ACCURACIES, result["accuracies"])):
+    for columns, rows in ((_LOSS_COLUMNS, result["losses"]), (_ACCURACY_COLUMNS, result["accuracies"])):
         if rows:
             lines += _table(columns, rows)
     for row in result["accuracies"]:
         if row["name"] is not None and row["task"] is None and row["texts_in_pieces"]:
             lines.append(
-                f"{printable(row['name'])}: {row['texts_in_pieces']:,} of {row['texts']:,} texts were tokenised in "
-                "pieces, as a token reached across a mark"
+                f"{printable(row['name'])}: {row['texts_in_pieces']:,} of {row['texts']:,} texts were tokenized in "
+                "pieces, because a token crossed a mark"
             )
     return lines
 
@@ -85,8 +91,8 @@ def _table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[st
     cells = [[column.replace("_", " ") for column in columns]]
     cells += [[_cell(row[column]) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    sides = [str.ljust if column in ("name", "task") else str.rjust for column in columns]
-    return ["  ".join(side(text, width) for side, text, width in zip(sides, row, widths)) for row in cells]
+    aligned = [str.ljust if column in ("name", "task") else str.rjust for column in columns]
+    return ["  ".join(align(text, width) for align, text, width in zip(aligned, row, widths)) for row in cells]
 
 
 def _cell(value: str | float | None) -> str:

@@ -1,4 +1,4 @@
-"""Loss over token shards: the number that validation in training gives."""
+"""Loss over token shards, computed as in validation during training."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 import torch
 
 from dcscale.data import BatchLoader, DataError, SequenceStream, StreamConfig, open_stream
-from dcscale.data.storage import shown
-from dcscale.evaluation.loading import Told
-from dcscale.evaluation.results import Losses, losses
+from dcscale.data.storage import redact
+from dcscale.evaluation.loading import ProgressCallback
+from dcscale.evaluation.results import LossResult, loss_result
 from dcscale.models import DCFormer
 
 
 def open_shards(
-    root: str, *, vocab_size: int, context: int, document_mask: bool, trained_with: Mapping[str, Any] | None = None
+    root: str, *, vocab_size: int, context: int, document_mask: bool, model_tokenizer: Mapping[str, Any] | None = None
 ) -> SequenceStream:
-    """Sequences of shards in the manifest's order, as validation in training has them.
+    """Opens shards as a stream of sequences in manifest order, as validation during training does.
 
     Args:
-        root: folder of shards or its address, as ``data.validation``.
-        vocab_size: the model's.
-        context: tokens a sequence.
-        document_mask: whether attention and targets stop at document bounds.
-        trained_with: entry ``tokenizer`` of the model's state, where it has one.
+        root: folder or URL of shards, as ``data.validation``.
+        vocab_size: of the model.
+        context: tokens per sequence.
+        document_mask: whether attention and targets stop at document boundaries.
+        model_tokenizer: the entry ``tokenizer`` of the model's state, if it has one.
 
     Raises:
-        DataError: the shards cannot be opened, do not fit the model, or are another tokenizer's.
+        DataError: the shards cannot be opened, do not fit the model, or were made with another tokenizer.
     """
     stream = open_stream(
         root,
@@ -43,11 +43,11 @@ def open_shards(
         ),
     )
     found = stream.tokenizer.fingerprint
-    wanted = (trained_with or {}).get("fingerprint", found)
-    if found != wanted:
+    expected = (model_tokenizer or {}).get("fingerprint", found)
+    if found != expected:
         raise DataError(
-            f"{shown(root)}: its tokens are of the tokenizer with fingerprint {found}, but the model was trained with "
-            f"{wanted}: the same token would mean another text; make shards with the model's tokenizer"
+            f"{redact(root)}: the shards were made with the tokenizer with fingerprint {found}, but the model was "
+            f"trained with {expected}: token ids would decode to different text; make shards with the model's tokenizer"
         )
     return stream
 
@@ -59,18 +59,20 @@ def evaluate_shards(
     *,
     batch_size: int,
     sequences: int | None = None,
-    told: Told = lambda done, total: None,
-) -> Losses:
+    on_progress: ProgressCallback = lambda done, total: None,
+) -> LossResult:
     """Mean loss over the sequences of an epoch.
 
     Args:
-        batch_size: sequences at once.
-        sequences: use only so many, spread evenly, as ``validation.sequences`` does; None uses all.
-        told: gets the sequences that are done, and all of them.
+        model: the model.
+        stream: from :func:`open_shards`.
+        batch_size: sequences per forward pass.
+        sequences: number of sequences to use, evenly spread, as ``validation.sequences``; None: all.
+        on_progress: called with the number of finished sequences and of all sequences.
 
     Raises:
-        DataError: a shard cannot be read, or there is nothing to predict in the sequences.
-        FloatingPointError: see :func:`losses`.
+        DataError: a shard cannot be read, or the sequences have no targets.
+        FloatingPointError: see :func:`loss_result`.
     """
     device = next(model.parameters()).device
     number = min(sequences or stream.sequences_per_epoch, stream.sequences_per_epoch)
@@ -85,15 +87,15 @@ def evaluate_shards(
         prefetch_steps=2,
         limit=number,
     )
-    told(0, number)
+    on_progress(0, number)
     with loader:
         for (batch,) in loader.steps():
             targets += batch.target_count
             batch = batch.to(device)
             total += model(batch.input_ids, batch.targets, batch.document_ids)
             done = min(done + batch_size, number)
-            told(done, number)
-    name = str(stream.source)
+            on_progress(done, number)
+    name = str(stream.storage)
     if not targets:
-        raise DataError(f"{name}: there is nothing to predict in {number} of its sequences; use more of them")
-    return losses(name, float(total), targets, stream.text_bytes_per_target)
+        raise DataError(f"{name}: {number} of its sequences have no targets to predict; use more sequences")
+    return loss_result(name, float(total), targets, stream.text_bytes_per_target)

@@ -1,20 +1,19 @@
-"""JSONL of in-context tasks: texts in which answers are marked.
+"""JSONL files of in-context tasks: texts with marked answers.
 
 The format is that of the synthetic tasks of the DCFormer paper (Xiao et al., arXiv 2405.08553; the file
-``data/synthetic_dataset.jsonl`` of Caiyun-AI/DCFormer). A line is a JSON object with
+``data/synthetic_dataset.jsonl`` of Caiyun-AI/DCFormer). Each line is a JSON object with
 
-* ``task_id``: text, the task that it belongs to;
-* ``texts``: text, usually some lines that state examples and questions. Every ``[ answer ]`` in it is an answer to be
-  predicted from everything before it. The brackets and one space inside of each are marks and not part of the text:
+* ``task_id``: string, the task that the line belongs to;
+* ``texts``: string, usually several lines with examples and questions. Every ``[ answer ]`` in it is an answer to be
+  predicted from everything before it. The brackets and one space inside each of them are marks, not part of the text:
   ``a kind of [ fruit ]`` is read as ``a kind of fruit``.
 
-Other keys are not read. A bracket can only be a mark. A text has one answer at least, and words before the first.
+Other keys are ignored. Brackets can only be marks. A text has at least one answer, and text before the first answer.
 
-Which tokens are an answer: the whole text is tokenised without its marks, and the answer has the tokens in which there
-is any character of it. The first of them may begin with the white space before the answer, as tokens of many
-tokenizers do, but where one reaches further beyond the answer, or ends behind it, the model could not be asked for the
-answer alone. Such a text is cut before that white space and behind each answer, and its pieces are tokenised one by
-one.
+The tokens of an answer: the text is tokenized without its marks, and the answer has all tokens that contain any of its
+characters. The first one may begin with the white space before the answer, as in many tokenizers. If a token contains
+more text before the answer, or text after it, the model cannot be asked for the answer alone. The text is then cut
+before that white space and after each answer, and the pieces are tokenized separately.
 """
 
 from __future__ import annotations
@@ -32,34 +31,34 @@ _MARKED = re.compile(r"\[ ?([^\[\]]*?) ?\]")
 
 @dataclass(frozen=True)
 class Sample:
-    """A line of a file."""
+    """One line of a file."""
 
-    where: str
-    """File and line, for messages."""
+    location: str
+    """File and line, for error messages."""
     task: str
     text: str
     """Without the marks."""
     answers: list[tuple[int, int]]
-    """Characters [begin, end) of each answer."""
+    """Character range [begin, end) of each answer."""
 
 
 @dataclass(frozen=True)
-class TokenSample:
-    """A sample in tokens."""
+class TokenizedSample:
+    """A sample as token ids."""
 
     task: str
     ids: list[int]
     answers: list[range]
-    """Numbers of each answer's tokens."""
+    """Positions in ``ids`` of each answer's tokens."""
     in_pieces: bool
-    """Whether the text was cut at its marks."""
+    """Whether the text was cut at its marks and tokenized in pieces."""
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """All lines of a file, but empty ones.
+    """Reads all lines of a file, except empty ones.
 
     Raises:
-        DataError: it cannot be read, holds no sample, or a line breaks a rule; names file, line and rule.
+        DataError: the file cannot be read, has no sample, or a line breaks a rule; names file, line and rule.
     """
     samples = []
     try:
@@ -70,32 +69,32 @@ def read_samples(path: Path) -> list[Sample]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if not samples:
-        raise DataError(f"{path}: holds no line")
+        raise DataError(f"{path}: has no lines")
     return samples
 
 
-def _read_line(line: str, where: str) -> Sample:
+def _read_line(line: str, location: str) -> Sample:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is no JSON: {error}") from error
+        raise DataError(f"{location}: is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{where}: is a {type(content).__name__}, but must be an object with task_id and texts")
+        raise DataError(f"{location}: is a {type(content).__name__}, but must be an object with task_id and texts")
     for key in ("task_id", "texts"):
         if not isinstance(content.get(key), str):
-            raise DataError(f"{where}: {key} is {content.get(key)!r}, but must be a text")
+            raise DataError(f"{location}: {key} is {content.get(key)!r}, but must be a string")
     try:
-        text, answers = unmarked(content["texts"])
+        text, answers = strip_marks(content["texts"])
     except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
-    return Sample(where, content["task_id"], text, answers)
+        raise DataError(f"{location}: {error}") from error
+    return Sample(location, content["task_id"], text, answers)
 
 
-def unmarked(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """A text without its marks, and the characters [begin, end) of each answer in it.
+def strip_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """Returns a text without its marks, and the character range [begin, end) of each answer in it.
 
     Raises:
-        ValueError: the marks are not as the format has them.
+        ValueError: the marks break a rule of the format.
     """
     text, answers, end = "", [], 0
     for match in _MARKED.finditer(marked):
@@ -109,57 +108,61 @@ def unmarked(marked: str) -> tuple[str, list[tuple[int, int]]]:
     if not answers:
         raise ValueError("no answer is marked in texts: write each as [ answer ]")
     if not text[: answers[0][0]].strip():
-        raise ValueError("nothing stands before the first answer, from which it could be predicted")
+        raise ValueError("there is no text before the first answer to predict it from")
     return text, answers
 
 
 def _without_brackets(text: str) -> str:
     if (found := re.search(r"[\[\]]", text)) is not None:
         around = text[max(0, found.start() - 20) : found.start() + 20]
-        raise ValueError(f"{found[0]!r} in {around!r} has no partner, but brackets only mark answers, one in each pair")
+        raise ValueError(
+            f"{found[0]!r} in {around!r} is not part of a pair, but brackets only mark answers: [ answer ]"
+        )
     return text
 
 
-def tokenise(sample: Sample, tokenizer: Tokenizer) -> TokenSample:
-    """Tokens of a sample.
+def tokenize(sample: Sample, tokenizer: Tokenizer) -> TokenizedSample:
+    """Tokenizes a sample and finds the tokens of its answers.
 
     Raises:
-        DataError: the tokenizer has no tokens for an answer, or none for what stands before it.
+        DataError: the tokenizer has no tokens for an answer, or none for the text before it.
     """
-    ids, places = tokenizer.encode_with_places(sample.text)
-    answers = [_tokens_in(places, *answer) for answer in sample.answers]
-    whole = all(_apart(sample.text, places, *both) for both in zip(sample.answers, answers))
-    if not whole:
-        ids, places = _encode_pieces(sample, tokenizer)
-        answers = [_tokens_in(places, *answer) for answer in sample.answers]
+    ids, offsets = tokenizer.encode_with_offsets(sample.text)
+    answers = [_tokens_in(offsets, *answer) for answer in sample.answers]
+    in_pieces = not all(_separate(sample.text, offsets, *pair) for pair in zip(sample.answers, answers))
+    if in_pieces:
+        ids, offsets = _encode_pieces(sample, tokenizer)
+        answers = [_tokens_in(offsets, *answer) for answer in sample.answers]
     for number, tokens in enumerate(answers, 1):
         if not tokens or tokens.start == 0:
-            what = "it" if not tokens else "what stands before it"
-            raise DataError(f"{sample.where}: answer {number}: the tokenizer has no token for {what}")
-    return TokenSample(sample.task, ids, answers, not whole)
+            missing = "it" if not tokens else "the text before it"
+            raise DataError(f"{sample.location}: answer {number}: the tokenizer has no token for {missing}")
+    return TokenizedSample(sample.task, ids, answers, in_pieces)
 
 
-def _tokens_in(places: list[tuple[int, int]], begin: int, end: int) -> range:
-    found = [number for number, place in enumerate(places) if place[0] < end and place[1] > begin]
+def _tokens_in(offsets: list[tuple[int, int]], begin: int, end: int) -> range:
+    """Positions of the tokens that contain any of the characters [begin, end)."""
+    found = [position for position, (first, last) in enumerate(offsets) if first < end and last > begin]
     return range(found[0], found[-1] + 1) if found else range(0)
 
 
-def _apart(text: str, places: list[tuple[int, int]], answer: tuple[int, int], tokens: range) -> bool:
-    """Whether an answer's tokens hold nothing else but white space before it."""
+def _separate(text: str, offsets: list[tuple[int, int]], answer: tuple[int, int], tokens: range) -> bool:
+    """Whether an answer's tokens contain nothing but the answer and white space before it."""
     if not tokens:
         return True
-    begin, end = min(places[i][0] for i in tokens), max(places[i][1] for i in tokens)
+    begin, end = min(offsets[i][0] for i in tokens), max(offsets[i][1] for i in tokens)
     return not text[begin : answer[0]].strip() and end <= answer[1]
 
 
 def _encode_pieces(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and character ranges of a text that is cut at its marks."""
     cuts = [0]
     for begin, end in sample.answers:
         cuts += [max(cuts[-1], len(sample.text[:begin].rstrip())), end]
     cuts.append(len(sample.text))
-    ids, places = [], []
+    ids, offsets = [], []
     for begin, end in itertools.pairwise(cuts):
-        piece_ids, piece_places = tokenizer.encode_with_places(sample.text[begin:end])
+        piece_ids, piece_offsets = tokenizer.encode_with_offsets(sample.text[begin:end])
         ids += piece_ids
-        places += [(begin + first, begin + last) for first, last in piece_places]
-    return ids, places
+        offsets += [(begin + first, begin + last) for first, last in piece_offsets]
+    return ids, offsets

@@ -1,4 +1,4 @@
-"""Next-token accuracy on marked answers; the files' format: :mod:`dcscale.evaluation.task_format`.
+"""Next-token accuracy on the marked answers of in-context tasks, see :mod:`dcscale.evaluation.task_format`.
 
 Axes in names: B texts, T tokens, N answer tokens of a text, V vocabulary.
 """
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from dcscale.data import DataError, Tokenizer
-from dcscale.evaluation.loading import Told, check_ids, padded
-from dcscale.evaluation.task_format import TokenSample, read_samples, tokenise
+from dcscale.evaluation.loading import ProgressCallback, check_token_ids, pad_rows
+from dcscale.evaluation.task_format import TokenizedSample, read_samples, tokenize
 from dcscale.models import DCFormer
 
 
 @dataclass
 class Accuracy:
-    """Counts, which add up, over some texts. An answer is right if all of its tokens are."""
+    """Counts over texts; add them up with ``+``. An answer is right if all of its tokens are right."""
 
     texts: int = 0
     texts_in_pieces: int = 0
-    """Texts that were tokenised in pieces, as a token reached across a mark."""
+    """Texts that were tokenized in pieces, because a token crossed a mark."""
     answers: int = 0
     answers_right: int = 0
     tokens: int = 0
-    """Tokens of answers."""
+    """Tokens in answers."""
     tokens_right: int = 0
 
     @property
@@ -46,28 +46,30 @@ class Accuracy:
 
 def read_tasks(
     path: Path, tokenizer: Tokenizer, *, vocab_size: int, context: int, begin_id: int | None = None
-) -> list[TokenSample]:
-    """The samples of a file in tokens.
+) -> list[TokenizedSample]:
+    """Reads and tokenizes the samples of a file.
 
     Args:
-        vocab_size: the model's.
-        context: tokens that the model sees at once; no text may need more.
+        path: the JSONL file.
+        tokenizer: of the model.
+        vocab_size: of the model.
+        context: largest number of input tokens of a text.
         begin_id: token to put before each text.
 
     Raises:
-        DataError: the file, or a line in it, is not as the format has it, or too long, or does not fit the tokenizer.
+        DataError: the file or a line breaks the format, is too long, or cannot be tokenized.
     """
     texts = []
     for sample in read_samples(path):
-        tokens = tokenise(sample, tokenizer)
-        check_ids(tokens.ids, vocab_size, sample.where)
+        tokens = tokenize(sample, tokenizer)
+        check_token_ids(tokens.ids, vocab_size, sample.location)
         if begin_id is not None:
             answers = [range(answer.start + 1, answer.stop + 1) for answer in tokens.answers]
             tokens = replace(tokens, ids=[begin_id, *tokens.ids], answers=answers)
         if (needed := tokens.answers[-1].stop - 1) > context:
             raise DataError(
-                f"{sample.where}: takes {needed} tokens up to its last answer, but the context is {context}: raise "
-                "--context (beyond the length of training, models get worse), or shorten the text"
+                f"{sample.location}: needs {needed} tokens up to its last answer, but the context is {context}: raise "
+                "--context (models get worse beyond the length they were trained with), or shorten the text"
             )
         texts.append(tokens)
     return texts
@@ -76,47 +78,51 @@ def read_tasks(
 @torch.no_grad()
 def evaluate_tasks(
     model: DCFormer,
-    texts: Sequence[TokenSample],
+    texts: Sequence[TokenizedSample],
     *,
     batch_size: int,
-    told: Told = lambda done, total: None,
+    on_progress: ProgressCallback = lambda done, total: None,
 ) -> dict[str, Accuracy]:
-    """Whether the likeliest token, given all tokens before it, is the answer's: counts of each task, in order.
+    """Counts, by task, the answer tokens that are the most likely ones given all tokens before them.
 
     Args:
-        batch_size: texts at once.
-        told: gets the texts that are done, and all.
+        model: the model.
+        texts: from :func:`read_tasks`.
+        batch_size: texts per forward pass.
+        on_progress: called with the number of finished texts and of all texts.
 
     Raises:
         FloatingPointError: the logits are not finite.
     """
     tasks = {text.task: Accuracy() for text in texts}
-    # Batches of one length waste the least; the longest first, so that too little memory shows at once.
+    # Similar lengths in a batch need little padding; the longest first, so that a lack of memory shows immediately.
     by_length = sorted(texts, key=lambda text: -len(text.ids))
-    told(0, len(texts))
+    on_progress(0, len(texts))
     for first in range(0, len(texts), batch_size):
         batch = by_length[first : first + batch_size]
-        for text, right in zip(batch, _right(model, batch)):
+        for text, right in zip(batch, _right_tokens(model, batch)):
             tasks[text.task] += _count(text, right)
-        told(first + len(batch), len(texts))
+        on_progress(first + len(batch), len(texts))
     return tasks
 
 
-def _right(model: DCFormer, batch: Sequence[TokenSample]) -> list[list[bool]]:
-    """Whether each token of each answer is the likeliest."""
+def _right_tokens(model: DCFormer, batch: Sequence[TokenizedSample]) -> list[list[bool]]:
+    """For each text, whether each token of its answers is the most likely one."""
     device = next(model.parameters()).device
-    numbers = [[number for answer in text.answers for number in answer] for text in batch]
-    inputs_BT = padded([text.ids[: text.answers[-1].stop - 1] for text in batch], 0, device)
-    at_BN = padded([[number - 1 for number in row] for row in numbers], 0, device)
-    wanted_BN = padded([[text.ids[number] for number in row] for text, row in zip(batch, numbers)], 0, device)
-    logits_BNV: Tensor = model(inputs_BT, logits_at_B=at_BN)
+    positions = [[position for answer in text.answers for position in answer] for text in batch]
+    # The last answer token is only predicted, not an input.
+    inputs_BT = pad_rows([text.ids[: text.answers[-1].stop - 1] for text in batch], 0, device)
+    # The logits at position p - 1 predict the token at position p.
+    logits_at_BN = pad_rows([[position - 1 for position in row] for row in positions], 0, device)
+    answers_BN = pad_rows([[text.ids[p] for p in row] for text, row in zip(batch, positions)], 0, device)
+    logits_BNV: Tensor = model(inputs_BT, logits_at_B=logits_at_BN)
     if not torch.isfinite(logits_BNV).all():
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training has diverged")
-    right_BN = (logits_BNV.argmax(-1) == wanted_BN).tolist()
-    return [right_N[: len(row)] for right_N, row in zip(right_BN, numbers)]
+        raise FloatingPointError("the model's logits are not finite: its weights are corrupt or training has diverged")
+    right_BN = (logits_BNV.argmax(-1) == answers_BN).tolist()
+    return [right_N[: len(row)] for right_N, row in zip(right_BN, positions)]
 
 
-def _count(text: TokenSample, right: list[bool]) -> Accuracy:
-    rest = iter(right)
-    each = [all(list(islice(rest, len(answer)))) for answer in text.answers]
-    return Accuracy(1, int(text.in_pieces), len(each), sum(each), len(right), sum(right))
+def _count(text: TokenizedSample, right: list[bool]) -> Accuracy:
+    remaining = iter(right)
+    answers = [all(list(islice(remaining, len(answer)))) for answer in text.answers]
+    return Accuracy(1, int(text.in_pieces), len(answers), sum(answers), len(right), sum(right))

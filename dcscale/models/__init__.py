@@ -1,4 +1,4 @@
-"""The network: DCFormer with its initial weights, its size and cost, and text from it."""
+"""The network: DCFormer, its initial weights, parameter and FLOP counts, the decoding cache, and text generation."""
 
 from dcscale.models.cache import DecodingCache
 from dcscale.models.count import FlopCount, ParameterCount, count_flops, count_parameters

@@ -1,4 +1,4 @@
-"""The language model: DCFormer, its Transformer twin and DCPythia, by config.
+"""The language model: DCFormer, DCPythia, or the plain Transformer with the same settings, depending on the config.
 
 Axes in names: B batch, T tokens, E model width, V vocabulary.
 """
@@ -17,16 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from dcscale.config.reference import FIELDS
 from dcscale.config.schema import ModelConfig, RopeScalingConfig
 from dcscale.models.blocks import Block, make_norm
-from dcscale.models.cache import DecodingCache
+from dcscale.models.cache import MIN_SPARE, DecodingCache
 from dcscale.models.dcmha import rotary_dim
 from dcscale.ops import cross_entropy_sum, identity_distance, llama3_frequencies, rope_table
 
 
 class OutputHead(nn.Module):
-    """Hidden states to logits, or straight to the loss so that not all logits exist at once.
+    """Computes logits from hidden states, or directly the loss, so that not all logits exist at once.
 
-    The loss is computed in here because under ZeRO-3 ``weight`` [V, E] is whole only while its owner runs.
-    ``tied``: the embedding's parameter, to be used as the weight; None makes an own one.
+    The loss is part of this module because ZeRO-3 gathers ``weight`` [V, E] only while the module that owns it runs.
+
+    Args:
+        loss_chunk: number of tokens whose logits exist at once in the loss; 0 for all.
+        tied: the embedding's parameter, used as the weight; None creates a separate one.
     """
 
     def __init__(self, vocab_size: int, dim: int, loss_chunk: int, tied: nn.Parameter | None = None):
@@ -44,15 +47,17 @@ class OutputHead(nn.Module):
 class DCFormer(nn.Module):
     """A decoder-only language model whose attention heads are dynamically composed.
 
-    ``model.attention`` = ``mha`` gives the Transformer twin: the same parameters without ``*.compose.*``.
-    Parameters hold no meaningful values until :func:`~dcscale.models.initialize` or a checkpoint sets them.
-    There is no dropout and nothing depends on train/eval mode; no buffer is registered, so a cast of the
-    module leaves the rotary tables in float32.
+    With ``model.attention`` = ``mha`` it is the plain Transformer: the same parameters without ``*.compose.*``.
+    Parameters have no meaningful values until :func:`~dcscale.models.initialize` or a checkpoint sets them. There is no
+    dropout, and nothing depends on train/eval mode. No buffer is registered, so casting the module keeps the rotary
+    tables in float32.
 
-    ``recompute``: ``block`` keeps only each block's input for the backward pass and recomputes the rest.
-    ``loss_chunk``: tokens whose logits exist at once in the loss; 0 means all.
+    Args:
+        recompute: ``none``, or ``block`` to keep only each block's input for backward and recompute the rest.
+        loss_chunk: number of tokens whose logits exist at once in the loss; 0 for all.
 
-    Raises ValueError for settings that fit no model.
+    Raises:
+        ValueError: the settings do not describe a valid model.
     """
 
     def __init__(self, config: ModelConfig, recompute: str = "none", loss_chunk: int = 4096):
@@ -60,7 +65,8 @@ class DCFormer(nn.Module):
         _check_settings(config, recompute, loss_chunk)
         self.config = config
         self.recompute = recompute
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        # The constructor would draw normal values, which are overwritten; on the meta device that imports _dynamo.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         windows = (config.windows[layer % len(config.windows)] for layer in range(config.layers))
         self.blocks = nn.ModuleList(Block(config, window) for window in windows)
         self.norm = make_norm(config)
@@ -68,17 +74,19 @@ class DCFormer(nn.Module):
         self.output = OutputHead(config.vocab_size, config.dim, loss_chunk, tied)
 
     def implementations(self, device: torch.device) -> list[tuple[str, str]]:
-        """The attention implementations that run on ``device``, each once, and why: see :func:`choose_backend`."""
+        """The attention implementations that are used on ``device``, as (name, reason): see :func:`choose_backend`."""
         dtype = next(self.parameters()).dtype
         return list(dict.fromkeys(block.attention.implementation(device, dtype) for block in self.blocks))
 
-    def new_cache(self, padding: Sequence[int] | None = None) -> DecodingCache:
-        """A cache to give to every call for a batch of texts, which then passes new tokens only.
+    def new_cache(self, padding: Sequence[int] | None = None, *, min_spare: int = MIN_SPARE) -> DecodingCache:
+        """An empty cache for a batch of texts. Pass it to every call, each with the new tokens only.
 
-        ``padding``: how many of each row's first tokens are padding on the left, to texts of different lengths.
+        Args:
+            padding: number of padding tokens on the left of each row, for texts of different lengths.
+            min_spare: minimum number of spare positions of a new buffer.
         """
         windows = [block.attention.window for block in self.blocks]
-        return DecodingCache(windows, padding, next(self.parameters()).device)
+        return DecodingCache(windows, padding, next(self.parameters()).device, min_spare=min_spare)
 
     def forward(
         self,
@@ -89,21 +97,26 @@ class DCFormer(nn.Module):
         logits_at_B: Tensor | None = None,
         cache: DecodingCache | None = None,
     ) -> Tensor:
-        """Logits, or the loss where there are targets.
+        """Computes logits, or the loss if there are targets.
 
-        input_ids_BT: int32 or int64 token ids below vocab_size (not checked: that would wait for the device).
-        targets_BT: int64 ids to be predicted at each position, -100 where there is none.
-        document_ids_BT: integers; a token sees only tokens of its own document. None: one document a row. Positions
-        need not begin anew with a document: RoPE lets only the differences of positions count.
-        logits_at_B: int64, one position a row, or [B, N] for N of them; only their logits are computed.
-        cache: from :meth:`new_cache`; the tokens go on from those that earlier calls put there, and are added. For
-        decoding only: no gradient goes through it.
+        Args:
+            input_ids_BT: int32 or int64 token ids below vocab_size (not checked: that would wait for the device).
+            targets_BT: int64 ids to predict at each position, -100 for none.
+            document_ids_BT: integers; a token sees only tokens of its own document. None: each row is one document.
+                Positions continue across documents, because RoPE depends on differences of positions only.
+            logits_at_B: int64, one position per row, or [B, N] for N positions; only their logits are computed.
+            cache: from :meth:`new_cache`; the tokens continue those of earlier calls, and are added to it. For
+                decoding only: gradients do not flow through it.
 
-        Returns the float32 SUM of the losses over targets that are not -100; without targets the logits
-        [B, T, V], or [B, V] or [B, N, V] with ``logits_at_B``, in float32 (float64 for a float64 model).
-        Raises ValueError for inputs of another shape or type.
+        Returns:
+            With targets, the float32 SUM of the losses of targets that are not -100. Otherwise the logits [B, T, V],
+            or [B, V] or [B, N, V] with ``logits_at_B``, in float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: an input has the wrong shape or type, or inputs exclude one another.
         """
         _check_inputs(input_ids_BT, targets_BT, document_ids_BT, logits_at_B)
+        # The rotary table is computed once for all layers.
         rotary = (input_ids_BT.shape[1], rotary_dim(self.config), self.config.rope_base, input_ids_BT.device)
         scale = partial(_scaled_frequencies, self.config.rope_scaling)
         if cache is None:
@@ -115,21 +128,23 @@ class DCFormer(nn.Module):
         x_BTE = self.embedding(input_ids_BT)
         for block, layer in zip(self.blocks, layers):
             if self.recompute == "block" and torch.is_grad_enabled():
-                # Nothing in a block draws random numbers, so their state need not be saved.
+                # Nothing in a block draws random numbers, so the generators' states need not be saved.
                 x_BTE = checkpoint(block, x_BTE, rope, document_ids_BT, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTE = block(x_BTE, rope, document_ids_BT, cache=layer)
         if logits_at_B is not None:
+            # Select positions before the output matrix: logits of all others are never computed.
             rows_B = torch.arange(len(x_BTE), device=x_BTE.device)
             x_BTE = x_BTE[rows_B if logits_at_B.dim() == 1 else rows_B[:, None], logits_at_B]
         return self.output(self.norm(x_BTE), targets_BT)
 
     @torch.no_grad()
     def compose_distances(self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> dict[str, Tensor]:
-        """How far each DCMHA layer's compose is from the identity on these tokens.
+        """Distance of each layer's compose from the identity on these tokens; see
+        :func:`dcscale.ops.identity_distance`.
 
-        Returns float32 scalars under ``pre/layer_00``, ``post/layer_00``, ...; see
-        :func:`dcscale.ops.identity_distance`. Empty for a model without compose.
+        Returns:
+            float32 scalars under ``pre/layer_00``, ``post/layer_00``, ...; empty for a model without compose.
         """
         distances: dict[str, Tensor] = {}
 
@@ -139,12 +154,12 @@ class DCFormer(nn.Module):
                     distances[f"{stage}/layer_{layer:02d}"] = identity_distance(weight)
 
         with ExitStack() as stack:
-            # Compiled blocks would pass over hooks that were added after their compilation.
+            # Compiled blocks ignore hooks that were added after their compilation.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for layer, block in enumerate(self.blocks):
                 if block.attention.compose is not None:
                     stack.enter_context(block.attention.compose.register_forward_hook(partial(record, layer)))
-            # With targets, as in training: the whole [B, T, V] of logits never exists.
+            # With targets, as in training, the logits [B, T, V] never exist at once.
             self(input_ids_BT, input_ids_BT.long(), document_ids_BT)
         return distances
 
@@ -172,7 +187,7 @@ def _check_settings(config: ModelConfig, recompute: str, loss_chunk: int) -> Non
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
     if not config.windows or any(window is not None and window < 1 for window in config.windows):
-        raise ValueError(f"model.windows is {config.windows}, but must list numbers of 1 or more, or null, per layer")
+        raise ValueError(f"model.windows is {config.windows}, but must list integers of at least 1, or null")
     if loss_chunk < 0:
         raise ValueError(f"train.loss_chunk is {loss_chunk}, but must be 0 (all tokens at once) or more")
 
@@ -208,10 +223,12 @@ def _check_inputs(
 
 def _check_cache(cache: DecodingCache, layers: int, batch: int, document_ids_BT: Tensor | None) -> None:
     if torch.is_grad_enabled():
-        raise ValueError("cache was given while gradients are recorded, but none goes through it: use torch.no_grad()")
+        raise ValueError("cache was given while gradients are recorded, but it has no gradients: use torch.no_grad()")
     if document_ids_BT is not None:
         raise ValueError("cache and document_ids were both given, but a cached row is one document: leave one out")
     if len(cache.layers) != layers:
-        raise ValueError(f"cache has {len(cache.layers)} layers, but the model {layers}: use the model's new_cache()")
+        raise ValueError(
+            f"cache has {len(cache.layers)} layers, but the model has {layers}: use the model's new_cache()"
+        )
     if cache.padding_B is not None and len(cache.padding_B) != batch:
         raise ValueError(f"cache has padding for {len(cache.padding_B)} rows, but input_ids has {batch} rows")

@@ -1,4 +1,4 @@
-"""Attention of one layer, plain or dynamically composed (DCMHA; Xiao et al., ICML 2024, arXiv 2405.08553).
+"""Attention layer, plain or dynamically composed (DCMHA; Xiao et al., ICML 2024, arXiv 2405.08553).
 
 Axes in names: B batch, T tokens, E model width, H query heads, G key/value heads, D head width,
 C active compose branches, R rank, K = 2*R*H hidden width of a compose branch.
@@ -15,14 +15,14 @@ from dcscale.models.cache import LayerCache
 from dcscale.ops import ComposeWeights, apply_rope, choose_backend, compose_attention
 
 W1_EPS = 1e-6
-"""Epsilon of w1's normalisation: the same in upstream JAX and PyTorch, and not a setting there either."""
+"""Epsilon of w1's normalisation, as in upstream's JAX and PyTorch code, where it is not a setting either."""
 
 
 def active_branches(compose: ComposeConfig) -> tuple[tuple[str, str], ...]:
-    """The (stage, side) pairs that are switched on, in the order that axis C of every parameter has.
+    """The (stage, side) pairs that are switched on, in the order of axis C of every parameter.
 
-    All of them are (pre, query), (pre, key), (post, query), (post, key): ``pre`` acts on the scores, ``post`` on
-    the probabilities. Empty where nothing is left to compose with.
+    All pairs are (pre, query), (pre, key), (post, query), (post, key): ``pre`` composes the scores, ``post`` the
+    probabilities. Empty if nothing of compose is switched on.
     """
     if not (compose.low_rank or compose.gates):
         return ()
@@ -32,13 +32,16 @@ def active_branches(compose: ComposeConfig) -> tuple[tuple[str, str], ...]:
 
 
 class ComposeProjection(nn.Module):
-    """The compose weights of every token, from the layer's normalised input (paper, section 3).
+    """Computes the compose weights of every token from the layer's normalised input (paper, section 3).
 
-    Parameters, of which only the active parts exist: ``dw1`` [E, C, K], ``qkw`` [C, K, 2R, H] (low-rank),
-    ``dd`` [E, C*H] (gates). For one branch c and the input x of one token::
+    Parameters: ``dw1`` [E, C, K] and ``qkw`` [C, K, 2R, H] for the low-rank part, ``dd`` [E, C*H] for the gates; None
+    if the part is switched off. For branch c and the input x of one token::
 
         w1, w2 = split(gelu(x @ dw1[:, c]) @ qkw[c])      R rows each;  w1 <- w1 / rms(w1 over heads)
         gate   = tanh(x @ dd[:, c])
+
+    Raises:
+        ValueError: every part is switched off, or the rank is below 1.
     """
 
     def __init__(self, dim: int, heads: int, compose: ComposeConfig):
@@ -62,16 +65,17 @@ class ComposeProjection(nn.Module):
             self.dd = nn.Parameter(torch.empty(dim, branches * heads))
 
     def forward(self, x_BTE: Tensor) -> tuple[ComposeWeights | None, ComposeWeights | None]:
-        """The weights (pre, post) in x's type: w1 and w2 [B, T, R, H], gates [B, T, H]; None where switched off."""
+        """The weights (pre, post) in x's dtype: w1 and w2 [B, T, R, H], gates [B, T, H]; None if switched off."""
         weights: dict[str, dict[str, Tensor]] = {stage: {} for stage, _ in self.branches}
         if self.dw1 is not None:
             hidden_BTCK = (x_BTE @ self.dw1.flatten(1)).unflatten(-1, self.dw1.shape[1:])
             hidden_BTCK = F.gelu(hidden_BTCK, approximate=self.gelu_approximation)
             w_BTCRH = torch.einsum("btck,ckrh->btcrh", hidden_BTCK, self.qkw)
             w1_BTCRH, w2_BTCRH = w_BTCRH.split(self.rank, dim=3)
-            # F.rms_norm computes in float32 whatever the type of its input, and rounds once.
+            # F.rms_norm computes in float32 internally, whatever the dtype of its input, and rounds once.
             w1_BTCRH = F.rms_norm(w1_BTCRH, (self.heads,), eps=W1_EPS)
             for c, (stage, side) in enumerate(self.branches):
+                # Names of ComposeWeights: q1, q2, qg for the query side, k1, k2, kg for the key side.
                 weights[stage][side[0] + "1"] = w1_BTCRH[:, :, c]
                 weights[stage][side[0] + "2"] = w2_BTCRH[:, :, c]
         if self.dd is not None:
@@ -81,7 +85,10 @@ class ComposeProjection(nn.Module):
         return _by_stage(weights)
 
     def shapes(self, device: torch.device, dtype: torch.dtype) -> tuple[ComposeWeights | None, ComposeWeights | None]:
-        """Zeros like the weights of one position, without touching the parameters, which may be on other ranks."""
+        """Zeros with the shapes of one position's weights.
+
+        Does not use the parameters, which ZeRO-3 may keep on other ranks.
+        """
         low_rank = torch.zeros(1, 1, self.rank, self.heads, device=device, dtype=dtype)
         weights: dict[str, dict[str, Tensor]] = {stage: {} for stage, _ in self.branches}
         for stage, side in self.branches:
@@ -95,8 +102,13 @@ class ComposeProjection(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with optional window, qk-norm, rotary embedding, grouped queries and compose.
 
-    ``window``: keys a query sees, itself included; None sees all before it.
-    ``compose`` is None for plain attention, and when every part of compose is switched off.
+    ``compose`` is None for plain attention, and if every part of compose is switched off.
+
+    Args:
+        window: number of keys that a query sees, including its own; None for all previous keys.
+
+    Raises:
+        ValueError: the sizes do not match.
     """
 
     def __init__(self, config: ModelConfig, window: int | None):
@@ -111,7 +123,7 @@ class Attention(nn.Module):
         if rope_dim < 2 or rope_dim > self.head_dim or rope_dim % 2:
             raise ValueError(
                 f"rope_fraction {config.rope_fraction} rotates {rope_dim} of {self.head_dim} head dimensions: "
-                f"it must be an even number of 2 or more"
+                f"this must be an even number of at least 2"
             )
         self.window = window
         self.heads = config.heads
@@ -131,7 +143,7 @@ class Attention(nn.Module):
             self.compose = ComposeProjection(config.dim, config.heads, config.compose)
 
     def implementation(self, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-        """What runs for activations of this type on this device, and why: see :func:`choose_backend`."""
+        """(name, reason) of the implementation for activations of this dtype and device: see :func:`choose_backend`."""
         q_11HD = torch.zeros(1, 1, self.heads, self.head_dim, device=device, dtype=dtype)
         pre, post = (None, None) if self.compose is None else self.compose.shapes(device, dtype)
         return choose_backend(self.backend, q_11HD, pre, post)
@@ -144,22 +156,24 @@ class Attention(nn.Module):
         *,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend within x [B, T, E], already normalised, and to what precedes it in ``cache`` -> [B, T, E].
+        """Computes attention over x [B, T, E], which is normalised, and the tokens in ``cache``: -> [B, T, E].
 
-        ``rope``: (cos, sin), float32 [T, rotated dimensions / 2], or [B, T, ...].
-        ``document_ids_BT``: integers; a query sees only keys of its own document. With a cache, those of all positions
-        so far.
+        Args:
+            rope: (cos, sin), float32 [T, rotated dimensions / 2], or [B, T, rotated dimensions / 2].
+            document_ids_BT: integers; a query sees only keys of its own document. With a cache, [B, all positions].
+            cache: this layer's, to which the new positions are added.
         """
         q_BTHD = self.q(x_BTE).unflatten(-1, (-1, self.head_dim))
         k_BTGD = self.k(x_BTE).unflatten(-1, (-1, self.head_dim))
         v_BTGD = self.v(x_BTE).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None:
+        if self.q_norm is not None:  # before RoPE, as upstream
             q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
         q_BTHD, k_BTGD = apply_rope(q_BTHD, *rope), apply_rope(k_BTGD, *rope)
         pre, post = (None, None) if self.compose is None else self.compose(x_BTE)
         if cache is not None:
             k_BTGD, v_BTGD, pre, post = cache.extend(k_BTGD, v_BTGD, pre, post)
             if document_ids_BT is not None:
+                # A layer with a window does not keep all positions.
                 document_ids_BT = document_ids_BT[:, -k_BTGD.shape[1] :]
         out_BTHD = compose_attention(
             q_BTHD,
@@ -176,11 +190,11 @@ class Attention(nn.Module):
 
 
 def _by_stage(weights: dict[str, dict[str, Tensor]]) -> tuple[ComposeWeights | None, ComposeWeights | None]:
-    """(pre, post); None for a stage that is not there."""
+    """(pre, post); None for a stage without weights."""
     pre, post = (ComposeWeights(**weights[stage]) if stage in weights else None for stage in ("pre", "post"))
     return pre, post
 
 
 def rotary_dim(config: ModelConfig) -> int:
-    """Dimensions of each head that the rotary embedding turns."""
+    """Number of dimensions of each head that RoPE rotates."""
     return int(config.rope_fraction * (config.head_dim or config.dim // config.heads))

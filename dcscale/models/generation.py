@@ -1,4 +1,4 @@
-"""Continuing prompts: one pass over all of them, then one a token, with a cache of what came before.
+"""Text generation: one forward pass over all prompts, then one per token, with a cache.
 
 Axes in names: B prompts, T tokens, V vocabulary.
 """
@@ -24,17 +24,27 @@ def generate(
     seed: int,
     stop_id: int | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to ``new_tokens`` tokens; returns the new tokens only, without the prompts.
+    """Continues each prompt by up to ``new_tokens`` tokens.
 
-    ``temperature`` 0 takes the most likely token; otherwise one is drawn from softmax(logits / temperature),
-    among the most likely tokens that together have probability ``top_p`` (nucleus sampling, Holtzman et al.,
-    arXiv 1904.09751), at least one. A continuation ends before ``stop_id``, if that is given.
+    A continuation depends on the seed and its prompt, not on the other prompts; a prompt that is given several times
+    gets different continuations. Under ZeRO-3 every rank must call this with the same ``new_tokens``: in a process
+    group the model runs ``new_tokens`` times on every rank, even if all continuations have stopped.
 
-    What a prompt is continued with depends on the seed and the prompt, not on the other prompts; a prompt that is
-    given several times gets several continuations. Under ZeRO-3 every rank must call this, with the same
-    ``new_tokens``: in a process group the model then runs equally often on every rank, stopped or not.
+    Args:
+        prompt_ids: token ids of the prompts.
+        new_tokens: maximum length of a continuation.
+        temperature: 0 selects the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+        top_p: draws only from the most likely tokens whose probabilities add up to this (nucleus sampling, Holtzman et
+            al., arXiv 1904.09751), and at least from the first.
+        seed: of the random choice.
+        stop_id: a continuation ends before this token.
 
-    Raises ValueError for arguments out of range, and FloatingPointError for logits that are not finite.
+    Returns:
+        The new tokens of each prompt, without the prompt.
+
+    Raises:
+        ValueError: an argument is out of range.
+        FloatingPointError: the logits are not finite.
     """
     _check_arguments(prompt_ids, model.config.vocab_size, new_tokens, temperature, top_p)
     if not prompt_ids:
@@ -48,7 +58,7 @@ def generate(
     padding = [longest - len(prompt) for prompt in prompt_ids]
     cache = model.new_cache(padding if any(padding) else None)
     input_ids_BT = torch.tensor([[0] * length + prompt for length, prompt in zip(padding, prompt_ids)], device=device)
-    # The cache grows by one a token: compiled blocks would be compiled again and again.
+    # The cache grows with every token: compiled blocks would be recompiled for each length.
     with torch.compiler.set_stance("force_eager"):
         for _ in range(new_tokens):
             if all(stopped) and not in_process_group:
@@ -66,18 +76,20 @@ def generate(
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> Tensor:
-    """One token id a row [B], by inverting the cumulative distribution at ``uniform_B`` in [0, 1).
+    """Draws one token id per row [B], by inverting the cumulative distribution at ``uniform_B`` in [0, 1).
 
-    Raises FloatingPointError where a row's logits are not finite.
+    Raises:
+        FloatingPointError: logits are not finite.
     """
     if not torch.isfinite(logits_BV).all():
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training has diverged")
+        raise FloatingPointError("the model's logits are not finite: its weights are corrupt or training has diverged")
     if temperature == 0:
         return logits_BV.argmax(-1)
-    centred_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # nor become the 0 of the logits' type
+    # A tiny temperature must neither overflow the quotient nor round to 0 in the dtype of the logits.
+    centred_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
     probability_BV, token_BV = (centred_BV / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    # The first token has nothing before it, so it is always kept.
+    # A token is dropped if the more likely ones already reach top_p. The first has none before it and is always kept.
     before_BV = probability_BV.cumsum(-1) - probability_BV
     cumulative_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0).cumsum(-1)
     threshold_B1 = uniform_B.unsqueeze(-1) * cumulative_BV[:, -1:]
@@ -85,6 +97,7 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tenso
 
 
 def _generators(prompt_ids: list[list[int]], seed: int) -> list[torch.Generator]:
+    """One generator per prompt, seeded by the seed, the prompt, and how often it has occurred before."""
     seen: Counter[tuple[int, ...]] = Counter()
     generators = []
     for prompt in map(tuple, prompt_ids):
@@ -100,10 +113,10 @@ def _check_arguments(
     for number, prompt in enumerate(prompt_ids):
         if not prompt:
             raise ValueError(f"prompt {number} is empty: give it at least one token, such as the end-of-text token")
-        beyond = [token for token in prompt if not 0 <= token < vocab_size]
-        if beyond:
+        out_of_range = [token for token in prompt if not 0 <= token < vocab_size]
+        if out_of_range:
             raise ValueError(
-                f"prompt {number} has the token id {beyond[0]}, but the model's vocabulary has {vocab_size} ids: "
+                f"prompt {number} has the token id {out_of_range[0]}, but the model's vocabulary has {vocab_size} ids: "
                 f"use the tokenizer of its training data"
             )
     if new_tokens < 1:

@@ -1,9 +1,9 @@
 """Initial values of every parameter, by name.
 
-A parameter's values depend on the seed, its name and its shape only: not on other parameters, the number
-of ranks, the ZeRO stage or the device. So a run with other settings of these starts from the same weights.
+A parameter's values depend only on the seed, its name and its shape: not on other parameters, the number of ranks, the
+ZeRO stage or the device. Runs that differ only in these start from the same weights.
 
-Where the rules come from (upstream is Caiyun-AI/DCFormer, JAX, which trained the released weights):
+Sources of the rules (upstream is Caiyun-AI/DCFormer, JAX, which trained the released weights):
 
 ==============================================  ============================================================
 embedding, output, attention and FFN matrices   normal, std 0.006, residual outputs included
@@ -15,10 +15,11 @@ compose.dd                                      normal, std gate_init * sqrt(2 /
 norm scales; all biases                         1; 0
 ==============================================  ============================================================
 
-With these compose starts near the identity: w1 is normalised, w2 and the gates are of the order 1e-2 to 1e-3.
+With these values compose starts near the identity: w1 is normalised, w2 and the gates are of the order of 1e-2 to 1e-3.
 
-Upstream's 0.006 belongs to its widths of 1024 to 4096. A narrow model learns far slower from it: 4 layers of width
-192 on Python source, 350 steps of 1024 bytes, end at a loss of 2.06 a byte, and at 1.78 with 0.006 * 1024 / 192.
+Upstream's 0.006 is for its widths of 1024 to 4096; a narrow model learns much more slowly with it. Example: 4 layers of
+width 192 on Python source, after 350 steps of 1024 bytes, have a loss of 2.06 nats/byte with 0.006, and of 1.78 with
+0.006 * 1024 / 192.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import nn
 from dcscale.config.schema import ModelConfig
 
 MATRIX_STD = 0.006
-"""Standard deviation of matrices at upstream's widths."""
+"""Standard deviation of matrices from upstream's smallest width on."""
 
 SMALLEST_UPSTREAM_DIM = 1024
 LARGEST_MATRIX_STD = 0.05
@@ -51,38 +52,47 @@ def initialize(
     seed: int,
     gather: Callable[[list[nn.Parameter]], AbstractContextManager] = lambda parameters: nullcontext(),
 ) -> None:
-    """Set every parameter of ``model``, a :class:`DCFormer` of ``config``.
+    """Sets every parameter of ``model``, a :class:`DCFormer` of ``config``. Values are drawn in float32 on the CPU.
 
-    ``gather(parameters)`` gives a context in which these parameters' full data is present and may be
-    written: for ZeRO-3, where it is called on every rank. Values are drawn in float32 on the CPU.
+    Args:
+        seed: of the random values.
+        gather: returns a context in which the full data of these parameters is present and can be written. Needed for
+            ZeRO-3, where every rank enters it.
 
-    Raises ValueError for a parameter without a rule, or without its data.
+    Raises:
+        ValueError: a parameter has no rule, or no data.
     """
     for name, parameter in model.named_parameters():
         with gather([parameter]):
             if parameter.is_meta or parameter.numel() == 0:
                 raise ValueError(
-                    f"{name} ({list(parameter.shape)} on {parameter.device}) holds no data to initialize: build the "
-                    f"model on a real device, and pass a gather that makes partitioned parameters whole"
+                    f"{name} ({list(parameter.shape)} on {parameter.device}) has no data to initialize: build the "
+                    f"model on a real device, and pass a gather that collects partitioned parameters"
                 )
             parameter.copy_(initial_values(name, parameter.shape, config, seed))
 
 
 def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> torch.Tensor:
-    """The float32 values that parameter ``name`` of this shape starts from."""
+    """Initial values, float32, of the parameter ``name`` with this shape."""
     if _NORM.fullmatch(name):
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
+    # The name is part of the seed: a model with more layers has the same values in those that both have.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.randn(shape, generator=generator).mul_(standard_deviation(name, config))
 
 
 def standard_deviation(name: str, config: ModelConfig) -> float:
-    """Standard deviation of a matrix's initial values; the rules are in the module's docstring."""
+    """Standard deviation of a matrix's initial values, by the rules in the module's docstring.
+
+    Raises:
+        ValueError: no rule matches the name.
+    """
     if _MATRIX.fullmatch(name):
         return min(MATRIX_STD * max(1.0, SMALLEST_UPSTREAM_DIM / config.dim), LARGEST_MATRIX_STD)
+    # Rules of compose; see the table in the module's docstring.
     rank, heads, dim = config.compose.rank, config.heads, config.dim
     hidden = 2 * rank * heads
     compose = {

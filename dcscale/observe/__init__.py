@@ -1,4 +1,4 @@
-"""How a run is seen: terminal, metrics file, TensorBoard."""
+"""Reporting of a run: terminal, metrics file, TensorBoard."""
 
 from dcscale.observe.console import Console, Progress, printable
 from dcscale.observe.metrics import MetricsFile, read_metrics

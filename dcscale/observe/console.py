@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: lines from rank 0 and a progress bar."""
+"""Terminal output: lines and a progress bar, from rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters but newline and tab escaped, so that it cannot steer the terminal."""
+    """Escapes all control characters except newline and tab, so that ``text`` cannot control the terminal."""
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
     )
 
 
 class Console:
-    """Prints on rank 0 only; every other rank is silent."""
+    """Prints lines and progress if ``enabled``, which it is on rank 0 only."""
 
     def __init__(self, enabled: bool = True):
         self._enabled = enabled
 
     def line(self, text: str = "") -> None:
+        """Prints a line to stdout."""
         if self._enabled:
-            # tqdm.write puts the line above a progress bar that is being shown.
+            # tqdm.write prints the line above a visible progress bar.
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def progress(self, total: int, done: int, unit: str) -> Progress:
+        """Starts a progress display at ``done`` of ``total`` units."""
         return Progress(total, done, unit, self._enabled)
 
 
 class Progress:
-    """A bar on a terminal; in a log file, a line every now and then with the same facts.
+    """A progress bar on a terminal (stderr); elsewhere a line every ``SECONDS_BETWEEN_LINES`` with the same values.
 
-    ``file`` takes the lines; None is stdout, where the bar never is.
+    Args:
+        total: number of units of the complete work.
+        done: units that are done at the start.
+        unit: name of the unit, such as ``step``.
+        enabled: whether to show anything.
+        file: where the lines go; None: stdout.
     """
 
     def __init__(self, total: int, done: int, unit: str, enabled: bool = True, file: TextIO | None = None):
@@ -50,10 +57,10 @@ class Progress:
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
-    def show(self, done: int, facts: Mapping[str, str]) -> None:
-        """Moves the bar to ``done`` and shows the facts beside it."""
+    def show(self, done: int, values: Mapping[str, str]) -> None:
+        """Moves the bar to ``done`` units and shows the values next to it."""
         if self._bar is not None:
-            self._bar.set_postfix(facts, refresh=False)
+            self._bar.set_postfix(values, refresh=False)
             self._bar.update(done - self._bar.n)
         elif self._enabled:
             now = time.monotonic()
@@ -61,8 +68,8 @@ class Progress:
                 self._last_line = now
                 rate = (done - self._start_done) / max(now - self._start, 1e-9)
                 left = tqdm.format_interval((self._total - done) / rate) if rate > 0 else "?"
-                stated = " | ".join(f"{name} {value}" for name, value in facts.items())
-                print(f"{self._unit} {done}/{self._total} | {stated} | {left} left", file=self._file, flush=True)
+                text = " | ".join(f"{name} {value}" for name, value in values.items())
+                print(f"{self._unit} {done}/{self._total} | {text} | {left} left", file=self._file, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,8 +1,7 @@
-"""The metrics of a run: their names in ``metrics.jsonl``, units, meaning and place in TensorBoard.
+"""The metrics of a run: their names in ``metrics.jsonl``, units, meanings and TensorBoard tags.
 
-``metrics.jsonl``: one JSON object a logged step, in order, without repeats after a resume.
-
-The keys are those of :data:`dcscale.train.metrics.METRICS`.
+``metrics.jsonl`` has one JSON object per logged step, in order of steps and without repetitions after a resume. Its
+keys are those of :data:`METRICS`.
 """
 
 from __future__ import annotations
@@ -16,72 +15,75 @@ from typing import NamedTuple
 from dcscale.files import write_atomically
 
 Record = dict[str, "float | int | None"]
-"""Values of one logged step, by the names in :data:`METRICS`."""
+"""Values of one logged step, by metric name (:data:`METRICS`)."""
 
 
 class Metric(NamedTuple):
     unit: str
     meaning: str
-    board: str | None
-    """Tag in TensorBoard; None keeps it out."""
+    tag: str | None
+    """Tag in TensorBoard; None: not shown there."""
 
 
 DATA_EPOCH = "data_epoch"
 
 METRICS: dict[str, Metric] = {
     "step": Metric("steps", "optimizer steps done", None),
-    "tokens": Metric("tokens", "tokens read in training so far, over all ranks", "progress/tokens"),
-    DATA_EPOCH: Metric("epochs", "how often the training data have been used, over all ranks", "progress/data_epoch"),
-    "skipped_shards": Metric("shards", "training shards given up so far (data.on_error=skip)", "data/skipped_shards"),
-    "skipped_tokens": Metric("tokens", "tokens in these shards, which every epoch lacks", "data/skipped_tokens"),
-    "loss": Metric("nats/token", "training loss, mean over the targets since the last record", "loss/train"),
-    "grad_norm": Metric("1", "global L2 norm of the gradient before clipping, of this step", "optimizer/grad_norm"),
-    "lr": Metric("1", "peak-scaled learning rate of this step, before lr_scale of rules", "optimizer/learning_rate"),
+    "tokens": Metric("tokens", "tokens trained on so far, over all ranks", "progress/tokens"),
+    DATA_EPOCH: Metric("epochs", "epochs of the training data so far, over all ranks", "progress/data_epoch"),
+    "skipped_shards": Metric("shards", "training shards skipped so far (data.on_error=skip)", "data/skipped_shards"),
+    "skipped_tokens": Metric("tokens", "tokens of these shards, missing from every epoch", "data/skipped_tokens"),
+    "loss": Metric("nats/token", "training loss, mean over the target tokens since the last record", "loss/train"),
+    "grad_norm": Metric("1", "global L2 norm of the gradient of this step, before clipping", "optimizer/grad_norm"),
+    "lr": Metric("1", "learning rate of this step, before lr_scale of optimizer.rules", "optimizer/learning_rate"),
     "tokens_per_second": Metric("tokens/s", "over all ranks, since the last record", "speed/tokens_per_second"),
     "tflops_per_device": Metric(
-        "TFLOP/s", "model FLOPs a second and device, compose terms included", "speed/tflops_per_device"
+        "TFLOP/s", "model FLOP/s per device, compose terms included", "speed/tflops_per_device"
     ),
-    "mfu": Metric("1", "tflops_per_device / peak TFLOP/s of a device; recomputation is not counted", "speed/mfu"),
+    "mfu": Metric("1", "tflops_per_device / peak TFLOP/s of the device; recomputation is not counted", "speed/mfu"),
     "step_seconds": Metric("s", "mean wall-clock time of a step since the last record", "speed/step_seconds"),
-    "data_wait": Metric("1", "part of that time rank 0 waited for data", "speed/data_wait"),
-    "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on its GPU, or resident on a CPU", "memory/peak_gib"),
+    "data_wait": Metric("1", "fraction of step_seconds that rank 0 waited for data", "speed/data_wait"),
+    "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on a GPU, or resident on a CPU", "memory/peak_gib"),
     "checkpoint_stall_seconds": Metric(
         "s",
-        "how long checkpoints held training up since the last record, on rank 0, if they did",
+        "time that checkpoints blocked training since the last record, on rank 0; absent if 0",
         "checkpoint/stall_seconds",
     ),
     "checkpoint_write_seconds": Metric(
         "s",
-        "from the copy of the state to the whole checkpoint; of one written since the last record",
+        "time from copying the state to the complete checkpoint; absent if none was written since the last record",
         "checkpoint/write_seconds",
     ),
     "checkpoint_bytes": Metric("bytes", "size of that checkpoint", None),
     "checkpoint_failures": Metric(
-        "checkpoints", "not written since this start (checkpoint.on_error=warn)", "checkpoint/failures"
+        "checkpoints",
+        "checkpoints that could not be written since this start (checkpoint.on_error=warn)",
+        "checkpoint/failures",
     ),
-    "validation_loss": Metric("nats/token", "mean over the targets of the held-out sequences", "loss/validation"),
+    "validation_loss": Metric("nats/token", "validation loss, mean over the target tokens", "loss/validation"),
     "bits_per_byte": Metric(
-        "bits/byte", "validation_loss / ln 2 / bytes of text a target stands for", "loss/bits_per_byte"
+        "bits/byte", "validation_loss / ln 2 / mean bytes of text per target token", "loss/bits_per_byte"
     ),
 }
-"""Every metric but those of which there are several.
+"""All metrics with fixed names. Two families have names that depend on the config:
 
-``data_epoch/NAME`` takes the place of ``data_epoch`` where sources are mixed, for each source; in TensorBoard under
-``progress/`` too. ``compose/pre/layer_00`` and the like, one a layer and side, are the root mean square over tokens of
-||M - I||_F / sqrt(H) for the composing matrix M of a token with itself: 0 where heads are not mixed at all. In
-TensorBoard they follow the others, under ``weights/``."""
+``data_epoch/NAME`` replaces ``data_epoch`` for a mixture, one per source; tag ``progress/data_epoch/NAME``.
+
+``compose/pre/layer_00`` etc., one per layer and side (``pre``, ``post``): distance of the composition from identity,
+the root mean square over tokens of ||M - I||_F / sqrt(H), where M is the H x H composition matrix of a token with
+itself; 0 if heads are not mixed. Tag ``weights/compose/pre/layer_00``."""
 
 COMPOSE_PREFIX = "compose/"
 
-BOARD_CHARTS = {
-    "loss": {"training and validation": [METRICS["loss"].board, METRICS["validation_loss"].board]},
+TENSORBOARD_CHARTS = {
+    "loss": {"training and validation": [METRICS["loss"].tag, METRICS["validation_loss"].tag]},
     "compose": {side: [f"weights/{COMPOSE_PREFIX}{side}/.*"] for side in ("pre", "post")},
 }
-"""Charts of several curves for TensorBoard's custom scalars: by group and title, patterns of tags."""
+"""Charts with several curves for TensorBoard's custom scalars: group -> title -> patterns of tags."""
 
 
-def board_values(record: Mapping[str, float | int | None]) -> dict[str, float]:
-    """The part of a record that TensorBoard shows, by tag."""
+def tensorboard_scalars(record: Mapping[str, float | int | None]) -> dict[str, float]:
+    """The values of a record that TensorBoard shows, by tag."""
     values = {}
     for name, value in record.items():
         if name.startswith(COMPOSE_PREFIX):
@@ -89,32 +91,40 @@ def board_values(record: Mapping[str, float | int | None]) -> dict[str, float]:
         elif name.startswith(f"{DATA_EPOCH}/"):
             tag = f"progress/{name}"
         else:
-            tag = METRICS[name].board
+            tag = METRICS[name].tag
         if tag is not None and value is not None:
             values[tag] = value
     return values
 
 
-class MetricsFile:
-    """Appends records to a file; opening it for a run that goes on after ``last_step`` drops what lies beyond.
+def metrics_table() -> str:
+    """All metrics as a Markdown table, for the README of ``dcscale.train``."""
+    rows = [f"| `{name}` | {m.unit} | {m.meaning} | {m.tag or ''} |" for name, m in METRICS.items()]
+    return "\n".join(["| key | unit | meaning | TensorBoard |", "|---|---|---|---|", *rows])
 
-    Records of one step are merged when read by :func:`read_metrics`: validation comes as its own line.
+
+class MetricsFile:
+    """Appends records to ``metrics.jsonl``. A step may have several lines, which :func:`read_metrics` merges.
+
+    Args:
+        path: the file; created if missing.
+        last_step: the step that the run resumes from; records of later steps are removed.
 
     Raises:
-        ValueError: what is there are no metrics of a run; it is left as it is.
+        ValueError: the file has lines that are not records of a run; it is left unchanged.
     """
 
     def __init__(self, path: Path, last_step: int):
         kept = []
         if path.exists():
-            # A line cut off by a crash is dropped with everything after it.
+            # A crash may have truncated a line: drop it and everything after it.
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     break
                 if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    raise ValueError(f"{path}, line {number}: is no record of a run, as it has no step")
+                    raise ValueError(f"{path}, line {number}: is not a record of a run: it has no integer 'step'")
                 if record["step"] > last_step:
                     break
                 kept.append(line + "\n")
@@ -122,7 +132,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, float | int | None]) -> None:
-        """Appends one object and hands it to the operating system."""
+        """Appends one record and flushes it to the operating system."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -132,7 +142,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics file, those of one step merged into one."""
+    """The records of a metrics file, one per step: several lines of a step are merged."""
     by_step: dict[int, dict[str, float]] = {}
     with path.open(encoding="utf-8") as file:
         for line in file:

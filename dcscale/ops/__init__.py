@@ -1,4 +1,4 @@
-"""Pure tensor functions: attention, plain and composed, rotary embedding, loss. They know no config and no module."""
+"""Pure tensor functions: plain and compose attention, rotary embedding, loss. No configs, modules or process groups."""
 
 from dcscale.ops.attention import attention
 from dcscale.ops.compose import ComposeWeights, choose_backend, compose_attention, identity_distance

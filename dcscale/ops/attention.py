@@ -1,4 +1,7 @@
-"""Plain causal attention, and the checks of arguments that it shares with composed attention."""
+"""Plain causal attention by flash-attn or scaled_dot_product_attention, and the argument checks of all attention.
+
+Axes in names: B batch, T queries, S keys, H query heads, G key/value heads, D head width.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,85 @@ from torch import Tensor
 from dcscale.ops import flash
 from dcscale.ops.masks import key_range, visible_keys
 
-FLOAT_TYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")
+FLOAT_DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")
+
+_QUERIES_PER_MASK = 512
+"""Queries of one SDPA call with a mask: bounds the mask to 512 * S elements."""
+_MIN_QUERIES_PER_WINDOWED_CALL = 128
+"""Below this, the overhead of more SDPA calls costs more than the invisible keys they skip."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    query_offset: int | None = None,
+) -> Tensor:
+    """``softmax(scale * q k^T, masked) v`` per head.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, G, D], with G a divisor of H.
+        v: as k.
+        window: as in :func:`dcscale.ops.compose_attention`, as are the arguments below and the errors.
+        scale: factor on the scores.
+        document_ids: [B, S].
+        query_offset: position of the first query.
+
+    Returns:
+        [B, T, H, D] in q's dtype, differentiable in q, k and v.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    scale, query_offset = check_attention(q, k, v, window, scale, document_ids, query_offset)
+    queries = q.shape[1]
+    if window is not None and window >= query_offset + queries:
+        window = None  # it excludes nothing
+    if flash.unavailable_reason(q) is None:
+        out = flash.flash_attention(
+            q, k, v, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
+        )
+        if out is not None:
+            return out
+    if query_offset == 0 and window is None and document_ids is None:
+        return _sdpa(q, k[:, :queries], v[:, :queries], scale, causal=True)
+
+    # SDPA needs an explicit mask here. Call it for some queries at a time, with only the keys that these can see.
+    step = _QUERIES_PER_MASK if window is None else max(_MIN_QUERIES_PER_WINDOWED_CALL, window // 2)
+    outputs = []
+    for start in range(query_offset, query_offset + queries, step):
+        end = min(start + step, query_offset + queries)
+        first, last = key_range(start, end - 1, window)
+        seen = visible_keys(range(start, end), range(first, last), window, document_ids, q.device)
+        q_chunk = q[:, start - query_offset : end - query_offset]
+        outputs.append(_sdpa(q_chunk, k[:, first:last], v[:, first:last], scale, seen))
+    return torch.cat(outputs, dim=1)
+
+
+def _sdpa(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    group = q_BTHD.shape[2] // k_BSGD.shape[2]
+    # With fewer key/value heads only SDPA's flash kernel on CUDA is sure to be used; in all other cases enable_gqa may
+    # select the unfused math backend, so repeat the heads instead.
+    supports_gqa = q_BTHD.is_cuda and causal and q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    if group > 1 and not supports_gqa:
+        k_BSGD, v_BSGD = (x.repeat_interleave(group, dim=2) for x in (k_BSGD, v_BSGD))
+    out_BHTD = F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2),
+        k_BSGD.transpose(1, 2),
+        v_BSGD.transpose(1, 2),
+        attn_mask=None if seen is None else seen.view(-1, 1, *seen.shape[-2:]),
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=group > 1 and supports_gqa,
+    )
+    return out_BHTD.transpose(1, 2)
 
 
 def check_attention(
@@ -21,17 +102,21 @@ def check_attention(
     document_ids: Tensor | None,
     query_offset: int | None,
 ) -> tuple[float, int]:
-    """Raise ValueError at the first argument that does not fit; return scale and query_offset with their defaults."""
+    """Check the arguments that plain and compose attention share; return scale and query_offset with their defaults.
+
+    Raises:
+        ValueError: the first argument that does not fit, with its shape or value and what was expected.
+    """
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected four axes [B, T, H, D]")
     batch, queries, heads, head_dim = q.shape
-    if str(q.dtype) not in FLOAT_TYPES:
-        raise ValueError(f"q is {q.dtype}, expected one of {', '.join(FLOAT_TYPES)}")
+    if str(q.dtype) not in FLOAT_DTYPES:
+        raise ValueError(f"q is {q.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
     if 0 in q.shape:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected no empty axis")
     if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != head_dim or 0 in k.shape:
         raise ValueError(
-            f"k has shape {tuple(k.shape)}, expected [B={batch}, S, kv heads, D={head_dim}] to fit q {tuple(q.shape)}"
+            f"k has shape {tuple(k.shape)}, expected [B={batch}, S, kv heads, D={head_dim}] to match q {tuple(q.shape)}"
         )
     keys, kv_heads = k.shape[1:3]
     if heads % kv_heads:
@@ -48,7 +133,7 @@ def check_attention(
             f"every query must have its own key"
         )
     if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window is {window}, expected a whole number from 1 (a query sees itself), or None for none")
+        raise ValueError(f"window is {window}, expected an integer >= 1 (a query sees itself), or None for no window")
     if document_ids is not None:
         if tuple(document_ids.shape) != (batch, keys):
             raise ValueError(
@@ -61,80 +146,15 @@ def check_attention(
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    """``tensor`` must have this shape, and q's type and device."""
+    """Raise ValueError unless ``tensor`` has this shape, and q's dtype and device."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.dtype != q.dtype:
-        raise ValueError(f"{name} {tuple(tensor.shape)} is {tensor.dtype}, expected q's type, {q.dtype}")
+        raise ValueError(f"{name} {tuple(tensor.shape)} is {tensor.dtype}, expected q's dtype, {q.dtype}")
     check_device(name, tensor, q)
 
 
 def check_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    """``tensor`` must be where q is."""
+    """Raise ValueError unless ``tensor`` is on q's device."""
     if tensor.device != q.device:
         raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, expected q's device, {q.device}")
-
-
-_MASKED_QUERIES = 512
-"""Queries that share one mask: bounds its size to 512 * S."""
-_WINDOWED_QUERIES = 128
-"""Fewest queries a call with a window: below, the calls themselves cost more than the keys they save."""
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    document_ids: Tensor | None = None,
-    query_offset: int | None = None,
-) -> Tensor:
-    """``softmax(scale * q k^T, masked) v`` by head; arguments and errors as :func:`dcscale.ops.compose_attention`.
-
-    q: [B, T, H, D]; k, v: [B, S, G, D]. Returns [B, T, H, D] in q's type, differentiable in q, k and v.
-    """
-    scale, query_offset = check_attention(q, k, v, window, scale, document_ids, query_offset)
-    queries = q.shape[1]
-    if window is not None and window >= query_offset + queries:
-        window = None
-    if flash.unavailable_reason(q) is None:
-        out = flash.flash_attention(
-            q, k, v, window=window, scale=scale, document_ids_BS=document_ids, query_offset=query_offset
-        )
-        if out is not None:
-            return out
-    if query_offset == 0 and window is None and document_ids is None:
-        return _sdpa(q, k[:, :queries], v[:, :queries], scale, causal=True)
-
-    step = _MASKED_QUERIES if window is None else max(_WINDOWED_QUERIES, window // 2)
-    parts = []
-    for start in range(query_offset, query_offset + queries, step):
-        end = min(start + step, query_offset + queries)
-        first, last = key_range(start, end - 1, window)
-        seen = visible_keys(range(start, end), range(first, last), window, document_ids, q.device)
-        q_part = q[:, start - query_offset : end - query_offset]
-        parts.append(_sdpa(q_part, k[:, first:last], v[:, first:last], scale, seen))
-    return torch.cat(parts, dim=1)
-
-
-def _sdpa(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    group = q_BTHD.shape[2] // k_BSGD.shape[2]
-    # Of the fused kernels, only flash on CUDA is sure to take fewer key/value heads; the others would give way to the
-    # dense formula.
-    takes_groups = q_BTHD.is_cuda and causal and q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    if group > 1 and not takes_groups:
-        k_BSGD, v_BSGD = (x.repeat_interleave(group, dim=2) for x in (k_BSGD, v_BSGD))
-    out_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BSGD.transpose(1, 2),
-        v_BSGD.transpose(1, 2),
-        attn_mask=None if seen is None else seen.view(-1, 1, *seen.shape[-2:]),
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=group > 1 and takes_groups,
-    )
-    return out_BHTD.transpose(1, 2)

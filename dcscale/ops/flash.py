@@ -1,7 +1,7 @@
-"""Plain causal attention through the flash-attn package, where it is installed and can run.
+"""Plain causal attention through the flash-attn package, where it is installed and supports the call.
 
-Its backward pass is asked for in its deterministic form, which takes a little more time and memory: otherwise q's
-gradient is summed in an order that changes from run to run, and no run could be repeated bit for bit.
+The backward pass is always the deterministic one. It takes a little more time and memory; without it q's gradient is
+summed in an order that changes from run to run, and no run could be reproduced bit for bit.
 
 Axes in names: B batch, T queries, S keys, H query heads, G key/value heads, D head width; N = B * T.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,52 +20,59 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 OLDEST_VERSION = "2.7"
-"""The first whose functions are operators that torch.compile knows; the same as in pyproject.toml."""
+"""First version whose functions are registered torch operators, so that torch.compile can trace them. pyproject.toml
+requires the same version."""
 
-_WIDEST_HEAD = 256
-_MOST_DOCUMENTS = 65_535
-"""flash-attn gives documents to the second axis of a CUDA grid, which is no longer than this."""
+_MAX_HEAD_DIM = 256
+MAX_DOCUMENTS = 65_535
+"""flash-attn maps documents to the second axis of the CUDA grid, and this is that axis' largest size."""
+
+
+def assume_constant_result(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result``, without its import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # all that the decorator of torch does
+    return function
 
 
 def unavailable_reason(q_BTHD: Tensor) -> str | None:
-    """Why :func:`flash_attention` cannot run for this q; None if it can. Imports flash-attn where it comes to that."""
+    """Why :func:`flash_attention` cannot run for this q; None if it can. Imports flash-attn only if all else fits."""
     if q_BTHD.device.type != "cuda":
-        return f"it needs an NVIDIA GPU, and q is on {q_BTHD.device.type}"
+        return f"it needs an NVIDIA GPU, but q is on {q_BTHD.device.type}"
     if q_BTHD.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, and q is {q_BTHD.dtype}"
-    if q_BTHD.shape[3] > _WIDEST_HEAD:
-        return f"it takes heads up to {_WIDEST_HEAD} wide, and q has shape {tuple(q_BTHD.shape)}"
-    return _machine_obstacle(q_BTHD.device.index)
+        return f"it supports bfloat16 and float16, but q is {q_BTHD.dtype}"
+    if q_BTHD.shape[3] > _MAX_HEAD_DIM:
+        return f"it supports head dims up to {_MAX_HEAD_DIM}, but q has shape {tuple(q_BTHD.shape)}"
+    return _device_unavailable_reason(q_BTHD.device.index)
 
 
-@torch.compiler.assume_constant_result
-def _machine_obstacle(index: int) -> str | None:
+@assume_constant_result
+def _device_unavailable_reason(index: int) -> str | None:
     if torch.version.hip is not None:
-        return "it is used on NVIDIA GPUs only"
+        return "it is used on NVIDIA GPUs only, and this torch is built for ROCm"
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
-        return f"it needs compute capability 8.0, and the GPU has {major}.{minor}"
-    return _package_obstacle()
+        return f"it needs compute capability 8.0, but the GPU has {major}.{minor}"
+    return _package_unavailable_reason()
 
 
 @functools.cache
-def _package_obstacle() -> str | None:
-    """Who has installed the package wants it: what keeps it from being used is said aloud, once a process."""
+def _package_unavailable_reason() -> str | None:
+    """Warns once per process if flash-attn is installed but unusable: whoever installed it expects it to be used."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     if TorchVersion(version) < OLDEST_VERSION:
-        problem = f"flash-attn {version} is installed, and {OLDEST_VERSION} or newer is needed"
+        problem = f"flash-attn {version} is installed, but {OLDEST_VERSION} or newer is needed"
     else:
         try:
             from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
 
             return None
-        except Exception as error:  # a compiled extension that does not fit this PyTorch fails in any way
+        except Exception as error:  # an extension built for another PyTorch can raise anything
             problem = f"flash-attn {version} is installed, but importing it fails: {type(error).__name__}: {error}"
     warnings.warn(
-        f"{problem}. Plain attention runs through PyTorch's scaled_dot_product_attention instead. Build flash-attn for "
+        f"{problem}. Plain attention uses PyTorch's scaled_dot_product_attention instead. Build flash-attn for "
         f"this PyTorch (pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation flash-attn), "
         f"or uninstall it",
         stacklevel=1,
@@ -81,18 +89,21 @@ def flash_attention(
     scale: float,
     document_ids_BS: Tensor | None,
     query_offset: int,
+    max_documents: int = MAX_DOCUMENTS,
 ) -> Tensor | None:
-    """Arguments as :func:`dcscale.ops.attention`, already checked -> [B, T, H, D] in q's type.
+    """Arguments as :func:`dcscale.ops.attention`, already checked -> [B, T, H, D] in q's dtype.
 
-    None where documents stand in the way. flash-attn knows them only as sequences on their own, so every document must
-    be one run of positions, and its queries must be at all of them: ids that never fall along a row, and queries from
-    the first position on. The rows that dcscale.data makes are such.
+    Returns None if flash-attn cannot express the documents. It takes them as separate packed sequences, so each
+    document must be one contiguous run of positions (checked as: ids never decrease along a row) and every position
+    must have a query (query_offset of 0). Rows made by dcscale.data satisfy both. All rows together must have at most
+    ``max_documents`` documents.
     """
     from flash_attn import flash_attn_func
 
-    # flash-attn's last query is at the last key, and its window does not count the query itself.
+    # flash-attn aligns the last query with the last key, so drop the keys after it.
     end = query_offset + q_BTHD.shape[1]
     k_BSGD, v_BSGD = k_BSGD[:, :end], v_BSGD[:, :end]
+    # flash-attn's window counts the keys left of the query, without the query itself; -1 is unlimited.
     options = {
         "softmax_scale": scale,
         "causal": True,
@@ -103,21 +114,25 @@ def flash_attention(
         return flash_attn_func(q_BTHD, k_BSGD, v_BSGD, **options)
     if query_offset > 0:
         return None
-    return _attend_by_document(q_BTHD, k_BSGD, v_BSGD, document_ids_BS[:, :end], options)
+    return _attend_by_document(q_BTHD, k_BSGD, v_BSGD, document_ids_BS[:, :end], options, max_documents)
 
 
-@torch.compiler.disable  # the number of documents is a shape here, so the GPU is waited for, compiled or not
+# The number of documents becomes a shape: a device sync that would break the graph. This is torch.compiler.disable,
+# but imports torch._dynamo at the first call and not here.
+@torch._disable_dynamo
 def _attend_by_document(
-    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, ids_BT: Tensor, options: dict[str, Any]
+    q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, ids_BT: Tensor, options: dict[str, Any], max_documents: int
 ) -> Tensor | None:
-    before_BT, after_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-    begins_N = F.pad(before_BT != after_BT, (1, 0), value=True).flatten()
-    bounds = F.pad(begins_N.nonzero().flatten(), (0, 1), value=len(begins_N)).int()
-    longest, falls = torch.stack([bounds.diff().max(), (before_BT > after_BT).any()]).tolist()
-    if falls or len(bounds) - 1 > _MOST_DOCUMENTS:
+    previous_BT, next_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+    # Compared, not subtracted: the difference of two ids may overflow their dtype. Each row starts a document.
+    starts_N = F.pad(previous_BT != next_BT, (1, 0), value=True).flatten()
+    cu_seqlens = F.pad(starts_N.nonzero().flatten(), (0, 1), value=len(starts_N)).int()
+    max_seqlen, decreases = torch.stack([cu_seqlens.diff().max(), (previous_BT > next_BT).any()]).tolist()
+    # Where ids decrease, a document may reappear later in its row.
+    if decreases or len(cu_seqlens) - 1 > max_documents:
         return None
     from flash_attn import flash_attn_varlen_func
 
     q_NHD, k_NGD, v_NGD = (x.flatten(0, 1) for x in (q_BTHD, k_BTGD, v_BTGD))
-    out_NHD = flash_attn_varlen_func(q_NHD, k_NGD, v_NGD, bounds, bounds, longest, longest, **options)
+    out_NHD = flash_attn_varlen_func(q_NHD, k_NGD, v_NGD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return out_NHD.unflatten(0, ids_BT.shape)

@@ -1,4 +1,4 @@
-"""Many processes as one: who this process is, and the engine that spreads a model over all of them."""
+"""Distributed training: the environment of a process, collectives, and the engine around DeepSpeed."""
 
 from dcscale.parallel.collectives import RankError, broadcast_from_rank0, gather_objects, run_on_all_ranks
 from dcscale.parallel.engine import Engine, NonFiniteError, start_distributed, stop_distributed

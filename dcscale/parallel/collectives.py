@@ -1,4 +1,4 @@
-"""Words between ranks: decide once for all, fail together or not at all."""
+"""Collectives on Python objects, for decisions that all ranks share and for errors that must reach all ranks."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Other ranks failed while this one did not."""
+    """Other ranks failed, but this one did not."""
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Tells every rank what each has, by rank."""
+    """Returns the values of all ranks, by rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_errors(error: str | None, group: dist.ProcessGroup | None = None) -> str:
-    """Tells every rank which ranks failed and why, as ``rank 1: REASON; rank 3: REASON``; empty when none did."""
-    said = gather_objects(error, group)
-    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None)
+    """Returns the errors of all ranks as ``rank 1: ERROR; rank 3: ERROR`` on every rank; empty if there are none."""
+    errors = gather_objects(error, group)
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None)
 
 
 def run_on_all_ranks(call: Callable[[], T]) -> T:
-    """Returns ``call()``, which every rank makes for itself; if it fails on any rank, all raise.
+    """Runs ``call`` on every rank and returns its own result; if it fails on any rank, raises on all.
 
     Raises:
-        RankError: on the ranks where it did not fail; the others raise their own error.
+        RankError: on ranks where it succeeded; the others raise their own error.
     """
     result: T | None = None
     own: Exception | None = None
     try:
         result = call()
-    except Exception as error:  # told to every rank and raised below
+    except Exception as error:  # sent to every rank and raised below
         own = error
     errors = gather_errors(None if own is None else f"{type(own).__name__}: {own}")
     if own is not None:
@@ -47,15 +47,15 @@ def run_on_all_ranks(call: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def broadcast_from_rank0(decide: Callable[[], T]) -> T:
-    """Calls ``decide`` on rank 0 and returns its result, or raises its error, on every rank.
+def broadcast_from_rank0(call: Callable[[], T]) -> T:
+    """Runs ``call`` on rank 0 only; returns its result, or raises its error, on every rank.
 
-    For what depends on a disk or a clock, of which ranks may see different states.
+    For results that depend on a disk or a clock, which the ranks may see differently.
     """
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
-            answer[0] = decide()
+            answer[0] = call()
         except Exception as error:  # raised below on every rank
             answer[1] = error
     dist.broadcast_object_list(answer)

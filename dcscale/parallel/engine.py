@@ -1,4 +1,4 @@
-"""The only place that imports DeepSpeed: build, forward, backward, update, save and load under any ZeRO stage."""
+"""The only module that imports DeepSpeed: build, forward, backward, update, save and load under any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dcscale.config import Config
 from dcscale.parallel.collectives import gather_errors, gather_objects, run_on_all_ranks
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
-from dcscale.parallel.zero_state import SavedState, Snapshot, read_state, round_masters, take_snapshot
+from dcscale.parallel.zero_state import SavedState, Snapshot, restore_masters, take_snapshot, update_model_weights
 
 T = TypeVar("T")
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is infinite or not a number; the weights have not been touched by it."""
+    """A loss or gradient is infinite or NaN; the weights were not updated with it."""
 
 
 def _import_deepspeed(environment: Environment) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if environment.device.type == "cuda" else "cpu")
-    # DeepSpeed calls collectives by names that torch 2.13 is renaming; nothing a user of ours can act on.
+    # DeepSpeed uses names of collectives that torch 2.13 deprecates; users of dcscale can do nothing about it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     import deepspeed
 
@@ -40,25 +40,26 @@ def _import_deepspeed(environment: Environment) -> Any:
 
 
 @contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Keeps what DeepSpeed prints on every rank while it starts from the user, unless it then fails."""
-    said = io.StringIO()
+def _capture_stdout() -> Iterator[None]:
+    """Hides what DeepSpeed prints on every rank while it starts; prints it if the start fails."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             yield
     except BaseException:
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(output.getvalue())
         raise
 
 
 def start_distributed(environment: Environment, timeout_minutes: float) -> None:
-    """Joins the process group of the run; collectives that wait longer than the timeout raise."""
+    """Initialises the process group of the run; a collective that takes longer than the timeout raises."""
     deepspeed = _import_deepspeed(environment)
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
-    with _without_chatter():
+    with _capture_stdout():
         if environment.device.type == "cpu":
-            # Else every first run compiles, and then spins in, an all-reduce that only inference uses.
+            # This op is an all-reduce for inference only. If it seems available, DeepSpeed compiles it at the first
+            # start and busy-waits in it.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend=environment.backend,
@@ -71,21 +72,21 @@ def start_distributed(environment: Environment, timeout_minutes: float) -> None:
 
 
 def stop_distributed() -> None:
-    """Leaves the process group."""
+    """Destroys the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class Engine:
-    """A model with its optimizer, spread over the ranks.
+    """A model and its optimizer, under DeepSpeed.
 
     Args:
         config: the run's settings.
-        environment: this process; :func:`start_distributed` must have been called.
-        build_model: makes the module; under ZeRO-3 its parameters are partitioned as they are made.
-        initialize: fills the module's parameters; gets the module and a context-manager factory that
-            gathers the parameters it is given and keeps what is written to them.
-        build_optimizer: makes the torch optimizer, with learning rate 0, from the module.
+        environment: rank and device of this process; :func:`start_distributed` must have been called.
+        build_model: builds the module; under ZeRO-3 each parameter is partitioned as soon as it is created.
+        initialize: initialises the parameters, called with the module and ``gather``. ``gather(parameters)`` is a
+            context manager in which these parameters are complete on every rank; rank 0's values are kept.
+        build_optimizer: builds the torch optimizer of the module, with learning rate 0.
     """
 
     def __init__(
@@ -114,34 +115,39 @@ class Engine:
             model.to(torch.bfloat16)
         optimizer = build_optimizer(model)
         self._optimizer = optimizer
-        with _without_chatter():
+        with _capture_stdout():
             self._engine, *_ = self._deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-        # Without ZeRO, DeepSpeed makes bf16's optimizer state by a step with zero gradients (and our learning rate of
-        # 0). That step must not count, or it would falsify Adam's bias correction.
+        # Without ZeRO, DeepSpeed creates the optimizer state of bf16 by a step with zero gradients (and our learning
+        # rate of 0). That step must not be counted, or Adam's bias correction would be wrong.
         for state in optimizer.state.values():
             state["step"].zero_()
         optimizer.register_step_pre_hook(self._before_update)
-        # Counts, stop flags and errors travel on the CPU, so that no rank waits for its GPU to hear of them.
+        # Counts, stop flags and errors are exchanged over gloo on the CPU, which needs no synchronisation with the GPU.
         self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.parallel.timeout_minutes))
 
     @property
     def module(self) -> nn.Module:
-        """The module itself; under ZeRO-3 its parameters are there only inside their own module's forward."""
+        """The module itself; under ZeRO-3 a parameter is complete only while its own module runs forward."""
         return self._engine.module
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights that the model computes with."""
+        """Dtype of the weights that the model computes with."""
         return next(self.module.parameters()).dtype
 
     # -- one optimizer step ---------------------------------------------------------------------------------
 
     def forward_backward(self, inputs: Sequence[Tensor | None], scale: float, last: bool) -> Tensor:
-        """Adds the gradient of ``scale * loss`` for one micro-batch, where the loss is the module's float32 sum.
+        """Accumulates the gradient of ``scale * loss`` of one micro-batch; the loss is a float32 sum over its targets.
 
-        DeepSpeed averages gradients over ranks: for the gradient of a global mean, ``scale`` is
-        ranks / (targets of the whole global batch). ``last`` marks the step's last micro-batch.
-        Returns the unscaled loss sum of this rank, detached, on the device.
+        Args:
+            inputs: arguments of the module.
+            scale: factor on the loss. DeepSpeed averages gradients over ranks, so the gradient of the mean loss over
+                the global batch needs ``scale = ranks / targets in the global batch``.
+            last: whether this is the step's last micro-batch.
+
+        Returns:
+            The unscaled loss sum of this rank, detached, on the device.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._engine(*inputs)
@@ -149,24 +155,24 @@ class Engine:
         return loss.detach()
 
     def update(self, learning_rate: float) -> float:
-        """Clips the gradients, takes the optimizer step and returns the global gradient norm before clipping.
+        """Clips the gradients and makes the optimizer step; returns the global L2 norm of the gradient before clipping.
 
-        The host waits for the norm once a step, as DeepSpeed does to clip; nothing else in a step waits.
+        The host waits for the norm, as DeepSpeed does to clip: the only synchronisation with the device in a step.
 
         Raises:
-            NonFiniteError: the norm is not finite; no weight was changed.
+            NonFiniteError: the norm is not finite; no weight was updated.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         self._grad_norm = None
         self._engine.step()
-        if self._grad_norm is None:  # DeepSpeed saw a non-finite norm itself and left the update out
+        if self._grad_norm is None:  # DeepSpeed saw a non-finite norm itself and skipped the update
             raise NonFiniteError(f"gradient norm {float(self._engine.get_global_grad_norm())}")
         return self._grad_norm
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Runs inside DeepSpeed's step, after its reduction and before torch's update; once a group in some stages."""
-        if self._grad_norm is not None:
+        """Checks the gradient norm inside DeepSpeed's step, between its reduction and torch's update."""
+        if self._grad_norm is not None:  # ZeRO calls the optimizer once per param group or sub group
             return
         if self._clips_here:
             norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip))
@@ -178,7 +184,7 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Callable[..., Tensor]]:
-        """Gives the module's forward, without gradients and in eval mode."""
+        """Yields the module's forward, in eval mode and without gradients."""
         was_training = self.module.training
         self._engine.eval()
         try:
@@ -187,7 +193,7 @@ class Engine:
         finally:
             self._engine.train(was_training)
 
-    # -- words between ranks ----------------------------------------------------------------------------------
+    # -- communication -----------------------------------------------------------------------------------------
 
     def sum_over_ranks(self, values: list[int]) -> list[int]:
         """Sums small integers over the ranks, on the CPU."""
@@ -215,15 +221,15 @@ class Engine:
         return take_snapshot(self._engine, self._optimizer)
 
     def load(self, saved: SavedState) -> None:
-        """Goes on from a state that any number of ranks have saved in any stage and precision; all ranks call it.
+        """Loads a state that was saved by any number of ranks in any stage and precision; all ranks call it together.
 
-        A rank reads what it will update. The settings of the optimizer are the config's: none are saved.
+        Each rank reads only the elements that it updates. Hyperparameters come from the config; none are saved.
 
         Raises:
-            RankError: on the ranks where reading did not fail, if it did on another.
+            RankError: on the ranks where reading succeeded, if it failed on another rank.
         """
-        run_on_all_ranks(lambda: read_state(self._engine, self._optimizer, saved))
-        round_masters(self._engine)
+        run_on_all_ranks(lambda: restore_masters(self._engine, self._optimizer, saved))
+        update_model_weights(self._engine)
 
     def _gather_for_writing(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3)

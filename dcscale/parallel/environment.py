@@ -1,4 +1,4 @@
-"""Who this process is: its rank, how many there are, and which device it owns, whatever started it."""
+"""Rank, world size and device of this process, from the variables of deepspeed, torchrun or srun, or without any."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 class LaunchError(ValueError):
-    """The variables that a launcher sets do not make sense, or do not fit the machine."""
+    """The environment variables of the launcher are inconsistent, or do not fit the machine."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """One process of a run."""
+    """One process of a run, with its ranks as torchrun defines them."""
 
     rank: int
     local_rank: int
@@ -46,16 +46,20 @@ def _integer(variables: Mapping[str, str], name: str, launcher: str) -> int:
 
 
 def discover(variables: MutableMapping[str, str] = os.environ) -> Environment:
-    """Reads the launcher's variables, fills in the rendezvous for a process started alone, and picks the device.
+    """Reads the launcher's variables and selects the device.
+
+    Sets in ``variables`` what torch and DeepSpeed read: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE, and for a single
+    process MASTER_ADDR and MASTER_PORT too.
 
     Raises:
-        LaunchError: a variable is missing, the ranks do not fit, or there are more processes than GPUs.
+        LaunchError: a variable is missing, the ranks are inconsistent, or there are more processes than GPUs.
     """
     if "RANK" in variables or "WORLD_SIZE" in variables:
         launcher = "deepspeed/torchrun"
         rank, world_size, local_rank = (_integer(variables, n, launcher) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         local_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in variables else "LOCAL_SIZE"
         local_world_size = _integer(variables, local_name, launcher) if local_name in variables else world_size
+    # Not SLURM_PROCID: it is also set in the batch script, where python runs alone.
     elif "SLURM_STEP_NUM_TASKS" in variables and _integer(variables, "SLURM_STEP_NUM_TASKS", "srun") > 1:
         launcher = "srun"
         _check_srun_rendezvous(variables)
@@ -74,8 +78,8 @@ def discover(variables: MutableMapping[str, str] = os.environ) -> Environment:
             "a rank must be below its count"
         )
     device = _device(launcher, local_rank, local_world_size)
-    # torch and DeepSpeed read these names, also when srun or nothing set them. DeepSpeed takes LOCAL_RANK for the
-    # index of the GPU.
+    # torch and DeepSpeed read these names, but srun does not set them. DeepSpeed uses LOCAL_RANK as GPU index, which
+    # is not the local rank where each task sees only its own GPU.
     device_index = local_rank if device.index is None else device.index
     variables.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(device_index))
     variables.setdefault("LOCAL_SIZE", str(local_world_size))
@@ -83,15 +87,15 @@ def discover(variables: MutableMapping[str, str] = os.environ) -> Environment:
 
 
 def _check_srun_rendezvous(variables: Mapping[str, str]) -> None:
-    ways = {
+    exports = {
         "MASTER_ADDR": 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)',
         "MASTER_PORT": "export MASTER_PORT=29500",
     }
-    missing = [name for name in ways if not variables.get(name)]
+    missing = [name for name in exports if not variables.get(name)]
     if missing:
         raise LaunchError(
-            f"srun started {variables['SLURM_STEP_NUM_TASKS']} tasks, but {' and '.join(missing)} must be set for them "
-            f"to find each other; put before srun in the job script: {'; '.join(ways[name] for name in missing)}"
+            f"srun started {variables['SLURM_STEP_NUM_TASKS']} tasks, but {' and '.join(missing)} must be set so that "
+            f"they find each other; put before srun in the job script: {'; '.join(exports[name] for name in missing)}"
         )
 
 
@@ -100,25 +104,27 @@ def _device(launcher: str, local_rank: int, local_world_size: int) -> torch.devi
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if launcher == "srun" and count == 1:
-        return torch.device("cuda", 0)  # --gpus-per-task=1: every task sees its own GPU under this index
+        return torch.device("cuda", 0)  # --gpus-per-task=1: each task sees only its own GPU, as index 0
     if local_world_size > count:
         raise LaunchError(
             f"{launcher} started {local_world_size} processes on this node, but each needs a GPU of its own and "
-            f"{count} can be seen; start at most {count} a node"
+            f"{count} are visible; start at most {count} per node"
         )
     return torch.device("cuda", local_rank)
 
 
 def share_cores(environment: Environment, variables: Mapping[str, str] = os.environ) -> int:
-    """Gives each process on a CPU machine its part of the cores, unless OMP_NUM_THREADS says otherwise.
+    """Limits torch on a CPU machine to this process's share of the cores, unless the user set OMP_NUM_THREADS.
 
-    More threads than cores do not just share them: they wait for each other in loops. OMP_NUM_THREADS=1 under
-    torchrun does not count, as torchrun sets that itself. Returns the number of threads.
+    With more threads than cores, OpenMP threads busy-wait for each other, which is slower than one thread per core.
+
+    Returns:
+        The number of threads that torch uses.
     """
-    told = variables.get("OMP_NUM_THREADS")
-    if told == "1" and "TORCHELASTIC_RUN_ID" in variables:
-        told = None
-    if environment.device.type == "cpu" and told is None:
+    chosen = variables.get("OMP_NUM_THREADS")
+    if chosen == "1" and "TORCHELASTIC_RUN_ID" in variables:  # torchrun sets 1 if the user set nothing
+        chosen = None
+    if environment.device.type == "cpu" and chosen is None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
     return torch.get_num_threads()
 

@@ -1,8 +1,7 @@
-"""Inputs of compose attention, and what it makes of them: the output and the gradient of every tensor.
+"""Random calls of attention, their results (output and all gradients), and how large an implementation's error may be.
 
-How large the error of an implementation may be: a multiple of what plain PyTorch makes of it in the same type.
-
-The rule is that of flash-attention's tests, so that no tolerance has to be guessed for a shape or a type.
+The error is measured against float64 and may be a small multiple of the error of unfused PyTorch in the same dtype, as
+in flash-attention's tests. So no tolerance has to be guessed for a shape or dtype.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dcscale.ops import ComposeWeights, compose_attention
+from dcscale.ops.compose.custom_op import Call
 from dcscale.ops.compose.reference import reference_attention
 
 WEIGHTS = [f"{stage}.{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
-"""The twelve weights: pre.q1 ... post.kg."""
+"""Names of the twelve weights: pre.q1 ... post.kg."""
 
 PLAIN_CALLS = {
     "causal": {"queries": 33},
@@ -41,7 +41,7 @@ PLAIN_CALLS = {
     "grouped, documents": {"queries": 20, "heads": 6, "kv_heads": 2, "documents": 5},
     "scale": {"queries": 12, "scale": 0.7},
 }
-"""Arguments of :func:`random_inputs` for every way to call plain attention."""
+"""Arguments of :func:`random_inputs` that cover all ways to call plain attention."""
 
 COMPOSE_CALLS = {
     "one query": {"queries": 1},
@@ -63,20 +63,24 @@ COMPOSE_CALLS = {
     "rank 4": {"queries": 33, "rank": 4, "heads": 5, "head_dim": 7},
     "scale": {"queries": 12, "scale": 0.7},
 }
-"""Arguments of :func:`random_inputs` for the calls that an implementation of compose attention must get right."""
+"""Arguments of :func:`random_inputs` that cover all ways to call compose attention."""
 
 
 @dataclass
 class AttentionInputs:
-    """``tensors``: q, k, v and any of :data:`WEIGHTS`; ``cotangent``: the gradient of the output [B, T, H, D];
-    ``options``: window, document_ids, query_offset, scale."""
+    """The arguments of a call of attention, and a gradient of its output."""
 
     tensors: dict[str, Tensor]
+    """q, k, v and any of :data:`WEIGHTS`, by name."""
+
     cotangent: Tensor
+    """Gradient of the output, [B, T, H, D]."""
+
     options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments: window, document_ids, query_offset, scale, scratch_bytes."""
 
     def to(self, dtype: torch.dtype, device: str | None = None) -> AttentionInputs:
-        """The same in another type, and on another device."""
+        """The same in another dtype and, if given, on another device."""
         tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
         options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         return AttentionInputs(tensors, self.cotangent.to(device, dtype), options)
@@ -86,13 +90,13 @@ class AttentionInputs:
         return replace(self, tensors={**self.tensors, **tensors})
 
     def run(self, backend: str) -> dict[str, Tensor]:
-        """Of :func:`compose_attention`: "out", and the gradient of every tensor under the tensor's name."""
+        """Results of :func:`compose_attention`: "out", and the gradient of every tensor under the tensor's name."""
         return self.run_function(
             lambda *arguments, **options: compose_attention(*arguments, **options, backend=backend)
         )
 
     def run_function(self, function: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """:meth:`run` of any function with compose_attention's arguments. Tensors without a part in it get zeros."""
+        """As :meth:`run`, for any function with compose_attention's arguments. Unused tensors get gradients of 0."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors.items()}
         out = function(*arguments(leaves), **self.options)
         gradients = torch.autograd.grad(out, leaves.values(), self.cotangent, allow_unused=True, materialize_grads=True)
@@ -102,7 +106,7 @@ class AttentionInputs:
 def arguments(
     tensors: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, ComposeWeights | None, ComposeWeights | None]:
-    """q, k, v, pre, post from tensors by name."""
+    """q, k, v, pre, post from tensors by name; None for a stage without weights."""
     stages = []
     for stage in ("pre", "post"):
         weights = {name: tensors.get(f"{stage}.{name}") for name in ComposeWeights._fields}
@@ -122,19 +126,19 @@ def unfused_attention(
     document_ids: Tensor | None = None,
     query_offset: int | None = None,
 ) -> Tensor:
-    """compose_attention in plain PyTorch, each step rounded to the input's type: the yardstick of the error rule."""
-    return reference_attention(
+    """compose_attention in plain PyTorch, each step rounded to the input's dtype: the baseline of the error rule."""
+    call = Call(
         q,
         k,
         v,
-        pre,
-        post,
+        pre=ComposeWeights() if pre is None else pre,
+        post=ComposeWeights() if post is None else post,
+        document_ids=document_ids,
         window=window,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
-        document_ids_BS=document_ids,
         query_offset=k.shape[1] - q.shape[1] if query_offset is None else query_offset,
-        upcast=False,
     )
+    return reference_attention(call, upcast=False)
 
 
 def random_inputs(
@@ -151,9 +155,21 @@ def random_inputs(
     device: str = "cpu",
     **options: Any,
 ) -> AttentionInputs:
-    """Normal random inputs in float64 whose compose changes the result a lot, rounded to what bfloat16 can hold.
+    """Normal random inputs in float64, rounded to bfloat16, with weights that change the result a lot.
 
-    absent: names of :data:`WEIGHTS` to leave out. documents: their mean length, with at least two in the first row.
+    Args:
+        batch: B.
+        queries: T.
+        keys: S; as many as queries by default.
+        heads: H.
+        kv_heads: G; as many as heads by default.
+        head_dim: D.
+        rank: R of the weights.
+        absent: names of :data:`WEIGHTS` to leave out. The other tensors do not depend on it.
+        documents: mean length of documents in tokens, with at least two in the first row; None for no document_ids.
+        seed: of the random generator.
+        device: where the tensors are created.
+        **options: further arguments of compose_attention.
     """
     keys, kv_heads = keys or queries, kv_heads or heads
     generator = torch.Generator(device).manual_seed(seed)
@@ -182,21 +198,32 @@ def random_inputs(
 
 FORWARD_FACTOR = 2
 GRADIENT_FACTOR = 3
+"""Errors may be this many times those of unfused PyTorch, as in flash-attention's tests."""
 
 
 def check_error(name: str, result: Tensor, plain: Tensor, truth: Tensor, factor: float) -> float:
-    """Fail if ``result`` is further from ``truth`` than ``factor`` times what ``plain`` is.
+    """Check that the error of ``result`` is at most ``factor`` times that of ``plain``, in the 2-norm.
 
-    result: of the implementation. plain: of the same formula in plain PyTorch, in the same type. truth: in a wider
-    type. Rounding the truth to the type of the result is an error that nothing can avoid, so ``plain`` counts as at
-    least that far. Returns the error as a part of what is allowed.
+    The norm of the largest element is unsuitable: in float32 the largest errors of two correct implementations differ
+    by more than these factors by chance. For the same reason a tensor should have a few hundred independent elements,
+    which a batch of eight provides even for the smallest shapes.
 
-    The distance is the 2-norm. The largest element would not do: in float32 the largest errors of two right
-    implementations differ by more than these factors by chance. For the same reason a tensor should have a few
-    hundred elements that do not hang on one another, which a batch of eight gives the smallest shapes.
+    Args:
+        name: of the tensor, for the message.
+        result: of the implementation.
+        plain: of the same formula in plain PyTorch, in the same dtype.
+        truth: of the same formula in a wider dtype. Rounding it to the result's dtype is unavoidable, so ``plain``
+            counts as at least that far off.
+        factor: see above.
+
+    Returns:
+        The error as a fraction of the allowed error.
+
+    Raises:
+        AssertionError: the error is larger, or the tensors cannot be compared.
     """
     if not result.dtype == plain.dtype != truth.dtype:
-        raise AssertionError(f"{name}: {result.dtype} cannot be judged by {plain.dtype} and a truth in {truth.dtype}")
+        raise AssertionError(f"{name}: {result.dtype} cannot be compared with {plain.dtype} and {truth.dtype}")
     if not result.shape == plain.shape == truth.shape:
         raise AssertionError(f"{name}: shapes {tuple(result.shape)}, {tuple(plain.shape)}, {tuple(truth.shape)} differ")
     error, plain_error, rounding = (
@@ -212,7 +239,7 @@ def check_error(name: str, result: Tensor, plain: Tensor, truth: Tensor, factor:
 
 
 def check_results(results: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """:func:`check_error` for an output "out" and for gradients, which is what all other names are."""
+    """:func:`check_error` of all tensors by name: the output "out", all others are gradients."""
     if not results.keys() == plain.keys() == truth.keys():
         raise AssertionError(f"different results: {list(results)}, {list(plain)}, {list(truth)}")
     factors = {name: FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR for name in truth}
@@ -220,7 +247,7 @@ def check_results(results: dict[str, Tensor], plain: dict[str, Tensor], truth: d
 
 
 def assert_same(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    """Fail unless all are finite and each is within ``tolerance`` of what is expected, relative to its 2-norm."""
+    """Check that all results are finite and within ``tolerance`` of the expected ones, relative to their 2-norm."""
     assert results.keys() == expected.keys()
     for name, result in results.items():
         assert torch.isfinite(result).all(), name

@@ -128,24 +128,24 @@ def tiny_snapshot(rank: int, ranks: int, step: int) -> Snapshot:
 
 
 class ThreadEngine:
-    """What :class:`dcscale.checkpoint.Checkpoints` needs of an engine. ``step`` is that of the state it has."""
+    """What :class:`dcscale.checkpoint.Checkpointer` needs of an engine. ``step`` is that of the state it has."""
 
     dtype = torch.bfloat16
 
-    def __init__(self, rank: int, ranks: int, said: list[Any], barrier: threading.Barrier):
+    def __init__(self, rank: int, ranks: int, values: list[Any], barrier: threading.Barrier):
         self.environment = Environment(rank, rank, ranks, ranks, torch.device("cpu"))
         self.step = 0
-        self._said, self._barrier = said, barrier
+        self._values, self._barrier = values, barrier
 
     def snapshot(self) -> Snapshot:
         return tiny_snapshot(self.environment.rank, self.environment.world_size, self.step)
 
     def gather_objects(self, value: T) -> list[T]:
-        self._said[self.environment.rank] = value
+        self._values[self.environment.rank] = value
         self._barrier.wait()
-        said = list(self._said)
+        values = list(self._values)
         self._barrier.wait()
-        return said
+        return values
 
     def sum_over_ranks(self, values: list[int]) -> list[int]:
         return [sum(column) for column in zip(*self.gather_objects(values))]
@@ -153,7 +153,7 @@ class ThreadEngine:
 
 def on_threads(ranks: int, function: Callable[[Any], T], seconds: float = 30) -> list[T]:
     """Calls ``function(engine)`` on every rank; returns the results by rank, or raises an error of one of them."""
-    said, barrier = [None] * ranks, threading.Barrier(ranks, timeout=seconds)
+    values, barrier = [None] * ranks, threading.Barrier(ranks, timeout=seconds)
     with ThreadPoolExecutor(ranks) as threads:
-        calls = [threads.submit(function, ThreadEngine(rank, ranks, said, barrier)) for rank in range(ranks)]
+        calls = [threads.submit(function, ThreadEngine(rank, ranks, values, barrier)) for rank in range(ranks)]
         return [call.result() for call in calls]

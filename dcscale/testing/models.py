@@ -1,15 +1,9 @@
-"""Small models for tests.
+"""Small models and model folders for tests, and readers of golden files: outputs of the official DCFormer code.
 
-Folders to convert, for tests.
-
-Reads what the official DCFormer and DCPythia code computed, under this project's names.
-
-A case is a folder with upstream's ``config.json``, its weights ``model.safetensors`` and ``io.safetensors``:
-inputs, outputs, and gradients under ``grad.<upstream name>``.
-
-Reads what the official code computed for one attention layer, and makes the inputs it was given.
-
-Upstream's heads stand before the tokens, [B, N, T, D], and so do those of the files; here they stand after them.
+A golden case of a model is a folder with upstream's ``config.json``, its weights ``model.safetensors``, and
+``io.safetensors`` with inputs, outputs, and gradients under ``grad.<upstream name>``. The readers translate the names
+to dcscale's. A golden case of attention has only results; its inputs are generated here from a seed, as they were for
+the official code. Its files have upstream's axes [B, N, T, D], heads before tokens; here tokens come first.
 """
 
 from __future__ import annotations
@@ -39,10 +33,10 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**settings)
 
 
-def lively_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64, **arguments) -> DCFormer:
-    """A model with weights as far from their beginning as training takes them.
+def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64, **arguments) -> DCFormer:
+    """A model with random weights of the size that trained weights have.
 
-    Fresh weights are so small that a wrong mask or a missing compose branch would change next to nothing.
+    Initial weights are so small that a wrong mask or a missing compose branch would hardly change the output.
     """
     model = DCFormer(config, **arguments).to(dtype)
     initialize(model, config, seed)
@@ -55,6 +49,7 @@ def lively_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
             elif name == "embedding.weight":
                 parameter.copy_(noise)
             else:
+                # Variance 1 / fan-in keeps activations of the order of 1. dw1 and dd are stored as [inputs, ...].
                 fan_in = parameter.shape[0 if name.endswith((".dw1", ".dd")) else 1]
                 parameter.copy_(noise / fan_in**0.5)
     return model
@@ -66,34 +61,39 @@ def random_ids(config: ModelConfig, batch: int, tokens: int, seed: int = 0) -> t
 
 
 def write_checkpoint(folder: Path, model: ModelConfig, *, training: bool = False, shard_bytes: int = 1 << 30) -> Path:
-    """A dcscale model folder, or with ``training`` what a training checkpoint has beside it."""
+    """Writes a dcscale model folder of :func:`random_model`; ``training`` adds an (empty) optimizer folder."""
     folder.mkdir(parents=True)
-    weights = lively_model(model, dtype=torch.float32).named_parameters()
+    weights = random_model(model, dtype=torch.float32).named_parameters()
     save_weights(((name, tensor.detach()) for name, tensor in weights), folder / "weights", shard_bytes)
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": asdict(model)}))
     state = {"format": 1, "step": 7, "tokens": 700, "tokenizer": {"spec": "byte", "eos_id": 256}, "train_seconds": 1.0}
     (folder / "state.json").write_text(json.dumps(state))
     if training:
-        (folder / "deepspeed").mkdir()
+        (folder / "optimizer").mkdir()
     seal(folder)
     return folder
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All safetensors of a model folder or of an upstream folder."""
+    """All tensors of a model folder or of an upstream folder, by name."""
     folder = folder / "weights" if (folder / "weights").is_dir() else folder
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def load_tensors(model: torch.nn.Module, folder: Path) -> None:
-    """Give every parameter of ``model`` its tensor of a model folder, which holds no others."""
+    """Loads a model folder, which must have exactly the parameters of ``model``."""
     tensors = tensors_of(folder)
     assert tensors.keys() == dict(model.named_parameters()).keys()
-    model.load_state_dict(tensors, strict=False)  # which wants tied weights twice otherwise
+    model.load_state_dict(tensors, strict=False)  # strict would require tied weights under both names
 
 
 class UpstreamFolder:
-    """An upstream folder, from now on in one safetensors file, whose config and tensors may be changed."""
+    """An upstream folder whose config and tensors can be changed. Its tensors are moved to one safetensors file.
+
+    Attributes:
+        settings: content of config.json; :meth:`write` writes it.
+        tensors: by name; :meth:`write` writes them.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,7 +114,7 @@ _GRADIENT = "grad."
 
 @dataclass
 class GoldenCase:
-    """``weights`` and ``gradients`` by this project's names, ``values`` the other tensors by their own."""
+    """``weights`` and ``gradients`` under dcscale's names, ``values`` the other tensors under their own."""
 
     config: ModelConfig
     weights: dict[str, Tensor]
@@ -123,14 +123,14 @@ class GoldenCase:
 
 
 def load_model_case(folder: Path, *, visible_keys: int, gelu: str) -> GoldenCase:
-    """A case of a whole model. ``visible_keys`` of local layers and ``gelu`` are what the case's README states."""
+    """Reads a case of a model. ``visible_keys`` of local layers and ``gelu`` are stated in the case's README."""
     settings = json.loads((folder / "config.json").read_text())
     read = read_upstream(settings, gelu=gelu, local_keys=visible_keys)
     return _load(folder, read.config.model, prefix="")
 
 
 def load_attention_case(folder: Path) -> GoldenCase:
-    """A case of one attention layer of upstream JAX: weights are named as those of block 0."""
+    """Reads a case of one attention layer of upstream's JAX code; the weights have the names of block 0."""
     settings = json.loads((folder / "config.json").read_text())
     config = ModelConfig(
         layers=1,
@@ -147,19 +147,19 @@ def load_attention_case(folder: Path) -> GoldenCase:
 
 def _load(folder: Path, config: ModelConfig, prefix: str) -> GoldenCase:
     values = load_file(folder / "io.safetensors")
+    # grad.x is the gradient of an input, not of a parameter: it stays in values.
     gradients = [name for name in values if name.startswith(_GRADIENT) and name != "grad.x"]
+    # grad.x is the gradient of an input, not of a parameter: it stays in values.
     gradients = {prefix + name.removeprefix(_GRADIENT): values.pop(name) for name in gradients}
     weights = {prefix + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     return GoldenCase(config, _renamed(weights, config), _renamed(gradients, config), values)
 
 
 def _renamed(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """What upstream's tensors give under this project's names; of a part of a model, or gradients, a part."""
+    """Upstream's tensors under dcscale's names. ``tensors`` may be only some of a model's, or their gradients."""
     plan = plan_import(config, tensors, "original")
-    recipes = [recipe for recipe in plan.recipes if tensors.keys() >= set(recipe.sources)]
-    return {
-        recipe.name: recipe.apply(lambda name, rows: tensors[name][slice(*(rows or (None,)))]) for recipe in recipes
-    }
+    rules = [rule for rule in plan.rules if tensors.keys() >= set(rule.sources)]
+    return {rule.name: rule.apply(lambda name, rows: tensors[name][slice(*(rows or (None,)))]) for rule in rules}
 
 
 _UPSTREAM = {"q1": "qw1", "q2": "qw2", "qg": "qdd", "k1": "kw1", "k2": "kw2", "kg": "kdd"}
@@ -171,9 +171,15 @@ _PROBE = {"seed": 424242, "stream": 99}
 
 @dataclass
 class GoldenAttention:
-    """``stored``: results in float32, by the names of :meth:`AttentionInputs.run`, at the positions ``rows`` or at all.
-    ``checksums``: of the float64 results, by the same names; see :func:`checksums`.
-    ``stored_inputs``: empty where only rows are stored."""
+    """A golden case of attention.
+
+    Attributes:
+        inputs: generated.
+        stored: results in float32, under the names of :meth:`AttentionInputs.run`, at the positions ``rows``.
+        rows: None for all positions.
+        checksums: of the float64 results, under the same names; see :func:`checksums`.
+        stored_inputs: to compare ``inputs`` with; empty if only some rows are stored.
+    """
 
     inputs: AttentionInputs
     stored: dict[str, Tensor]
@@ -183,12 +189,12 @@ class GoldenAttention:
 
 
 def golden_names(folder: Path) -> list[str]:
-    """The cases of a folder."""
+    """Names of the attention cases in a folder."""
     return [entry["name"] for entry in json.loads((folder / "index.json").read_text())]
 
 
 def load_golden_attention(folder: Path, name: str) -> GoldenAttention:
-    """The case ``name`` of a folder."""
+    """Reads the attention case ``name`` of a folder."""
     entry = next(e for e in json.loads((folder / "index.json").read_text()) if e["name"] == name)
     batch, heads, tokens, head_dim = (entry[axis] for axis in "BNTD")
     present = [weight for weight in _WEIGHT_STREAMS if entry[weight.split(".")[0]]]
@@ -205,17 +211,19 @@ def load_golden_attention(folder: Path, name: str) -> GoldenAttention:
     stored_names = {"out": "o", **{tensor: f"d{_upstream(tensor)}" for tensor in ["q", "k", "v", *present]}}
     suffix = "" if entry["rows"] is None else ".rows"
     stored, stored_inputs = {}, {}
-    for ours, theirs in stored_names.items():
-        stored[ours] = _heads_after_tokens(file[theirs + suffix]) if "." not in ours else file[theirs + suffix]
-        if entry["rows"] is None and ours != "out":
-            original = file[_upstream(ours)]
-            stored_inputs[ours] = _heads_after_tokens(original) if "." not in ours else original
-    sums = {ours: entry["checksums"][theirs] for ours, theirs in stored_names.items()}
+    for key, stored_name in stored_names.items():
+        result = file[stored_name + suffix]
+        # Compose weights, which have a dot in their names, have the same axes in both layouts.
+        stored[key] = result if "." in key else _heads_after_tokens(result)
+        if entry["rows"] is None and key != "out":
+            original = file[_upstream(key)]
+            stored_inputs[key] = original if "." in key else _heads_after_tokens(original)
+    sums = {key: entry["checksums"][stored_name] for key, stored_name in stored_names.items()}
     return GoldenAttention(inputs, stored, entry["rows"], sums, stored_inputs)
 
 
 def checksums(name: str, result: Tensor) -> dict[str, float]:
-    """The three numbers that the index holds of a float64 result, computed in upstream's layout."""
+    """The three checksums in the index, of a float64 result in upstream's layout."""
     if "." not in name:
         result = result.transpose(1, 2)
     probe = _fill(_PROBE["seed"], _PROBE["stream"], tuple(result.shape))
@@ -236,6 +244,7 @@ def _heads_after_tokens(x_BNTD: Tensor) -> Tensor:
 
 
 def _weight(seed: int, stream: int, kind: str, shape: tuple[int, int, int]) -> Tensor:
+    """A generated compose weight. ``kind``: g for gates, 1 and 2 for the low-rank factors."""
     batch, tokens, heads = shape
     if kind == "g":
         return (_fill(seed, stream, shape) / 2).clamp(-0.96875, 0.96875)
@@ -244,7 +253,10 @@ def _weight(seed: int, stream: int, kind: str, shape: tuple[int, int, int]) -> T
 
 
 def _fill(seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """About N(0, 1) in multiples of 1/32, below 3.5: a hash of the index, of which four bytes are added up."""
+    """Values from about N(0, 1), multiples of 1/32 below 3.5: the sum of four bytes of a hash of the index.
+
+    They are the same on every machine, so the golden files need not store the inputs.
+    """
     with np.errstate(over="ignore"):
         bits = np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(6364136223846793005)
         bits += np.uint64(seed) * np.uint64(1442695040888963407) + np.uint64(stream) * np.uint64(3935559000370003845)

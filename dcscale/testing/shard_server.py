@@ -1,4 +1,4 @@
-"""A web server of shards that fails in the ways a test asks for."""
+"""A web server of shards that injects faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = b"<html><body>Please log in</body></html>"
 
 
 class Request(NamedTuple):
-    """What was asked of the server."""
+    """A request that the server received."""
 
     method: str
     path: str
@@ -26,10 +26,16 @@ class Request(NamedTuple):
 
 
 class ShardServer:
-    """Serves ``folder`` from a thread, over HTTP/1.1 with ranges and entity tags.
+    """Serves ``folder`` from a thread, over HTTP/1.1 with ranges and entity tags. Close it, or use it in ``with``.
 
-    ``faults[path]`` is a list of faults, each for one request of ``path``; after the last the file is served as it is.
-    ``always[path]`` is a fault for all requests of it. ``latency`` is a time in seconds before each answer.
+    Args:
+        folder: the root of the served files.
+
+    Attributes:
+        faults: path -> list of faults, each for one request of the path; after the last, the file is served as it is.
+        always: path -> fault of every request of the path.
+        latency: seconds to wait before each answer.
+        requests: the requests received so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +45,7 @@ class ShardServer:
         self.latency = 0.0
         self.requests: list[Request] = []
         self.released = threading.Event()
-        """Ends every stall; set by :meth:`close`."""
+        """Ends every stall and drip; set by :meth:`close`."""
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -54,15 +60,15 @@ class ShardServer:
         return f"http://{self.host}"
 
     def paths(self, method: str = "GET") -> list[str]:
-        """Paths asked for so far."""
+        """Paths requested so far with a method."""
         return [request.path for request in self.requests if request.method == method]
 
     def take(self, request: Request) -> Fault | None:
-        """Notes a request; returns the fault that is to be its answer."""
+        """Record a request; returns the fault that answers it."""
         with self._lock:
             self.requests.append(request)
-            waiting = self.faults.get(request.path)
-            return waiting.pop(0) if waiting else self.always.get(request.path)
+            pending = self.faults.get(request.path)
+            return pending.pop(0) if pending else self.always.get(request.path)
 
     def close(self) -> None:
         self.released.set()
@@ -81,7 +87,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients hang up on purpose."""
+        """Print nothing: clients close connections on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -104,12 +110,12 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def serve(self, content: bytes, *, ranges: bool = True, length: bool = True, stop: int | None = None) -> None:
-        """Serves a file; ``stop`` bytes of the body at most, whatever was announced."""
+        """Serve a file; at most ``stop`` bytes of its body, whatever length the headers announce."""
         tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if not ranges or not asked or self.headers.get("If-Range", tag) != tag:
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if not ranges or not requested or self.headers.get("If-Range", tag) != tag:
             return self.answer(200, content, {"ETag": tag}, length=length, stop=stop)
-        start = int(asked[1])
+        start = int(requested[1])
         if start >= len(content):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
         headers = {"ETag": tag, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
@@ -141,62 +147,63 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 Fault = Callable[[_Handler, Any], None]
-"""Answers a request; gets the handler and the file's content, None where there is no such file."""
+"""Answers a request; called with the handler and the file's content, or None if there is no such file."""
 
 
 def status(code: int, **headers: str) -> Fault:
-    """An error; ``Retry_After="1"`` and the like become headers."""
+    """Answer with an error status; keywords such as ``Retry_After="1"`` become headers."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda handler, content: handler.answer(code, b"error", named)
 
 
 def page(handler: _Handler, content: Any) -> None:
-    """A page of HTML with status 200, as of a proxy that wants a login."""
+    """Answer with an HTML page and status 200, like a proxy that requires a login."""
     handler.answer(200, PAGE, {"Content-Type": "text/html"})
 
 
 def cut(after: int, *, length: bool = True) -> Fault:
-    """The connection is closed after so many bytes of the body; without ``length`` nothing shows that more was due."""
+    """Close the connection after ``after`` bytes of the body; without ``length``, the headers announce no length."""
     return lambda handler, content: handler.serve(content, length=length, stop=after)
 
 
-def cut_range(after: int) -> Fault:
-    """The whole file from its beginning whatever range was asked for, and cut."""
+def ignore_range_and_cut(after: int) -> Fault:
+    """Ignore the requested range: serve the file from its beginning, cut off after ``after`` bytes."""
     return lambda handler, content: handler.serve(content, ranges=False, stop=after)
 
 
-def whole(handler: _Handler, content: Any) -> None:
-    """The whole file, whatever range was asked for."""
+def ignore_range(handler: _Handler, content: Any) -> None:
+    """Ignore the requested range: serve the complete file."""
     handler.serve(content, ranges=False)
 
 
 def wrong_range(handler: _Handler, content: Any) -> None:
-    """Another range than the one that was asked for."""
+    """Serve another range than requested."""
     handler.answer(206, content[1:], {"Content-Range": f"bytes 1-{len(content) - 1}/{len(content)}"})
 
 
 def corrupt(handler: _Handler, content: Any) -> None:
-    """The file with one bit changed."""
+    """Serve the file with one bit flipped."""
     middle = len(content) // 2
     handler.serve(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
-def other(content: bytes, *, length: bool = True) -> Fault:
-    """Another file."""
+def other_content(content: bytes, *, length: bool = True) -> Fault:
+    """Serve ``content`` instead of the file."""
     return lambda handler, _: handler.serve(content, length=length)
 
 
 def redirect(address: str) -> Fault:
+    """Redirect to ``address``."""
     return lambda handler, content: handler.answer(302, b"", {"Location": address})
 
 
-def packed(handler: _Handler, content: Any) -> None:
-    """The file with a transfer coding that was not asked for."""
+def content_encoding(handler: _Handler, content: Any) -> None:
+    """Serve the file with a Content-Encoding that was not requested."""
     handler.answer(200, content, {"Content-Encoding": "gzip"})
 
 
 def stall(after: int | None = None) -> Fault:
-    """Nothing more comes after so many bytes of the body; None: not even headers."""
+    """Send nothing more after ``after`` bytes of the body; None: not even headers."""
 
     def fault(handler: _Handler, content: bytes) -> None:
         if after is not None:
@@ -211,7 +218,7 @@ def stall(after: int | None = None) -> Fault:
 
 
 def drip(pause: float) -> Fault:
-    """Byte after byte, with a pause in between: never a stall, and never an end."""
+    """Send one byte every ``pause`` seconds: no read ever times out, but the body takes very long."""
 
     def fault(handler: _Handler, content: bytes) -> None:
         handler.send_response(200)
@@ -230,7 +237,7 @@ def drip(pause: float) -> Fault:
 
 
 def reset(after: int | None = None) -> Fault:
-    """The connection is reset after so many bytes of the body; None: before any answer."""
+    """Reset the connection after ``after`` bytes of the body; None: before any answer."""
 
     def fault(handler: _Handler, content: bytes) -> None:
         if after is not None:
@@ -239,6 +246,7 @@ def reset(after: int | None = None) -> Fault:
             handler.end_headers()
             handler.wfile.write(content[:after])
             handler.wfile.flush()
+        # With a linger time of 0 s, close() sends a reset instead of an orderly end.
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.connection.close()
         handler.close_connection = True

@@ -1,4 +1,4 @@
-"""From a config to a trainer that is ready to run: data, start, engine, hooks, reporter."""
+"""Build a trainer from a config: data, start, engine, hooks, reporter."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from dcscale.train.trainer import Trainer
 
 
 def build_trainer(config: Config, environment: Environment, console: Console) -> Trainer:
-    """Builds everything on this rank; all ranks call it together, after ``start_distributed``.
+    """Builds everything a run needs on this rank; all ranks call it together, after ``start_distributed``.
 
     ``config`` must have passed :func:`dcscale.config.check_config`.
 
     Raises:
-        DataError, CheckpointError, RuleError, RankError: the data, the checkpoint or the optimizer's rules do not
-            fit, on this rank or on another; nothing has been written then.
-        ConfigError: the run's folder cannot be written to.
+        DataError, CheckpointError, RuleError, RankError: the data, the checkpoint or the optimizer rules do not fit the
+            config, on this rank or on another. Unless it is the probe of a resumed checkpoint that differs, nothing
+            has been written by then. CheckpointError also if the run folder cannot be written to.
     """
-    # Whatever can be refused is refused before the model takes its memory and the run's folder is touched.
+    # Everything that can be rejected is checked before the model is allocated and the run folder is touched.
     data = run_on_all_ranks(lambda: open_data(config, environment))
     start = find_start(config, environment, data.stream)
     for message in start.messages:
@@ -55,7 +55,7 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     if start.saved is not None:
         engine.load(start.saved)
     run = Path(config.run.folder)
-    for message in broadcast_from_rank0(lambda: _start_folder(run, config, start)):
+    for message in broadcast_from_rank0(lambda: _prepare_run_folder(run, config, start)):
         console.line(message)
     reporter = run_on_all_ranks(lambda: _open_reporter(run, start.state.step, config, console, environment.is_main))
     trainer = Trainer(
@@ -70,56 +70,61 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
 def _build_model(config: Config) -> nn.Module:
     model = DCFormer(config.model, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
     if config.train.compile:
+        # Compile each block on its own: all blocks of one shape share the compiled code.
         for block in model.blocks:
             block.compile()
     return model
 
 
-def _start_folder(run: Path, config: Config, start: Start) -> list[str]:
-    """Makes the run's folder ready; returns messages about corrupt checkpoints that were set aside.
+def _prepare_run_folder(run: Path, config: Config, start: Start) -> list[str]:
+    """Creates the run folder and quarantines corrupt checkpoints; returns a console line for each of these.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
-    with _written_to(run):
+    with _run_folder_errors(run):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
         moved = [(quarantine(checkpoint), problem) for checkpoint, problem in start.corrupt.items()]
         if moved and start.checkpoint is not None:
             point_latest_at(start.checkpoint)
-    return [f"warning    {problem}; the checkpoint is set aside as {place}" for place, problem in moved]
+    return [f"warning    {problem}; the checkpoint was quarantined as {place}" for place, problem in moved]
 
 
 def _open_reporter(run: Path, last_step: int, config: Config, console: Console, is_main: bool) -> Reporter:
-    """Raises CheckpointError if the run's metrics cannot be written."""
-    with _written_to(run):
+    """Raises CheckpointError if the metrics of the run cannot be written."""
+    with _run_folder_errors(run):
         return Reporter(run, last_step, config.train.steps, console, config.log.progress, is_main)
 
 
 @contextlib.contextmanager
-def _written_to(run: Path) -> Iterator[None]:
-    """Says of which setting a failure speaks."""
+def _run_folder_errors(run: Path) -> Iterator[None]:
+    """Turns errors of the file system into a CheckpointError that names the setting to change."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: metrics.jsonl is not of a run
-        raise CheckpointError(f"run.folder {run} cannot be used: {error}; name another folder") from error
+    except (OSError, ValueError) as error:  # ValueError: metrics.jsonl has lines that are not records of a run
+        raise CheckpointError(f"run.folder {run} cannot be used: {error}; use another folder") from error
 
 
 def _check_probe(trainer: Trainer, checkpoint: Path, console: Console) -> None:
-    """Compares the loaded model's logits with those that the checkpoint holds."""
+    """Compares the logits of the loaded model with those saved in the checkpoint.
+
+    Raises:
+        CheckpointError: they differ by more than rounding, with the same dtype on the same kind of device.
+    """
     saved = run_on_all_ranks(lambda: read_probe(checkpoint))
     if saved is None:
-        console.line(f"warning    {checkpoint} has no probe batch, so what its model computes was not checked")
+        console.line(f"warning    {checkpoint} has no probe batch, so the logits of the loaded model were not checked")
         return
-    here = trainer.probe((saved.input_ids_BT, saved.positions_B))
-    problems = [text for text in trainer.engine.gather_objects(saved.difference(here)) if text is not None]
+    current = trainer.probe((saved.input_ids_BT, saved.positions_B))
+    problems = [text for text in trainer.engine.gather_objects(saved.difference(current)) if text is not None]
     if not problems:
         return
-    said = f"{problems[0]}, on {len(problems)} of {trainer.environment.world_size} ranks"
-    if saved.comparable(here) and not trainer.config.checkpoint.allow_other_logits:
+    problem = f"{problems[0]}, on {len(problems)} of {trainer.environment.world_size} ranks"
+    if saved.comparable(current) and not trainer.config.checkpoint.allow_other_logits:
         raise CheckpointError(
-            f"{checkpoint} was loaded, but its model does not compute what it did when it was saved: {said}. Go on "
-            f"with the code that wrote it ({STATE} names it), or, if the change is meant, set "
+            f"{checkpoint} was loaded, but its model does not compute the logits it had when it was saved: {problem}. "
+            f"Resume with the code that wrote it (see {STATE}), or, if the change is intended, set "
             "checkpoint.allow_other_logits=true"
         )
-    console.line(f"warning    {checkpoint}: {said}")
+    console.line(f"warning    {checkpoint}: {problem}")

@@ -1,4 +1,4 @@
-"""The data of a run, opened from its config; and the next batch on all ranks, or its failure on all ranks."""
+"""Open the data of a run, and get the batches of the next step, or the same error, on all ranks."""
 
 from __future__ import annotations
 
@@ -13,78 +13,78 @@ from dcscale.data import (
     Batch,
     BatchLoader,
     DataError,
-    MixedStream,
     SequenceStream,
     SkippedShard,
     Stream,
     StreamConfig,
     Tokenizer,
+    load_shard_tokenizer,
     open_mixture,
     open_stream,
     tokenizer_files,
-    tokenizer_of_shards,
 )
-from dcscale.data.storage import shown
+from dcscale.data.storage import redact
 from dcscale.parallel import Engine, Environment
 
 
 class RunData(NamedTuple):
-    """What a run reads."""
+    """The data streams and tokenizer that a run reads."""
 
     stream: Stream
     loader: BatchLoader
     """This rank's training batches."""
 
     tokenizer_files: dict[str, bytes]
-    """What is needed to load the tokenizer, by name; every checkpoint holds a copy."""
+    """Content of the files needed to load the tokenizer, by file name; every checkpoint contains a copy."""
 
     validation: BatchLoader | None
-    """This rank's held-out batches, always the same."""
+    """This rank's validation batches, the same at every validation; None: no validation."""
 
     validation_bytes_per_target: float | None
-    """UTF-8 bytes of held-out text a target stands for; None where the shards do not say."""
+    """Mean UTF-8 bytes of validation text per target token; None if the shards do not record it."""
 
     tokenizer: Tokenizer | None
-    """Loaded for samples only."""
+    """Loaded only if the run generates samples."""
 
 
 def open_training_stream(config: Config) -> Stream:
-    """The training data of a config.
+    """Opens the training data of a config: one folder of shards, or a mixture of several.
 
     Raises:
-        DataError: they cannot be opened.
+        DataError: the data cannot be opened.
     """
-    stream_config = StreamConfig.of(config)
+    stream_config = StreamConfig.from_config(config)
     if config.data.sources:
         return open_mixture(config.data.sources, stream_config)
     return open_stream(config.data.train, stream_config)
 
 
 def open_data(config: Config, environment: Environment) -> RunData:
-    """Opens what this rank reads; only manifests are read here.
+    """Opens all data that this rank reads. Only manifests are read here, no shards.
 
     Raises:
-        DataError: something cannot be opened, or does not fit the config.
+        DataError: data cannot be opened, or do not fit the config.
     """
     stream = open_training_stream(config)
     loader = _loader(config, environment, stream, config.data.prefetch_steps, config.data.workers)
-    first = stream.streams[0] if isinstance(stream, MixedStream) else stream
-    held_out = _open_validation_stream(config)
+    # All sources of a mixture have the same tokenizer.
+    source = stream.sources[0]
+    validation = _open_validation_stream(config)
     return RunData(
         stream,
         loader,
-        tokenizer_files(first.source, first.manifest),
-        None if held_out is None else _loader(config, environment, held_out, limit=config.validation.sequences),
-        None if held_out is None else held_out.text_bytes_per_target,
-        tokenizer_of_shards(first.source, first.manifest) if config.samples.interval > 0 else None,
+        tokenizer_files(source.storage, source.manifest),
+        None if validation is None else _loader(config, environment, validation, limit=config.validation.sequences),
+        None if validation is None else validation.text_bytes_per_target,
+        load_shard_tokenizer(source.storage, source.manifest) if config.samples.interval > 0 else None,
     )
 
 
 def _open_validation_stream(config: Config) -> SequenceStream | None:
     if config.data.validation is None or config.validation.interval == 0:
         return None
-    # A validation loss is that of the same sequences throughout a run, so none of its shards is ever skipped.
-    return open_stream(config.data.validation, StreamConfig.of(config, shuffle=False, on_error="fail"))
+    # Validation losses are only comparable over the same sequences, so a validation shard is never skipped.
+    return open_stream(config.data.validation, StreamConfig.from_config(config, shuffle=False, on_error="fail"))
 
 
 def _loader(
@@ -108,44 +108,45 @@ def _loader(
 
 
 def without_secrets(config: Config) -> Config:
-    """The config as it is written to disk: without the credentials that addresses of data may hold."""
+    """Returns the config as it is written to disk: without credentials in the URLs of data."""
     data = config.data
-    sources = [dataclasses.replace(source, path=shown(source.path)) for source in data.sources]
-    validation = None if data.validation is None else shown(data.validation)
-    data = dataclasses.replace(data, train=shown(data.train), sources=sources, validation=validation)
+    sources = [dataclasses.replace(source, path=redact(source.path)) for source in data.sources]
+    validation = None if data.validation is None else redact(data.validation)
+    data = dataclasses.replace(data, train=redact(data.train), sources=sources, validation=validation)
     return dataclasses.replace(config, data=data)
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What a step works on."""
+    """The input of one optimizer step."""
 
     micro_batches: list[Batch]
-    """This rank's part, on the CPU."""
+    """This rank's micro-batches, on the CPU."""
 
     targets: int
-    """Targets with a loss in the whole global batch."""
+    """Number of target tokens with a loss in the global batch."""
 
     stop: bool
-    """Whether any rank was told to stop."""
+    """Whether any rank received a request to stop."""
 
-    waited: float
-    """Seconds this rank waited for its own part."""
+    wait_seconds: float
+    """Seconds that this rank waited for its own micro-batches."""
 
     skipped: tuple[SkippedShard, ...] = ()
-    """Shards that any rank has newly given up for this step."""
+    """Shards that any rank skipped for the first time in this step."""
 
 
-def next_on_all_ranks(
+def next_step_batches(
     engine: Engine, batches: Iterator[list[Batch]], stop: Callable[[], bool] = lambda: False
 ) -> StepBatches | None:
-    """The next step's batches; None where they end, which is the same step on every rank.
+    """Returns the batches of the next step, or None at the end of the data, which is the same step on every rank.
 
-    One exchange of four integers keeps the ranks together: none goes on alone after another's failure, or with other
-    data than the others know of. A rank that is told to stop while it waits for its data, and so gets none, says so.
+    One all-reduce of four integers keeps the ranks in step: none continues alone after a failure of another, or with a
+    different list of skipped shards. A rank that is asked to stop while it waits for data gets no batches and reports
+    the request instead.
 
     Raises:
-        DataError: on every rank, if the data of any failed; says which ranks, and why.
+        DataError: on every rank, if the data of any rank failed; names the ranks and the reasons.
     """
     error = None
     micro_batches: list[Batch] = []
@@ -156,9 +157,10 @@ def next_on_all_ranks(
         return None
     except (DataError, OSError) as caught:
         error = str(caught)
-    waited = time.perf_counter() - start
+    wait_seconds = time.perf_counter() - start
     stopping = stop()
     if stopping:
+        # A stop request interrupts the loader, which then raises: that is not a failure of the data.
         error = None
     skipped = {shard for batch in micro_batches for shard in batch.skipped}
     own = [sum(batch.target_count for batch in micro_batches), stopping, error is not None, len(skipped)]
@@ -167,7 +169,7 @@ def next_on_all_ranks(
         raise DataError(engine.gather_errors(error))
     unique: dict[str, SkippedShard] = {}
     if skips:
-        # Ranks may have met different defects of a shard; all report the same one.
+        # Ranks may have found different defects in a shard; sorting makes all of them report the same one.
         for shard in sorted(set().union(*engine.gather_objects(skipped)), key=lambda shard: (shard.name, shard.reason)):
             unique.setdefault(shard.sha256, shard)
-    return StepBatches(micro_batches, targets, stops > 0, waited, tuple(unique.values()))
+    return StepBatches(micro_batches, targets, stops > 0, wait_seconds, tuple(unique.values()))

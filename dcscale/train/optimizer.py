@@ -1,4 +1,4 @@
-"""AdamW with rules by parameter name, and its learning rate as a function of the step."""
+"""AdamW with per-parameter rules, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ class RuleError(ValueError):
     """A rule of ``optimizer.rules`` matches nothing."""
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter decays by default: matrices and the compose tensors do, vectors and the embedding do not.
-
-    ``ds_shape`` is the whole shape of a parameter that ZeRO-3 has partitioned.
-    """
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies by default: to matrices and compose tensors, not to vectors and the embedding."""
+    # ZeRO-3 leaves an empty tensor in place of a partitioned parameter and keeps its full shape in ds_shape.
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not name.startswith("embedding.")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """The model's parameters as torch optimizer groups of equal settings.
+    """Groups the parameters by their settings, as param groups of a torch optimizer.
 
-    Each group has ``params``, ``lr_scale``, ``weight_decay`` and ``names``. The first rule whose
-    pattern matches a name counts.
+    Each group has the keys ``params``, ``names``, ``lr_scale`` and ``weight_decay``. The first rule whose pattern
+    matches a parameter's name applies.
 
     Raises:
         RuleError: a rule matches no parameter.
@@ -37,7 +35,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         rule = next((rule for rule in config.rules if fnmatchcase(name, rule.match)), OptimizerRule())
         unused.pop(id(rule), None)
-        decay = config.weight_decay if decays(name, parameter) else 0.0
+        decay = config.weight_decay if has_weight_decay(name, parameter) else 0.0
         if rule.weight_decay is not None:
             decay = rule.weight_decay
         group = groups.setdefault(
@@ -49,16 +47,19 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
         patterns = ", ".join(repr(rule.match) for rule in unused.values())
         example = next(name for name, _ in model.named_parameters())
         raise RuleError(
-            f"optimizer.rules: {patterns} decides for no parameter; names look like {example!r}, and an earlier rule "
-            "that matches the same names wins. Correct the pattern, its place, or remove the rule"
+            f"optimizer.rules: {patterns} applies to no parameter. Names look like {example!r}; of several rules that "
+            "match a name the first one applies. Correct the pattern, change the order, or remove the rule"
         )
     return list(groups.values())
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`, with learning rate 0 until the engine sets it, at each step.
+    """AdamW over :func:`parameter_groups`. The learning rate is 0 until the engine sets it, before each step.
 
-    ``fused`` runs one kernel for all parameters of a group.
+    Args:
+        model: the model, partitioned by ZeRO or not.
+        config: betas, epsilon, weight decay and rules.
+        fused: update all parameters of a group in one kernel.
     """
     return torch.optim.AdamW(
         parameter_groups(model, config),
@@ -70,14 +71,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> t
 
 
 def learning_rate(config: ScheduleConfig, peak: float, steps: int, step: int) -> float:
-    """The learning rate of optimizer step ``step``, counted from 0, in a run of ``steps``.
+    """The learning rate of optimizer step ``step``, counted from 0, in a run of ``steps`` steps.
 
-    Warm-up is linear and reaches the peak at step ``warmup_steps - 1``.
-    ``cosine`` then falls along half a cosine and ``wsd`` (warm-up, stable, decay: Hu et al., MiniCPM,
-    arXiv 2404.06395) along a straight line over its last ``decay_steps``; both reach
-    ``final_ratio * peak`` at the last step.
+    Linear warm-up reaches the peak at step ``warmup_steps - 1``. Then ``cosine`` decays along half a cosine; ``wsd``
+    (warm-up, stable, decay: Hu et al., MiniCPM, arXiv 2404.06395) stays at the peak and decays linearly over the last
+    ``decay_steps``. Both reach ``final_ratio * peak`` at the last step.
     """
     if step < config.warmup_steps:
+        # step + 1: the first step already has a learning rate above 0.
         return peak * (step + 1) / config.warmup_steps
     if config.kind == "constant":
         return peak
@@ -94,5 +95,5 @@ def learning_rate(config: ScheduleConfig, peak: float, steps: int, step: int) ->
 
 
 def decay_steps(config: ScheduleConfig, steps: int) -> int:
-    """Length of the decay of ``wsd``."""
+    """Number of steps over which ``wsd`` decays: by default the last fifth of the run."""
     return steps // 5 if config.decay_steps is None else config.decay_steps

@@ -1,4 +1,4 @@
-"""Asking a run to stop: a signal, or the launcher's death, is looked at by the ranks together between two steps."""
+"""Stop requests: a signal, or the death of the launcher. The ranks agree on them between two steps."""
 
 from __future__ import annotations
 
@@ -11,65 +11,69 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def launchers(variables: Mapping[str, str] = os.environ) -> list[int]:
-    """The processes that started this rank and whose loss must end it: empty for a process started alone.
+def launcher_pids(variables: Mapping[str, str] = os.environ) -> list[int]:
+    """Process ids of the launchers of this rank, parent first; empty for a process that was started directly.
 
-    That is torchrun; or DeepSpeed's launcher on this node and the ``deepspeed`` command behind it, which
-    dies of a TERM at once and leaves all others running.
+    The launcher is torchrun, or DeepSpeed's per-node launcher and the ``deepspeed`` command that started it. The
+    ``deepspeed`` command dies of SIGTERM immediately and leaves its workers running, so they must notice its death.
     """
     if "TORCHELASTIC_RUN_ID" in variables:
         return [os.getppid()]
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:  # no Linux /proc, or the parent is gone already
+    except OSError:  # no Linux /proc, or the parent has exited already
         return []
-    return [os.getppid(), parent_of(os.getppid())] if b"deepspeed.launcher.launch" in command else []
+    return [os.getppid(), parent_pid(os.getppid())] if b"deepspeed.launcher.launch" in command else []
 
 
-def parent_of(process: int) -> int:
-    """The parent of a process on this machine; 0 where it is not known."""
+def parent_pid(pid: int) -> int:
+    """The parent of a process on this machine; 0 if it is not known."""
     try:
-        # The name, in parentheses, may hold anything; state and parent follow it.
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        # /proc/PID/stat is "PID (NAME) STATE PPID ...". NAME may contain anything, also ")".
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, IndexError, ValueError):
         return 0
 
 
 class StopSignals:
-    """While entered, TERM, INT, USR1 and the loss of the launcher only set :attr:`received`.
+    """Context manager in which SIGTERM, SIGINT, SIGUSR1 and the death of a launcher only set :attr:`received`.
 
-    A second INT interrupts at once. The handlers that were there before are put back at the end.
+    A second SIGINT raises KeyboardInterrupt at once. The previous handlers are restored on exit.
     """
 
     def __init__(self) -> None:
         self._signal: str | None = None
         self._previous: dict[int, Any] = {}
-        self._launchers = launchers()
+        self._launchers = launcher_pids()
 
     @property
     def received(self) -> str | None:
-        """What asks to stop, or None."""
-        process = os.getpid()
+        """Name of the signal, or a description of the event, that requests a stop; None without a request."""
+        # An orphaned process gets another parent, so a changed parent means that the launcher has died.
+        pid = os.getpid()
         for launcher in self._launchers:
-            process = parent_of(process)
-            if process != launcher:
+            pid = parent_pid(pid)
+            if pid != launcher:
                 return "loss of the launcher"
         return self._signal
 
     @contextmanager
-    def calling(self, call: Callable[[], None]) -> Iterator[None]:
-        """While entered, ``call`` is made once, from a thread, when a stop is asked for; for what waits elsewhere."""
+    def call_on_stop(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Within this context, calls ``callback`` once, from a thread, when a stop is requested.
+
+        It lets a stop request interrupt the main thread's wait for data.
+        """
         left = threading.Event()
 
         def watch() -> None:
             while self.received is None:
-                if left.wait(_SECONDS_BETWEEN_LOOKS):
+                if left.wait(_POLL_SECONDS):
                     return
-            call()
+            callback()
 
         thread = threading.Thread(target=watch, name="dcscale-stop", daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""What a run must remember beside weights and optimizer to go on as if it had never stopped."""
+"""Training progress that a checkpoint stores besides weights and optimizer state, for an exact resume."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from dcscale.provenance import versions
 
 @dataclass
 class TrainState:
-    """Counts up to and with the last finished optimizer step. All of it is in ``state.json`` of a checkpoint."""
+    """Progress up to and including the last finished optimizer step. All fields are stored in ``state.json``."""
 
     step: int = 0
     """Optimizer steps done."""
 
     tokens: int = 0
-    """Tokens the model has read in training: sequences times their length, over all ranks."""
+    """Tokens trained on so far, over all ranks: sequences times sequence length."""
 
     sequences: int = 0
-    """Sequences used in training, over all ranks: the number of the next one. With ``data_identity`` it is all that
-    the data need to go on, on any number of ranks."""
+    """Sequences trained on so far, over all ranks, which is the number of the next sequence. Together with
+    ``data_identity`` it determines all further batches, on any number of ranks."""
 
     data_identity: dict[str, Any] = field(default_factory=dict)
-    """What decides the data's content, order and cutting."""
+    """Everything that determines the sequences: content of the shards, order, and sequence length."""
 
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    """Training shards that were given up (``data.on_error=skip``), each a :class:`dcscale.data.SkippedShard`."""
+    """Training shards that were skipped (``data.on_error=skip``), each a :class:`dcscale.data.SkippedShard`."""
 
     branched_from: str | None = None
-    """The checkpoint that ``checkpoint.resume`` named when this run began, if it did."""
+    """The checkpoint of another run that this run was started from with ``checkpoint.resume``, if any."""
 
     initial_weights: str | None = None
-    """The checkpoint or model folder that ``checkpoint.init_from`` named when this run began, if it did."""
+    """The checkpoint or model folder that this run was started from with ``checkpoint.init_from``, if any."""
 
     first_loss: float | None = None
-    """Loss of step 1, nats a token."""
+    """Loss of step 1, nats/token."""
 
     last_loss: float | None = None
-    """Loss of the last record, nats a token."""
+    """Loss of the last record, nats/token."""
 
     train_seconds: float = 0.0
     """Wall-clock seconds spent in optimizer steps, over all starts of the run."""
@@ -49,19 +49,19 @@ class TrainState:
     """(loss sum in nats, targets) of the steps since the last logged one, so that a resumed run logs the same mean."""
 
     validation_loss: float | None = None
-    """Of the model of this very step, nats a token; None if it was not validated."""
+    """Validation loss of the model after exactly this step, nats/token; None if it was not validated."""
 
     hooks: dict[str, Any] = field(default_factory=dict)
-    """State of the hooks, by their name."""
+    """State of the hooks, by hook name."""
 
     def to_json(self, **extra: Any) -> dict[str, Any]:
+        """The content of ``state.json``, with ``extra`` keys added."""
         return {"format": STATE_FORMAT, **dataclasses.asdict(self), "versions": versions(), **extra}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainState:
+        """Restores a state from the content of ``state.json``; other keys are ignored."""
         names = {f.name for f in dataclasses.fields(cls)}
         state = cls(**{key: value for key, value in content.items() if key in names})
-        if "sequences" not in content:  # written before batches were counted by what they hold
-            state.sequences = content["step"] * content["global_batch_size"]
         state.pending = [(float(loss), int(count)) for loss, count in state.pending]
         return state

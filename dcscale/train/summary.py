@@ -1,11 +1,11 @@
-"""What is shown of a run at its start, and ``summary.json``: its result in one small file."""
+"""The banner at the start of a run, and ``summary.json``, its result at the end."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from dcscale.data import MixedStream, Stream
-from dcscale.data.storage import shown
+from dcscale.data.storage import redact
 from dcscale.files import write_json
 from dcscale.hardware import device_name
 from dcscale.models import count_parameters
@@ -15,50 +15,51 @@ from dcscale.train.trainer import StopReason, Trainer
 
 
 def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
-    """Prints what is about to run, with everything that was derived."""
+    """Prints model, attention implementations, ranks, batch, data and folder of the run that is about to start."""
     config, environment = trainer.config, trainer.environment
     parameters = count_parameters(config.model)
     model = "DCFormer" if config.model.attention == "dcmha" else "Transformer"
-    console.line(f"model      {model}, {parameters.total:,} parameters ({parameters.compose:,} of compose)")
-    for name, why in trainer.engine.module.implementations(environment.device):
-        console.line(f"attention  {name}: {why}")
+    console.line(f"model      {model}, {parameters.total:,} parameters ({parameters.compose:,} in compose)")
+    for name, reason in trainer.engine.module.implementations(environment.device):
+        console.line(f"attention  {name}: {reason}")
     console.line(
         f"ranks      {environment.world_size} x {device_name(environment.device)}, "
         f"ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
     )
     console.line(
         f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
-        f"{trainer.tokens_per_step:,} tokens a step; {config.train.micro_batch_size} a rank at once, "
-        f"{accumulation_steps(config, environment.world_size)} times"
+        f"{trainer.tokens_per_step:,} tokens per step; micro-batches of {config.train.micro_batch_size} per rank, "
+        f"{accumulation_steps(config, environment.world_size)} accumulation steps"
     )
     epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
     tokens = f"{config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens"
     if isinstance(stream, MixedStream):
         console.line(f"run        {tokens}")
         for source, share in zip(config.data.sources, stream.shares):
-            used = f"{epochs[source.name]:.2f} epochs of {shown(source.path)}"
-            console.line(f"mixture    {share:.2%} {source.name}, {used}")
+            console.line(
+                f"mixture    {share:.2%} {source.name}, {epochs[source.name]:.2f} epochs of {redact(source.path)}"
+            )
     else:
-        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {shown(config.data.train)}")
+        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {redact(config.data.train)}")
     console.line(f"folder     {trainer.run}")
     if trainer.latest_checkpoint is not None:
         console.line(
-            f"resuming   from {trainer.latest_checkpoint}, with sequence {trainer.state.sequences:,} of data "
+            f"resuming   from {trainer.latest_checkpoint}, at sequence {trainer.state.sequences:,} of data "
             f"{stream.fingerprint}"
         )
 
 
-def summarize(trainer: Trainer, ending: StopReason) -> dict[str, Any]:
-    """The summary's content.
+def summarize(trainer: Trainer, stop_reason: StopReason) -> dict[str, Any]:
+    """The content of ``summary.json``.
 
-    ``tokens`` counts tokens read in training over all ranks; losses are in nats a token, ``bits_per_byte``
-    in bits a byte of held-out text; ``tokens_per_second`` is over the training steps of all starts of the
-    run; ``completed`` tells whether ``train.steps`` was reached.
+    ``completed``: whether ``train.steps`` was reached. ``tokens``: tokens trained on, over all ranks. Losses are in
+    nats/token, ``bits_per_byte`` in bits per byte of validation text. ``tokens_per_second`` is over the training steps
+    of all starts of the run.
     """
     state = trainer.state
-    of_hooks = {key: value for hook in trainer.hooks for key, value in hook.summary(trainer).items()}
+    hook_results = {key: value for hook in trainer.hooks for key, value in hook.summary(trainer).items()}
     return {
-        "completed": ending is StopReason.COMPLETED,
+        "completed": stop_reason is StopReason.COMPLETED,
         "steps": state.step,
         "tokens": state.tokens,
         "first_loss": state.first_loss,
@@ -72,32 +73,32 @@ def summarize(trainer: Trainer, ending: StopReason) -> dict[str, Any]:
         "device": str(trainer.environment.device.type),
         "last_checkpoint": str(trainer.latest_checkpoint) if trainer.latest_checkpoint else None,
         "sample": None,
-        **of_hooks,
+        **hook_results,
     }
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """The summary for a person at the terminal."""
-    lines = [f"steps      {summary['steps']:,} of {summary['tokens']:,} tokens in {summary['train_seconds']:.0f} s"]
+    """The summary as lines for the terminal."""
+    lines = [f"steps      {summary['steps']:,}, {summary['tokens']:,} tokens in {summary['train_seconds']:.0f} s"]
     if summary["first_loss"] is not None:
         lines.append(
-            f"loss       {summary['first_loss']:.4f} at first, {summary['last_loss']:.4f} now (nats/token), "
+            f"loss       {summary['first_loss']:.4f} first, {summary['last_loss']:.4f} last (nats/token), "
             f"{summary['tokens_per_second']:,.0f} tokens/s"
         )
-    if summary.get("skipped_shards"):  # runs of earlier versions do not have it
-        lines.append(f"lost       {summary['skipped_shards']} shards of {summary['skipped_tokens']:,} tokens")
+    if summary["skipped_shards"]:
+        lines.append(f"skipped    {summary['skipped_shards']} shards with {summary['skipped_tokens']:,} tokens")
     if summary["validation_loss"] is not None:
         bits = "" if summary["bits_per_byte"] is None else f", {summary['bits_per_byte']:.4f} bits/byte"
-        lines.append(f"held out   {summary['validation_loss']:.4f} nats/token{bits}")
+        lines.append(f"validation {summary['validation_loss']:.4f} nats/token{bits}")
     lines.append(f"checkpoint {summary['last_checkpoint']}")
     if summary["sample"] is not None:
-        lines += ["it writes", *(f"  | {line}" for line in printable(summary["sample"]).splitlines())]
+        lines += ["sample", *(f"  | {line}" for line in printable(summary["sample"]).splitlines())]
     return lines
 
 
-def write_summary(trainer: Trainer, ending: StopReason) -> dict[str, Any]:
-    """Writes ``summary.json`` into the run's folder (rank 0) and returns its content."""
-    content = summarize(trainer, ending)
+def write_summary(trainer: Trainer, stop_reason: StopReason) -> dict[str, Any]:
+    """Writes ``summary.json`` into the run folder (rank 0) and returns its content."""
+    content = summarize(trainer, stop_reason)
     if trainer.environment.is_main:
         write_json(trainer.run / "summary.json", content)
     return content

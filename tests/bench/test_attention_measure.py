@@ -1,4 +1,4 @@
-"""Errors first, what may be missing, and what a measured row says."""
+"""Error checks, what may be missing, and the contents of a measured row."""
 
 import time
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dcscale.bench.attention import cases as made
-from dcscale.bench.attention import measure as measuring
+from dcscale.bench.attention import cases as cases_module
+from dcscale.bench.attention import measure as measure_module
 from dcscale.bench.attention.cases import Case, Implementation, implementations
 from dcscale.bench.attention.measure import Prediction, candidates, check_errors, measure
 from dcscale.ops import compose_attention, flash
@@ -24,7 +24,7 @@ def run(case, kinds, *, broken=None, seconds=0.0, deadline=NEVER):
 
 
 def wrong(tensor):
-    """chunked with an output, or a gradient, that is off by a thousandth."""
+    """The chunked backend with an output, or a gradient, that is off by a thousandth."""
 
     def function(*arguments, **options):
         weight = arguments[3].q2
@@ -35,7 +35,7 @@ def wrong(tensor):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_right_implementations_pass(dtype):
+def test_correct_implementations_pass(dtype):
     case = replace(CASE.for_checks(), dtype=dtype)
     found, _ = candidates(case, dict.fromkeys(["dense", "chunked", "sdpa", "windowed"]), DEVICE)
     checked = check_errors(case, found, DEVICE)
@@ -48,7 +48,7 @@ def test_right_implementations_pass(dtype):
 
 
 @pytest.mark.parametrize("tensor", ["out", "pre.q2"])
-def test_a_wrong_one_is_told_with_tensor_error_and_bound(tensor):
+def test_a_wrong_implementation_is_reported_with_tensor_error_and_bound(tensor):
     checked = check_errors(CASE, [wrong(tensor)], DEVICE)
     assert checked.passed == []
     assert len(checked.failures) == 1
@@ -60,12 +60,12 @@ def fails(*_, **__):
     raise RuntimeError("no kernel\nand much more")
 
 
-def test_one_that_cannot_run_is_missing_if_others_made_it_and_a_failure_if_it_is_ours():
+def test_a_baseline_that_cannot_run_is_missing_but_a_dcscale_backend_is_a_failure():
     checked = check_errors(
-        CASE, [Implementation("theirs", "sdpa", fails), Implementation("ours", "triton", fails)], DEVICE
+        CASE, [Implementation("baseline", "sdpa", fails), Implementation("own", "triton", fails)], DEVICE
     )
-    assert checked.missing == {"theirs": "RuntimeError: no kernel"}
-    assert checked.failures == [f"ours ({CASE}): RuntimeError: no kernel"]
+    assert checked.missing == {"baseline": "RuntimeError: no kernel"}
+    assert checked.failures == [f"own ({CASE}): RuntimeError: no kernel"]
 
 
 def test_a_row_has_times_ratios_flops_and_memory():
@@ -87,7 +87,7 @@ def test_a_row_has_times_ratios_flops_and_memory():
     assert rows["dense"]["peak_bytes"] > rows["windowed"]["peak_bytes"]
 
 
-def test_the_compiled_formula_tells_how_long_it_took_to_compile(monkeypatch):
+def test_the_compiled_formula_reports_its_compile_time(monkeypatch):
     compile_ = torch.compile
 
     def slowly(function, **options):
@@ -113,36 +113,36 @@ def test_without_sdpa_there_is_no_ratio():
     assert "times_windowed" not in row
 
 
-def test_what_is_left_out_is_there_with_its_reason():
+def test_skipped_implementations_have_their_reason():
     rows = run(CASE, {"chunked": None, "dense": "not today", "sdpa": None}, broken={"sdpa flash": "it is broken"})
     assert rows["dense"]["not_measured"] == "not today"
     assert rows["sdpa flash"]["not_measured"] == "it is broken"
     assert rows["chunked"]["not_measured"] is None
 
 
-def test_after_the_time_limit_nothing_begins():
+def test_nothing_starts_after_the_time_limit():
     rows = run(CASE, dict.fromkeys(["chunked", "sdpa"]), deadline=time.monotonic() - 1)
     assert {row["not_measured"] for row in rows.values()} == {"the time limit was reached (--minutes)"}
 
 
-def test_the_dense_formula_is_not_tried_where_memory_will_not_do(monkeypatch):
+def test_the_dense_formula_is_skipped_if_memory_does_not_suffice(monkeypatch):
     case = replace(CASE, length=4096)
-    monkeypatch.setattr(measuring, "available_bytes", lambda device: 2**28)
-    monkeypatch.setattr(made, "unfused_attention", lambda *_, **__: pytest.fail("it was tried"))
+    monkeypatch.setattr(measure_module, "available_bytes", lambda device: 2**28)
+    monkeypatch.setattr(cases_module, "unfused_attention", lambda *_, **__: pytest.fail("it was run"))
     row = run(case, {"dense": None})["dense"]
     assert row["not_measured"].startswith("it would need ")
-    assert row["not_measured"].endswith(" GiB, and 0.2 GiB are free")
+    assert row["not_measured"].endswith(" GiB, but only 0.2 GiB are free")
 
 
-def test_what_is_predicted_is_what_is_used(monkeypatch):
+def test_predicted_memory_matches_the_used_memory(monkeypatch):
     short, case = replace(CASE, length=128), replace(CASE, length=512)
     prediction = Prediction(DEVICE)
     (row,) = measure(short, {"dense": None}, {}, DEVICE, 0, NEVER, prediction)
-    prediction.note("dense-compiled", short, row["peak_bytes"] // 2)
+    prediction.record("dense-compiled", short, row["peak_bytes"] // 2)
     (needed,) = (row["peak_bytes"] for row in measure(case, {"dense": None}, {}, DEVICE, 0, NEVER, Prediction(DEVICE)))
     for kind, right in (("dense", needed), ("dense-compiled", needed / 2)):
         for free, fits in ((0.8 * right, False), (1.3 * right, True)):
-            monkeypatch.setattr(measuring, "available_bytes", lambda device, free=free: free)
+            monkeypatch.setattr(measure_module, "available_bytes", lambda device, free=free: free)
             assert (prediction.unavailable_reason(kind, case) is None) == fits
 
 
@@ -150,8 +150,8 @@ def too_large(*_, **__):
     return torch.empty(2**55, dtype=torch.int8, device=DEVICE)
 
 
-def test_out_of_memory_is_told_and_does_not_stop_the_rest(monkeypatch):
-    monkeypatch.setattr(made, "unfused_attention", too_large)
+def test_out_of_memory_is_reported_and_the_rest_continues(monkeypatch):
+    monkeypatch.setattr(cases_module, "unfused_attention", too_large)
     rows = run(CASE, dict.fromkeys(["dense", "chunked"]))
     assert rows["dense"]["not_measured"].startswith("out of memory: ")
     assert rows["chunked"]["not_measured"] is None
@@ -160,26 +160,26 @@ def test_out_of_memory_is_told_and_does_not_stop_the_rest(monkeypatch):
     assert run(CASE, {"chunked": None})["chunked"]["not_measured"].startswith("out of memory: ")
 
 
-def test_what_fails_later_is_told_of_others_and_raised_of_ours(monkeypatch):
-    monkeypatch.setattr(made, "_sdpa", fails)
+def test_later_failures_are_reported_for_baselines_and_raised_for_dcscale(monkeypatch):
+    monkeypatch.setattr(cases_module, "_sdpa", fails)
     rows = run(CASE, dict.fromkeys(["chunked", "sdpa"]))
     assert rows["sdpa flash"]["not_measured"] == "it fails: RuntimeError: no kernel"
     assert rows["chunked"]["not_measured"] is None
-    monkeypatch.setattr(made, "compose_attention", fails)
+    monkeypatch.setattr(cases_module, "compose_attention", fails)
     with pytest.raises(RuntimeError, match="no kernel"):
         run(CASE, {"chunked": None})
 
 
-def test_what_needs_a_gpu_says_so(monkeypatch):
+def test_implementations_that_need_a_gpu_report_it(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found, missing = implementations(["triton", "flash-attn"], CASE.draw("cpu").to(torch.float32), "cpu")
     assert found == []
     assert "it needs an NVIDIA GPU" in missing["triton"]
-    assert missing["flash-attn"] == "it needs an NVIDIA GPU, and q is on cpu"
+    assert missing["flash-attn"] == "it needs an NVIDIA GPU, but q is on cpu"
 
 
-def test_kernels_that_are_interpreted_are_not_timed(monkeypatch):
+def test_interpreted_kernels_are_not_timed(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found, missing = implementations(["triton"], CASE.draw(DEVICE).to(torch.float32), DEVICE)
@@ -188,7 +188,7 @@ def test_kernels_that_are_interpreted_are_not_timed(monkeypatch):
 
 
 def test_flash_attn_is_timed_where_it_runs(monkeypatch):
-    """With PyTorch's attention in its place."""
+    """With PyTorch's attention instead of the package."""
     monkeypatch.setattr(flash, "unavailable_reason", lambda q: None)
     monkeypatch.setattr(
         flash,
@@ -207,7 +207,7 @@ def test_flash_attn_is_timed_where_it_runs(monkeypatch):
     assert run(replace(CASE, window=None), {"flash-attn": None, "windowed": None}).keys() == {"flash-attn"}
 
 
-def test_sdpa_names_its_backend_and_which_torch_chooses():
+def test_sdpa_names_its_backend_and_torchs_default():
     found, _ = candidates(CASE, {"sdpa": None}, DEVICE)
     assert "sdpa flash" in [each.name for each in found]
-    assert [each.note for each in found].count("torch's own choice") == 1
+    assert [each.note for each in found].count("torch's default") == 1

@@ -1,4 +1,4 @@
-"""What a run's rows say of the targets."""
+"""The verdicts on the targets, from the rows of a run."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def row(kind, ms, peak=0, implementation=None, **changes):
 
 
 def verdicts(rows, machine):
-    """Of the machine's targets, in the table's order; the others' must be "not measured"."""
+    """Verdicts on the machine's targets, in the table's order; all others must be "not measured"."""
     found = judge(rows, machine)
     others = [v for v, target in zip(found, TARGETS) if target.device != machine["device"]]
     assert {(v["verdict"], v["ratio"], v["detail"]) for v in others} == {
@@ -51,9 +51,9 @@ def cpu_rows(without, windowed, peak):
         cpu = {"dtype": dtype, "heads": 16, "head_dim": 64}
         for window, ms in ((None, without), (256, windowed)):
             rows.append(row("sdpa", 100.0, window=window, **cpu))
-            for ours in ("chunked", "compiled"):
-                rows.append(row(ours, ms, peak=peak, window=window, **cpu))
-                rows.append(row(ours, 1.0, peak=1000, window=window, length=1024, **cpu))
+            for kind in ("chunked", "compiled"):
+                rows.append(row(kind, ms, peak=peak, window=window, **cpu))
+                rows.append(row(kind, 1.0, peak=1000, window=window, length=1024, **cpu))
     return rows
 
 
@@ -62,16 +62,16 @@ def test_all_targets_of_a_cpu_can_be_reached_and_missed():
     assert [v["verdict"] for v in verdicts(cpu_rows(301.0, 101.0, 4001), CPU)] == ["missed"] * 16
 
 
-def test_times_with_other_threads_say_nothing_but_memory_does():
+def test_other_numbers_of_threads_affect_targets_of_time_only():
     found = verdicts(cpu_rows(300.0, 100.0, 4000), {"device": "cpu", "threads": 8})
     assert [v["verdict"] for v in found] == ["not measured"] * 8 + ["reached"] * 8
-    assert found[0]["detail"] == "the target is for 2 threads, and this run had 8"
+    assert found[0]["detail"] == "the target is for 2 threads, but this run had 8"
 
 
-def test_what_is_missing_is_named():
+def test_missing_figures_are_named():
     rows = gpu_rows(3.0, 100, 1.0)
     without_dense = [each for each in rows if each["kind"] != "dense"]
-    without_dense.append({**row("dense", 0), "not_measured": "it would need 100 GiB, and 80 GiB are free"})
+    without_dense.append({**row("dense", 0), "not_measured": "it would need 100 GiB, but only 80 GiB are free"})
     found = verdicts(without_dense, GPU)
     assert [v["verdict"] for v in found] == ["reached", "reached", "reached", "not measured", "not measured"]
     assert found[3]["detail"] == "there is no figure for dense in this case"

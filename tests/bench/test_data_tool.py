@@ -1,4 +1,4 @@
-"""The command as a whole, on very little data: what its JSON holds, and what becomes of it."""
+"""The complete command on very little data: its JSON, and the report and targets made from it."""
 
 import importlib.util
 import json
@@ -10,11 +10,12 @@ from dcscale.bench.data import probe, rates, report
 from dcscale.bench.data.reader import Settings
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_data.py"
+SMALL = {"epochs": 1, "latency": 0.001, "memory_shards": 2, "order_shards": 128, "planned_shards": 1000}
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """Without processes of their own, and with small data for all that has no option."""
+    """The tool, with probes that run in this process."""
     spec = importlib.util.spec_from_file_location("bench_data", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -23,18 +24,14 @@ def tool(monkeypatch):
         return json.loads(json.dumps(probe.TASKS[task](kind, settings, **more)))
 
     monkeypatch.setattr(probe, "run", run)
-    monkeypatch.setattr(rates, "LATENCY", 0.001)
-    monkeypatch.setattr(module, "MEMORY_SHARDS", 2)
-    monkeypatch.setattr(module, "EPOCHS", 1)
-    monkeypatch.setattr("dcscale.bench.data.order.SHARDS", 128)
-    monkeypatch.setattr("dcscale.bench.data.order.planning.__defaults__", (1000,))
     return module
 
 
 def test_a_small_run_end_to_end(tool, tmp_path, capsys):
     output = tmp_path / "result.json"
     arguments = ["--quick", "--kinds", "dcscale", "webdataset", "flat", "--workers", "0", "--tokens", "100_000"]
-    assert tool.main([*arguments, "--sequence-length", "64", "--output", str(output)]) == 0
+    arguments += ["--sequence-length", "64", "--output", str(output)]
+    assert tool.main(arguments, tool.Sizes(**SMALL)) == 0
     result = json.loads(output.read_text())
     assert result["tokens"] == 32 * 3 * 16 * 64
     assert [(row["kind"], row["place"], row["not_measured"]) for row in result["rates"]] == [
@@ -58,19 +55,19 @@ def test_a_small_run_end_to_end(tool, tmp_path, capsys):
 
 
 def test_wrong_results_end_with_an_error(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "difference", lambda *_: "2 tokens are not those of the data")
+    monkeypatch.setattr(probe, "difference", lambda *_: "2 tokens differ from the data")
     output = tmp_path / "result.json"
     arguments = ["--quick", "--kinds", "flat", "--workers", "0", "--tokens", "50_000", "--sequence-length", "64"]
-    assert tool.main([*arguments, "--output", str(output)]) == 1
+    assert tool.main([*arguments, "--output", str(output)], tool.Sizes(**SMALL)) == 1
     (row,) = json.loads(output.read_text())["rates"]
-    assert row["not_measured"] == "wrong: 2 tokens are not those of the data"
+    assert row["not_measured"] == "wrong: 2 tokens differ from the data"
 
 
 def test_other_options(tool, tmp_path, capsys):
     for arguments, message in (
         (["--output", str(tmp_path / "a.txt")], "must end in .json"),
-        (["--output", str(tmp_path / "absent" / "a.json")], "is no folder that can be written to"),
-        (["--tokens", "0"], "'0' is not a whole number of 1 or more"),
+        (["--output", str(tmp_path / "absent" / "a.json")], "is not a writable folder"),
+        (["--tokens", "0"], "'0' must be a whole number of 1 or more"),
         (["--markdown", str(tmp_path / "absent.json")], "absent.json"),
     ):
         with pytest.raises(SystemExit):
@@ -78,14 +75,14 @@ def test_other_options(tool, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_result_is_refused(tool, tmp_path, capsys):
+def test_a_file_that_is_not_a_result_is_rejected(tool, tmp_path, capsys):
     (tmp_path / "a.json").write_text('{"rates": []}')
     with pytest.raises(SystemExit):
         tool.main(["--markdown", str(tmp_path / "a.json")])
     assert "it is not a result of bench_data: KeyError" in capsys.readouterr().err
 
 
-def test_targets_are_judged_by_the_medians():
+def test_targets_are_judged_by_medians():
     def row(kind, workers, cpu, wall=1.0):
         figures = {"tokens_per_cpu_second": {"median": cpu}, "tokens_per_second": {"median": wall}}
         return {"kind": kind, "place": "disk", "workers": workers, "not_measured": None, **figures}
@@ -98,7 +95,7 @@ def test_targets_are_judged_by_the_medians():
     assert found[0]["detail"] == "no figure for litdata"
 
 
-def test_rounds_are_summed_up_and_failures_are_kept(monkeypatch):
+def test_rounds_are_summarized_and_failures_are_reported(monkeypatch):
     case = rates.Case("flat", "disk", Settings("", 64, 4))
     epochs = iter([[{"tokens": 6, "wall_seconds": w, "cpu_seconds": 1}] for w in (1, 2, 3)])
 

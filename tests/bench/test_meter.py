@@ -1,4 +1,4 @@
-"""Times taken in turns, and peak memory against cases whose peak is known."""
+"""Timing in turns, and peak memory of functions whose peak is known."""
 
 import time
 
@@ -23,7 +23,7 @@ def with_scratch(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def test_the_peak_is_what_was_held_at_once():
+def test_the_peak_is_the_memory_held_at_once():
     before = mebibytes(16)  # not counted
 
     def run():
@@ -54,18 +54,18 @@ def test_runs_take_turns():
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
     times, failures = meter.time_in_turns(runs, DEVICE, seconds=0, deadline=NEVER)
-    assert calls == ["a", "b"] * meter.FEWEST_ROUNDS
+    assert calls == ["a", "b"] * meter.MIN_ROUNDS
     assert failures == {}
-    assert {name: len(of_run) for name, of_run in times.items()} == dict.fromkeys("ab", meter.FEWEST_ROUNDS)
-    assert all(milliseconds >= 0 for of_run in times.values() for milliseconds in of_run)
+    assert {name: len(times_of_run) for name, times_of_run in times.items()} == dict.fromkeys("ab", meter.MIN_ROUNDS)
+    assert all(milliseconds >= 0 for times_of_run in times.values() for milliseconds in times_of_run)
 
 
-def test_rounds_fill_the_seconds_up_to_the_most():
+def test_rounds_fill_the_seconds_up_to_the_maximum():
     times, _ = meter.time_in_turns({"a": lambda: time.sleep(0.01)}, "cpu", seconds=0.1, deadline=NEVER)
-    assert meter.FEWEST_ROUNDS < len(times["a"]) <= 10
+    assert meter.MIN_ROUNDS < len(times["a"]) <= 10
     assert min(times["a"]) >= 10
     times, _ = meter.time_in_turns({"a": lambda: None}, "cpu", seconds=60, deadline=NEVER)
-    assert len(times["a"]) == meter.MOST_ROUNDS
+    assert len(times["a"]) == meter.MAX_ROUNDS
 
 
 def test_after_the_deadline_there_is_one_round():
@@ -74,7 +74,7 @@ def test_after_the_deadline_there_is_one_round():
     assert meter.time_in_turns({}, "cpu", seconds=60, deadline=NEVER) == ({}, {})
 
 
-def test_what_does_not_fit_is_left_out_and_the_rest_goes_on():
+def test_a_run_that_does_not_fit_into_memory_is_skipped():
     calls = []
 
     def grows():
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on():
 
     times, failures = meter.time_in_turns({"a": grows, "b": lambda: None}, DEVICE, seconds=0, deadline=NEVER)
     assert list(times) == ["b"]
-    assert len(times["b"]) == meter.FEWEST_ROUNDS
+    assert len(times["b"]) == meter.MIN_ROUNDS
     assert failures["a"].startswith("out of memory: ")
     assert len(calls) == 2
 
@@ -94,12 +94,11 @@ def test_any_other_error_is_raised():
         meter.time_in_turns({"a": lambda: 1 / 0}, DEVICE, seconds=0, deadline=NEVER)
 
 
-def test_available_memory_is_that_of_the_machine_or_of_the_container(tmp_path, monkeypatch):
+def test_available_memory_is_limited_by_the_container(tmp_path):
     assert meter.available_bytes(DEVICE) > 0
-    monkeypatch.setattr(meter, "_CONTROL_GROUP", tmp_path)
-    whole = meter.available_bytes("cpu")
+    unlimited = meter.available_bytes("cpu", cgroup=tmp_path)
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert meter.available_bytes("cpu") == pytest.approx(whole, rel=0.5)
+    assert meter.available_bytes("cpu", cgroup=tmp_path) == pytest.approx(unlimited, rel=0.5)
     (tmp_path / "memory.max").write_text("3000\n")
-    assert meter.available_bytes("cpu") == 2000
+    assert meter.available_bytes("cpu", cgroup=tmp_path) == 2000

@@ -1,17 +1,17 @@
-"""Which checkpoints are whole, and which one a path means."""
+"""Which checkpoints are complete or corrupt, and which one a path refers to."""
 
 import json
 
 import pytest
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import corrupt_reason, incomplete_reason, read_marker, seal, step_name, step_of
+from dcscale.checkpoint.layout import corrupt_reason, incomplete_reason, seal, step_name, step_of
 
 
 def make(run, step):
     folder = run / "checkpoints" / step_name(step)
-    (folder / "deepspeed").mkdir(parents=True)
-    (folder / "deepspeed" / "part").write_bytes(b"12345")
+    (folder / "optimizer").mkdir(parents=True)
+    (folder / "optimizer" / "part").write_bytes(b"12345")
     seal(folder)
     return folder
 
@@ -24,10 +24,10 @@ def test_names_and_order(tmp_path):
     assert step_of(made[2]) == 123456789
 
 
-def test_newest_whole_checkpoint_of_a_run(tmp_path):
+def test_the_newest_complete_checkpoint_of_a_run(tmp_path):
     older, newer = make(tmp_path, 1), make(tmp_path, 2)
     assert find_checkpoint(tmp_path) == newer
-    (newer / "deepspeed" / "part").unlink()
+    (newer / "optimizer" / "part").unlink()
     assert find_checkpoint(tmp_path) == older
 
 
@@ -43,25 +43,25 @@ def test_a_model_folder_may_have_any_name(tmp_path):
         (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE is not readable"),
         (
             lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})),
-            "format 99, this version .* 1 and 2",
+            "format 99, this version of dcscale reads 2",
         ),
         (lambda f: (f / "COMPLETE").write_text("[1]"), "COMPLETE must be a JSON object, but is a list"),
-        (lambda f: (f / "COMPLETE").write_text("{}"), "format None, this version .* 1 and 2"),
-        (lambda f: (f / "COMPLETE").write_text('{"format": 1}'), "has files None, but must map the files' names"),
-        (lambda f: (f / "COMPLETE").write_text('{"format": 1, "files": ["a"]}'), r"has files \['a'\], but must map"),
+        (lambda f: (f / "COMPLETE").write_text("{}"), "format None, this version of dcscale reads 2"),
+        (lambda f: (f / "COMPLETE").write_text('{"format": 2}'), "has files None, but must map file names"),
+        (lambda f: (f / "COMPLETE").write_text('{"format": 2, "files": ["a"]}'), r"has files \['a'\], but must map"),
         (
             lambda f: (f / "COMPLETE").write_text('{"format": 2, "files": {"a": {"bytes": 3}}}'),
-            "must say bytes and sha256 of a, but says {'bytes': 3}",
+            "must hold bytes and sha256 of a, but holds {'bytes': 3}",
         ),
         (
-            lambda f: (f / "COMPLETE").write_text('{"format": 1, "files": {"../../a": 3}}'),
-            "names the file '../../a' outside its folder",
+            lambda f: (f / "COMPLETE").write_text('{"format": 2, "files": {"../../a": {"bytes": 3, "sha256": "x"}}}'),
+            "lists the file '../../a' outside its folder",
         ),
-        (lambda f: (f / "deepspeed" / "part").unlink(), "part is missing"),
-        (lambda f: (f / "deepspeed" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
+        (lambda f: (f / "optimizer" / "part").unlink(), "part is missing"),
+        (lambda f: (f / "optimizer" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
     ],
 )
-def test_damage_is_named(tmp_path, corrupt, message):
+def test_an_incomplete_checkpoint_is_refused_with_the_reason(tmp_path, corrupt, message):
     folder = make(tmp_path, 3)
     assert incomplete_reason(folder) is None
     corrupt(folder)
@@ -72,15 +72,15 @@ def test_damage_is_named(tmp_path, corrupt, message):
 def test_changed_content_is_found_by_its_checksum(tmp_path):
     folder = make(tmp_path, 3)
     assert corrupt_reason(folder) is None
-    (folder / "deepspeed" / "part").write_bytes(b"12346")
+    (folder / "optimizer" / "part").write_bytes(b"12346")
     assert incomplete_reason(folder) is None
-    assert f"{folder}/deepspeed/part has the SHA-256 " in corrupt_reason(folder)
+    assert f"{folder}/optimizer/part has the SHA-256 " in corrupt_reason(folder)
     assert corrupt_reason(folder).endswith(
         "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5 was written: its content has changed"
     )
-    assert corrupt_reason(folder, left_out="deepspeed") is None
-    (folder / "deepspeed" / "part").unlink()
-    assert corrupt_reason(folder, left_out="deepspeed").endswith("part is missing")
+    assert corrupt_reason(folder, skip="optimizer") is None
+    (folder / "optimizer" / "part").unlink()
+    assert corrupt_reason(folder, skip="optimizer").endswith("part is missing")
 
 
 def test_every_file_is_in_the_share_of_one_rank(tmp_path):
@@ -93,15 +93,6 @@ def test_every_file_is_in_the_share_of_one_rank(tmp_path):
     assert [corrupt_reason(folder, rank=rank, ranks=9) is None for rank in range(9)].count(False) == 1
 
 
-def test_a_marker_from_before_there_were_checksums(tmp_path):
-    folder = make(tmp_path, 3)
-    (folder / "COMPLETE").write_text('{"format": 1, "files": {"deepspeed/part": 5}}')
-    assert read_marker(folder)["deepspeed/part"] == (5, None)
-    assert corrupt_reason(folder) is None
-    (folder / "deepspeed" / "part").write_bytes(b"1234")
-    assert "part has 4 bytes, 5 were written" in corrupt_reason(folder)
-
-
 def test_a_marker_that_is_a_folder(tmp_path):
     folder = make(tmp_path, 3)
     (folder / "COMPLETE").unlink()
@@ -110,9 +101,11 @@ def test_a_marker_that_is_a_folder(tmp_path):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no checkpoint: name a run's folder or a step-XXXXXXXX"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint: give a run folder or a step-XXXXXXXX"):
         find_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="aaa cannot be looked at: File name too long; name a folder that can be"):
+    with pytest.raises(
+        CheckpointError, match="aaa cannot be accessed: File name too long; give a folder that can be read"
+    ):
         find_checkpoint(tmp_path / ("a" * 300))
 
 

@@ -1,4 +1,4 @@
-"""The logits of a probe batch: what passes for rounding, and what does not."""
+"""The logits of a probe batch: which differences are rounding, and which are errors."""
 
 from dataclasses import replace
 
@@ -8,14 +8,14 @@ import torch
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.probe import probe_tokens, read_probe, take_probe
 from dcscale.models import DCFormer
-from dcscale.testing.models import lively_model, tiny_config
+from dcscale.testing.models import random_model, tiny_config
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return lively_model(tiny_config(vocab_size=257), dtype=torch.float32)
+    return random_model(tiny_config(vocab_size=257), dtype=torch.float32)
 
 
 def take(model, dtype=torch.float32):
@@ -45,7 +45,7 @@ def test_a_probe_on_disk(model, tmp_path):
         read_probe(tmp_path)
 
 
-def test_it_is_what_the_model_says_of_whole_rows(model):
+def test_it_holds_the_logits_of_a_full_forward(model):
     probe = take(model)
     with torch.no_grad():
         logits = model(probe.input_ids_BT)
@@ -54,7 +54,7 @@ def test_it_is_what_the_model_says_of_whole_rows(model):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
-def test_the_limit_depends_on_the_type(model, dtype, limit):
+def test_the_limit_depends_on_the_dtype(model, dtype, limit):
     probe = replace(take(model), dtype=dtype)
     for factor, differs in ((0.9, False), (1.1, True)):
         other = replace(probe, logits_BV=probe.logits_BV * (1 + factor * limit))
@@ -62,7 +62,7 @@ def test_the_limit_depends_on_the_type(model, dtype, limit):
         assert probe.comparable(other)
 
 
-def test_another_type_is_given_the_larger_limit_and_is_not_comparable(model):
+def test_another_dtype_has_the_larger_limit_and_is_not_comparable(model):
     probe = take(model)
     other = replace(probe, logits_BV=probe.logits_BV * 1.04, dtype=torch.bfloat16)
     assert probe.difference(other) is other.difference(probe) is None
@@ -70,8 +70,8 @@ def test_another_type_is_given_the_larger_limit_and_is_not_comparable(model):
     assert not probe.comparable(replace(probe, device="cuda"))
     other = replace(other, logits_BV=probe.logits_BV * 1.06)
     assert probe.difference(other) == (
-        "the logits of its probe batch differ by 6.0e-02 of their norm, at most 5e-02 is rounding "
-        "(float32 on cpu there, bfloat16 on cpu here)"
+        "the logits of its probe batch differ by 6.0e-02 of their norm, rounding explains at most 5e-02 "
+        "(saved with float32 on cpu, loaded with bfloat16 on cpu)"
     )
 
 
@@ -84,7 +84,7 @@ def test_bfloat16_is_within_its_limit(model):
 
 
 @pytest.mark.parametrize("name", ["embedding.weight", "output.weight", "norm.weight", "blocks.0.attention.compose"])
-def test_a_wrong_tensor_is_seen(model, name):
+def test_a_wrong_tensor_is_detected(model, name):
     probe = take(model)
     wrong = DCFormer(model.config)
     wrong.load_state_dict(model.state_dict())
@@ -94,6 +94,6 @@ def test_a_wrong_tensor_is_seen(model, name):
     assert probe.difference(take(wrong)) is not None
 
 
-def test_no_number_is_a_difference(model):
+def test_nan_is_a_difference(model):
     probe = take(model)
     assert probe.difference(replace(probe, logits_BV=probe.logits_BV * float("nan"))) is not None

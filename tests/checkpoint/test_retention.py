@@ -13,7 +13,7 @@ from dcscale.config import CheckpointConfig
 
 @pytest.fixture
 def run(tmp_path):
-    """Steps 10 to 80; validated at all but 30: worse and worse, but for 60."""
+    """Steps 10 to 80, all but 30 validated; the loss rises, except at 60."""
     for step, loss in zip(range(10, 90, 10), [1.0, 1.1, None, 1.3, 1.4, 0.9, 1.6, 1.6]):
         folder = tmp_path / "checkpoints" / step_name(step)
         folder.mkdir(parents=True)
@@ -47,26 +47,26 @@ def test_last_every_and_best(run, settings, steps):
     assert kept(run, **settings) == steps
 
 
-def test_what_is_spared_stays_under_any_spelling(run):
+def test_a_protected_checkpoint_is_kept_however_its_path_is_spelled(run):
     spelled = run / "x" / ".." / "checkpoints" / step_name(20)
     (run / "x").mkdir()
     assert kept(run, [spelled], keep_last=1) == [20, 80]
 
 
-def test_a_loss_that_is_no_number_is_not_the_best(run):
+def test_a_loss_of_nan_is_not_the_best(run):
     folder = run / "checkpoints" / step_name(20)
     (folder / "state.json").write_text('{"format": 1, "validation_loss": NaN}')
     seal(folder)
     assert kept(run, keep_last=1, keep_best=3) == [10, 40, 60, 80]
 
 
-def test_a_damaged_one_takes_no_place_and_is_left(run):
+def test_an_incomplete_checkpoint_does_not_count_and_is_left_alone(run):
     (run / "checkpoints" / step_name(80) / "COMPLETE").unlink()
     (run / "checkpoints" / step_name(60) / "state.json").write_text("cut")
     assert kept(run, keep_last=1, keep_best=1) == [10, 60, 70, 80]
 
 
-def test_a_checkpoint_loses_its_name_before_its_files(run, monkeypatch):
+def test_a_checkpoint_is_renamed_before_its_files_are_removed(run, monkeypatch):
     seen = []
 
     def killed(folder):

@@ -1,4 +1,4 @@
-"""A training state on disk: what is read of it, and that a state which is not whole, or not one, is refused by name."""
+"""The training state on disk: reading ranges of it, and refusing incomplete or inconsistent states with the reason."""
 
 import json
 
@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.checkpoint.training_state import Fragments, write_fragments
+from dcscale.checkpoint.training_state import TrainingStateReader, write_fragments
 from dcscale.parallel import MASTER
 from dcscale.testing.distributed import SHAPES, tiny_snapshot
 
@@ -20,21 +20,21 @@ def folder(tmp_path):
     return tmp_path
 
 
-def rewrite(path, change, **said):
-    """The file with other tensors, and with other words about its state."""
+def rewrite(path, change, **metadata):
+    """Rewrites the file with other tensors and metadata."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = json.loads(file.metadata()["state"]) | said
+        state = json.loads(file.metadata()["state"]) | metadata
     change(tensors)
     save_file(tensors, path, metadata={"state": json.dumps(state)})
 
 
-def as_it_is(tensors):
+def unchanged(tensors):
     pass
 
 
 def test_any_range_is_read_from_all_files(folder):
-    state = Fragments(folder)
+    state = TrainingStateReader(folder)
     assert (state.ranks, state.steps, state.shapes) == (2, 3, SHAPES)
     part = torch.zeros(4)
     state.fill({("embedding.weight", MASTER): (10, part)})
@@ -65,59 +65,59 @@ DEFECTS = {
     ),
     "an unknown parameter": (
         lambda t: t.update({"bias:master:0": torch.zeros(3)}),
-        "bias:master:0 is of no parameter and kind that the state has",
+        "bias:master:0 names no parameter and kind of the state",
     ),
     "no key": (lambda t: t.update({"bias": torch.zeros(3)}), "'bias' must be PARAMETER:KIND:START"),
 }
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_elements_that_are_not_there_once_are_named(folder, defect):
+def test_missing_duplicate_and_unknown_elements_are_named(folder, defect):
     change, message = DEFECTS[defect]
     rewrite(folder / "rank-00001.safetensors", change)
     with pytest.raises(CheckpointError, match=message):
-        Fragments(folder)
+        TrainingStateReader(folder)
 
 
 def test_files_that_are_not_those_of_all_ranks(folder):
     (folder / "rank-00001.safetensors").rename(folder / "rank-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"the files of 2 ranks, rank-00000\.safetensors to .*, but holds 2: "):
-        Fragments(folder)
+        TrainingStateReader(folder)
     (folder / "rank-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"but holds 1: rank-00000\.safetensors"):
-        Fragments(folder)
+        TrainingStateReader(folder)
     (folder / "rank-00000.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors cannot be read: "):
-        Fragments(folder)
+        TrainingStateReader(folder)
 
 
 def test_a_file_of_another_state(folder):
-    rewrite(folder / "rank-00001.safetensors", as_it_is, steps=4)
+    rewrite(folder / "rank-00001.safetensors", unchanged, steps=4)
     with pytest.raises(CheckpointError, match=r"rank-00001.* is of another training state than rank-00000"):
-        Fragments(folder)
+        TrainingStateReader(folder)
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("metadata", "message"),
     [
         ({"format": 2}, "has format 2, this version of dcscale reads 1"),
-        ({"parameters": []}, "does not say of which training state it is a part: AttributeError"),
-        ({"ranks": "many"}, "does not say of which training state it is a part: ValueError"),
+        ({"parameters": []}, "has no valid metadata of a training state: AttributeError"),
+        ({"ranks": "many"}, "has no valid metadata of a training state: ValueError"),
     ],
 )
-def test_words_about_the_state_that_are_of_no_use(folder, said, message):
-    rewrite(folder / "rank-00000.safetensors", as_it_is, **said)
+def test_invalid_metadata(folder, metadata, message):
+    rewrite(folder / "rank-00000.safetensors", unchanged, **metadata)
     with pytest.raises(CheckpointError, match=message):
-        Fragments(folder)
+        TrainingStateReader(folder)
 
 
 def test_another_model(folder):
     shapes = {"norm.weight": (6,), "output.weight": (6, 4)}
     with pytest.raises(CheckpointError, match="does not fit the model: ") as caught:
-        Fragments(folder).check_shapes(shapes)
+        TrainingStateReader(folder).check_shapes(shapes)
     assert str(caught.value).partition("model: ")[2].split("; ") == [
         "output.weight is missing",
         "embedding.weight is unknown to the model",
-        "norm.weight has shape (5,), the model wants (6,)",
+        "norm.weight has shape (5,), the model expects (6,)",
     ]
-    Fragments(folder).check_shapes(SHAPES)
+    TrainingStateReader(folder).check_shapes(SHAPES)

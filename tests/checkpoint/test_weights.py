@@ -36,7 +36,7 @@ def test_round_trip_in_any_number_of_shards(tmp_path, shard_bytes, files):
         assert tensor.equal(parameter)
 
 
-def test_every_misfit_is_listed(tmp_path):
+def test_every_mismatch_is_listed(tmp_path):
     tensors = dict(named(model()))
     tensors["extra.weight"] = torch.zeros(2)
     tensors["0.weight"] = torch.zeros(16, 9)
@@ -47,19 +47,19 @@ def test_every_misfit_is_listed(tmp_path):
     for part in (
         "2.bias is missing",
         "extra.weight is unknown",
-        "0.weight has shape (16, 9), the model wants (16, 8)",
+        "0.weight has shape (16, 9), the model expects (16, 8)",
     ):
         assert part in str(error.value)
 
 
-def test_of_many_misfits_some_are_named_and_the_others_counted(tmp_path):
+def test_of_many_mismatches_some_are_listed_and_the_others_counted(tmp_path):
     save_weights(((f"blocks.{n}.weight", torch.zeros(1)) for n in range(20)), tmp_path / "weights")
     with pytest.raises(CheckpointError, match="blocks.7.weight is unknown to the model; and 12 more$"):
         Weights(tmp_path / "weights", {})
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         (lambda f: (f / "model.safetensors.index.json").unlink(), "index.json cannot be read"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json cannot be read"),
@@ -73,8 +73,8 @@ def test_of_many_misfits_some_are_named_and_the_others_counted(tmp_path):
         ),
     ],
 )
-def test_damaged_files(tmp_path, damage, message):
+def test_corrupt_files(tmp_path, corrupt, message):
     save_weights(named(model()), tmp_path / "weights")
-    damage(tmp_path / "weights")
+    corrupt(tmp_path / "weights")
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path / "weights")

@@ -1,4 +1,4 @@
-"""Every rule between and within settings: what breaks it, and what is said then; and what just keeps it."""
+"""Every rule for single settings and between settings: what violates it, with which message, and what just passes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def found(*overrides: str, world_size: int | None = None) -> list[str]:
 
 
 def config_with(path: str, value: object) -> Config:
-    """A config that is right but perhaps for one value."""
+    """A valid config, except perhaps for one value."""
     settings = Config(data=DataConfig(train="shards"), validation=ValidationConfig(interval=0))
     section, _, name = path.rpartition(".")
     setattr(get(settings, section), name, value)
@@ -37,7 +37,7 @@ def scalar_types(hint: object) -> set[type]:
     return {hint} if isinstance(hint, type) else {t for a in typing.get_args(hint) for t in scalar_types(a)}
 
 
-BROKEN = [
+VIOLATIONS = [
     # Heads.
     (
         "model.dim=768; model.heads=10",
@@ -56,36 +56,36 @@ BROKEN = [
     # RoPE: heads of 64.
     (
         "model.rope_fraction=0.02",
-        "model.rope_fraction = 0.02: rotates 1 of the 64 dimensions of a head, which must be an even number from 2; "
-        "use 0.03125 for 2 dimensions",
+        "model.rope_fraction = 0.02: rotates 1 of the 64 dimensions of a head, which must be an even number of at "
+        "least 2; use 0.03125 for 2 dimensions",
     ),
     (
         "model.rope_fraction=0.05",
-        "rotates 3 of the 64 dimensions of a head, which must be an even number from 2; "
+        "rotates 3 of the 64 dimensions of a head, which must be an even number of at least 2; "
         "use 0.03125 for 2 dimensions or 0.0625 for 4 dimensions",
     ),
     (
         "model.rope_fraction=0.01",
-        "rotates 0 of the 64 dimensions of a head, which must be an even number from 2; use 0.03",
+        "rotates 0 of the 64 dimensions of a head, which must be an even number of at least 2; use 0.03",
     ),
     (
         "model.head_dim=5",
-        "rotates 5 of the 5 dimensions of a head, which must be an even number from 2; use 0.8 for 4 dim",
+        "rotates 5 of the 5 dimensions of a head, which must be an even number of at least 2; use 0.8 for 4 dim",
     ),
     (
         "model.head_dim=1",
-        "rotates 1 of the 1 dimensions of a head, which must be an even number from 2; use a head_dim from",
+        "rotates 1 of the 1 dimensions of a head, which must be an even number of at least 2; use a head_dim of at",
     ),
     (
         "model.rope_scaling={kind: llama3, factor: 8, low_freq_factor: 4}",
         "model.rope_scaling.high_freq_factor = 4.0: must be above model.rope_scaling.low_freq_factor = 4.0; Llama 3",
     ),
-    # Beginning.
+    # Start of a run.
     (
         "checkpoint.resume=runs/a; checkpoint.init_from=models/b",
-        'checkpoint.init_from = "models/b": is for a run that begins, but checkpoint.resume = "runs/a" is gone on from',
+        'checkpoint.init_from = "models/b": is only for new runs, but checkpoint.resume = "runs/a" resumes a run',
     ),
-    ("checkpoint.init_from=''", 'checkpoint.init_from = "": must not be empty; name a model folder or a checkpoint'),
+    ("checkpoint.init_from=''", 'checkpoint.init_from = "": must not be empty; give a model folder or a checkpoint'),
     # Feed-forward network.
     (
         "model.ffn_dim=5632; model.multi_gate=43",
@@ -93,20 +93,19 @@ BROKEN = [
     ),
     (
         "model.ffn=gelu; model.multi_gate=4",
-        "model.multi_gate = 4: needs model.ffn=swiglu, which is gelu; set it to null",
+        "model.multi_gate = 4: needs model.ffn=swiglu, but model.ffn is gelu; set it to null",
     ),
     # Windows.
     ("model.windows=[]", "model.windows = []: must not be empty; use [null] for full attention in every layer"),
     ("model.windows=[64,0]", "model.windows[1] = 0: must be at least 1; the default is [256, null]"),
     (
         "model.layers=2; model.windows=[8,null,16]",
-        "model.windows = [8, null, 16]: has 3 entries for model.layers = 2, so that some would never be used; "
-        "use [8, null]",
+        "model.windows = [8, null, 16]: has 3 entries for model.layers = 2, so some would never be used; use [8, null]",
     ),
     # Compose.
     (
         "model.compose={pre: false, post: false}",
-        "model.compose.pre = false: pre and post are both off, so that nothing is composed; "
+        "model.compose.pre = false: pre and post are both off, so compose would do nothing; "
         "turn one on, or set model.attention=mha for a plain Transformer",
     ),
     (
@@ -120,29 +119,29 @@ BROKEN = [
     # Data.
     (
         "data.train=''",
-        'data.train = "": must not be empty; name a folder that tools/make_shards.py has written, or several in',
+        'data.train = "": must not be empty; give a folder written by tools/make_shards.py, or several in',
     ),
     (
         "data.sources=[{name: a, path: b}]",
         'data.sources = [{"name": "a", "path": "b", "weight": 1.0}]: must be empty while data.train is "shards": a run '
-        "has one folder or a mixture; remove one; data.train='' takes back what a file says",
+        "reads one folder or a mixture; remove one; data.train='' overrides the value from a file",
     ),
     (
         "data.train=''; data.sources=[{path: b}]",
-        'data.sources[0].name = "": must be a name of letters, digits and ._-; it names the source in the metrics',
+        'data.sources[0].name = "": must consist of letters, digits and ._-; use a name such as web-2024',
     ),
-    ("data.train=''; data.sources=[{name: a/b, path: b}]", 'data.sources[0].name = "a/b": must be a name'),
+    ("data.train=''; data.sources=[{name: a/b, path: b}]", 'data.sources[0].name = "a/b": must consist of letters'),
     (
         "data.train=''; data.sources=[{name: a, path: b}, {name: a, path: c}]",
-        'data.sources[1].name = "a": is that of data.sources[0] too; give each source its own',
+        'data.sources[1].name = "a": is also the name of data.sources[0]; give each source its own name',
     ),
     (
         "data.train=''; data.sources=[{name: a}]",
-        'data.sources[0].path = "": must not be empty; name a folder that tools/make_shards.py has written',
+        'data.sources[0].path = "": must not be empty; give a folder written by tools/make_shards.py',
     ),
     (
         "data.train=''; data.sources=[{name: a, path: b, weight: 0}]",
-        "data.sources[0].weight = 0.0: must be above 0; weights are relative to each other; leave a source out",
+        "data.sources[0].weight = 0.0: must be above 0; weights are relative to each other; remove a source",
     ),
     (
         "data.train=''; data.sources=[{name: a, path: b, weight: .inf}]",
@@ -150,22 +149,22 @@ BROKEN = [
     ),
     (
         "data.workers=2; data.prefetch_steps=0",
-        "data.workers = 2: prepare batches ahead, but data.prefetch_steps is 0; "
-        "use 0 to prepare batches in the training loop, or data.prefetch_steps from 1",
+        "data.workers = 2: workers prefetch batches, but data.prefetch_steps is 0; "
+        "use 0 to prepare batches in the training loop, or data.prefetch_steps of at least 1",
     ),
     (
         "data.cache=cache; data.verify=false",
-        'data.cache = "cache": knows shards by their checksums, but data.verify is false; set it to null, or verify',
+        'data.cache = "cache": identifies shards by their checksums, but data.verify is false; set it to null',
     ),
-    ("data.cache=''", 'data.cache = "": must not be empty; name a folder on a local disk, or null for none'),
+    ("data.cache=''", 'data.cache = "": must not be empty; give a folder on a local disk, or null for none'),
     (
         "data.train=s3://a/b; data.retry_total_seconds=601; parallel.timeout_minutes=20",
         "data.retry_total_seconds = 601.0: must be at most half of parallel.timeout_minutes = 20.0, 600 s, or the "
-        "other ranks would give up before they learn what is wrong with the data; use at most 600",
+        "other ranks would time out before they receive the error of the data; use at most 600",
     ),
     (
         "data.validation=''",
-        'data.validation = "": must not be empty; name a folder that tools/make_shards.py has written, or',
+        'data.validation = "": must not be empty; give a folder written by tools/make_shards.py, or',
     ),
     (
         "validation.interval=5",
@@ -174,8 +173,8 @@ BROKEN = [
     ),
     (
         "samples.interval=5; samples.prompts=[]",
-        "samples.prompts = []: must hold texts to be continued, none of them empty; "
-        'give some, such as ["def "], or set samples.interval=0',
+        "samples.prompts = []: must hold at least one prompt, and no empty one; "
+        'give prompts, such as ["def "], or set samples.interval=0',
     ),
     (
         "checkpoint.keep_every=1500",
@@ -203,7 +202,7 @@ BROKEN = [
     ),
     ("checkpoint.on_error=ignore", 'checkpoint.on_error = "ignore": must be one of fail, warn'),
     ("checkpoint.on_corrupt=skip", 'checkpoint.on_corrupt = "skip": must be one of fail, previous'),
-    ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold texts to be continued'),
+    ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold at least one prompt'),
     # Training.
     (
         "train.global_batch_size=20; train.micro_batch_size=8",
@@ -217,47 +216,47 @@ BROKEN = [
     ),
     (
         "train.stop_after=1001",
-        "train.stop_after = 1001: must be at most train.steps = 1000; set it to null to go on to",
+        "train.stop_after = 1001: must be at most train.steps = 1000; set it to null to train to",
     ),
     ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]: must be two numbers; the default is [0.9, 0.95]"),
     ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas = [0.9, 0.9, 0.9]: must be two numbers"),
     ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1] = 1.0: must be in [0, 1); the default is [0.9, 0.95]"),
-    ("optimizer.rules=[{}]", 'optimizer.rules[0].match = "": must not be empty; name parameters by a pattern, such as'),
+    ("optimizer.rules=[{}]", 'optimizer.rules[0].match = "": must not be empty; give a pattern of parameter names'),
     (
         "optimizer.rules=[{match: a},{match: b, lr_scale: -1}]",
         "optimizer.rules[1].lr_scale = -1.0: must be at least 0; 0 freezes the parameters, 1 changes nothing",
     ),
     (
         "optimizer.rules=[{match: a, weight_decay: .inf}]",
-        "optimizer.rules[0].weight_decay = Infinity: must be a finite number; 0 is none, null changes nothing",
+        "optimizer.rules[0].weight_decay = Infinity: must be a finite number; 0 is no decay, null changes nothing",
     ),
     # Schedule, over 1000 steps.
     (
         "schedule.warmup_steps=1001",
-        "schedule.warmup_steps = 1001: must be at most train.steps = 1000; use at most 1000, or more steps",
+        "schedule.warmup_steps = 1001: must be at most train.steps = 1000; use at most 1000, or increase train.steps",
     ),
     (
         "schedule.kind=wsd; schedule.warmup_steps=801",
-        "schedule.warmup_steps = 801: must be at most train.steps = 1000 less the 200 steps of decay; use at most 800",
+        "schedule.warmup_steps = 801: must be at most train.steps = 1000 minus the 200 steps of decay; use at most 800",
     ),
     (
         "schedule.kind=wsd; schedule.decay_steps=901",
-        "schedule.warmup_steps = 100: must be at most train.steps = 1000 less the 901 steps of decay; use at most 99",
+        "schedule.warmup_steps = 100: must be at most train.steps = 1000 minus the 901 steps of decay; use at most 99",
     ),
     (
         "schedule.kind=wsd; schedule.decay_steps=1001",
-        "schedule.decay_steps = 1001: must be at most train.steps = 1000; use null for a fifth of them",
+        "schedule.decay_steps = 1001: must be at most train.steps = 1000; use null for a fifth of the steps",
     ),
     (
         "schedule.decay_steps=5",
-        "schedule.decay_steps = 5: is only read when schedule.kind is wsd, and it is cosine; "
+        "schedule.decay_steps = 5: is only used if schedule.kind is wsd, but it is cosine; "
         "set it to null, or schedule.kind=wsd",
     ),
     # Names and choices.
-    ("run.name=a/b", 'run.name = "a/b": must be usable as the name of a folder; put the place into run.folder'),
-    (r"run.name=a\b", r'run.name = "a\\b": must be usable as the name of a folder'),
-    ('run.name="a\\nb"', 'run.name = "a\\nb": must be usable as the name of a folder'),
-    ("run.name=..", 'run.name = "..": must be usable as the name of a folder'),
+    ("run.name=a/b", 'run.name = "a/b": must be usable as a folder name; set the path with run.folder'),
+    (r"run.name=a\b", r'run.name = "a\\b": must be usable as a folder name'),
+    ('run.name="a\\nb"', 'run.name = "a\\nb": must be usable as a folder name'),
+    ("run.name=..", 'run.name = "..": must be usable as a folder name'),
     ("run.name=''", 'run.name = "": must not be empty; the default is run'),
     ("run.folder=''", 'run.folder = "": must not be empty; the default is runs/${run.name}'),
     ("checkpoint.resume=''", 'checkpoint.resume = "": must not be empty; the default is auto'),
@@ -267,7 +266,7 @@ BROKEN = [
     ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2, 3; the default is 1"),
     (
         "parallel.zero_stage=0; parallel.offload_optimizer=true",
-        "parallel.offload_optimizer = true: must be false with parallel.zero_stage = 0, which offloads nothing; set "
+        "parallel.offload_optimizer = true: must be false with parallel.zero_stage = 0, which cannot offload; set "
         "parallel.zero_stage=1, or parallel.offload_optimizer=false",
     ),
     ("optimizer.eps=.nan", "optimizer.eps = NaN: must be a finite number; the default is 1e-08"),
@@ -278,14 +277,14 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BROKEN, ids=[overrides for overrides, _ in BROKEN])
-def test_a_broken_rule(overrides: str, message: str) -> None:
+@pytest.mark.parametrize(("overrides", "message"), VIOLATIONS, ids=[overrides for overrides, _ in VIOLATIONS])
+def test_a_violated_rule(overrides: str, message: str) -> None:
     problems = found(*overrides.split("; "))
     assert len(problems) == 1
     assert message in problems[0]
 
 
-KEPT = [
+VALID_OVERRIDES = [
     (),
     ("model.head_dim=80", "model.heads=7"),
     ("model.kv_heads=1",),
@@ -321,8 +320,10 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("overrides", KEPT, ids=[" ".join(overrides) or "defaults" for overrides in KEPT])
-def test_a_rule_that_is_kept(overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "overrides", VALID_OVERRIDES, ids=[" ".join(overrides) or "defaults" for overrides in VALID_OVERRIDES]
+)
+def test_a_rule_that_is_met(overrides: tuple[str, ...]) -> None:
     assert found(*overrides) == []
 
 
@@ -342,7 +343,7 @@ def test_the_defaults_need_data_only() -> None:
         (64, 8, 8, None),
     ],
 )
-def test_the_batch_is_shared_out_over_the_ranks(size: int, micro: int, ranks: int, fix: str | None) -> None:
+def test_the_batch_is_divided_among_the_ranks(size: int, micro: int, ranks: int, fix: str | None) -> None:
     overrides = [f"train.global_batch_size={size}", f"train.micro_batch_size={micro}"]
     message = (
         f"train.global_batch_size = {size}: must be a multiple of "
@@ -352,12 +353,12 @@ def test_the_batch_is_shared_out_over_the_ranks(size: int, micro: int, ranks: in
 
 
 @pytest.mark.parametrize("world_size", [0, -1])
-def test_a_world_without_ranks_is_refused(world_size: int) -> None:
+def test_a_world_size_below_1_is_refused(world_size: int) -> None:
     with pytest.raises(ValueError, match=f"world_size is {world_size}: it must be at least 1"):
         check_config(Config(), world_size)
 
 
-# Of every number, the values next to its bounds: what is refused, and what is not.
+# For every number: (refused values, allowed values) next to its bounds.
 COUNTS = (
     "model.scratch_mib model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim "
     "model.multi_gate model.windows model.rope_scaling.original_length "
@@ -415,7 +416,7 @@ def test_the_bounds_of_every_number(path: str) -> None:
                 "must be above",
                 "must be in ",
                 "must be a finite number",
-                "must fit into 64 bits",
+                "must fit in 64 bits",
             )
             of_bounds = [p for p in problems if p.setting == path and p.rule.startswith(rules)]
             assert [p.path for p in of_bounds] == ([f"{path}[0]", f"{path}[1]"] if in_list else [path]) * refused
@@ -452,7 +453,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_schema() -> None:
     assert [problem.path for problem in problems] == [*paths, "optimizer.betas[0]", "schedule.kind", "log.interval"]
 
 
-def test_rules_that_read_a_broken_value_wait() -> None:
+def test_rules_that_read_an_invalid_value_are_skipped() -> None:
     assert [p.path for p in check_config(config("model.heads=0"))] == ["model.heads"]
     assert [p.path for p in check_config(config("model.dim=0", "train.micro_batch_size=0"))] == [
         "model.dim",
@@ -467,7 +468,7 @@ def test_checking_changes_nothing() -> None:
     assert dataclasses.asdict(settings) == before
 
 
-def test_ranges_are_written_as_one_reads_them() -> None:
+def test_ranges_as_text() -> None:
     assert [str(Range(1)), str(Range(0, open_low=True)), str(Range(0, 1)), str(Range(0, 1, True, True))] == [
         "at least 1",
         "above 0",

@@ -27,7 +27,7 @@ def main() -> Callable[[list[str]], int]:
     return module.main
 
 
-def test_a_right_config_is_shown_with_origins_numbers_and_the_deepspeed_config(
+def test_a_valid_config_is_shown_with_origins_numbers_and_the_deepspeed_config(
     main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.yaml"
@@ -78,7 +78,7 @@ def test_what_a_run_would_use_of_its_data_is_shown(
     assert "of source web      30 sequences (75.00%), 3 epochs\n" in output
     assert "of source code     10 sequences (25.00%), 1 epochs\n" in output
     assert main(VALID) == 0
-    assert "epochs             not known: shards: no such folder" in capsys.readouterr().out
+    assert "epochs             unknown: shards: no such folder" in capsys.readouterr().out
     assert main(["data.train=http://127.0.0.1:9/x", "validation.interval=0"]) == 0
     assert "epochs" not in capsys.readouterr().out.partition("FLOPs in all")[2]
 
@@ -106,11 +106,11 @@ def test_what_cannot_be_loaded_is_printed(main: Callable[[list[str]], int], caps
     assert "steps = 3 (command line): unknown key; did you mean train.steps?" in output.err
 
 
-def test_a_world_without_ranks_is_refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_world_size_below_1_is_refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*VALID, "--world-size", "0"])
     assert caught.value.code == 2
-    assert "--world-size 0: must be at least 1" in capsys.readouterr().err
+    assert "argument --world-size: '0' must be a whole number of 1 or more" in capsys.readouterr().err
 
 
 def test_the_reference_is_printed(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Loading: what is merged, how values are read, where they came from; a config survives the way out and back."""
+"""Loading: merging, reading of values, their origins, and round trips through YAML and dictionaries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def one(override: str) -> object:
     return get(load_config([], [override]).config, override.partition("=")[0])
 
 
-def test_nothing_gives_the_defaults() -> None:
+def test_no_files_give_the_defaults() -> None:
     loaded = load_config([])
     assert loaded.config == replace(Config(), run=loaded.config.run)
     assert loaded.config.run.folder == "runs/run"
@@ -94,7 +94,7 @@ def test_a_whole_section_can_be_an_override() -> None:
         ("optimizer.rules=[]", []),
     ],
 )
-def test_values_are_read_as_a_person_means_them(override: str, value: object) -> None:
+def test_values_are_read_as_intended(override: str, value: object) -> None:
     found = one(override)
     assert found == value
     assert type(found) is type(value)
@@ -117,7 +117,7 @@ optimizer:
     assert loaded.origins["optimizer.rules"] == "command line"
 
 
-def test_an_item_of_a_list_is_changed_beside_the_others(tmp_path: Path) -> None:
+def test_an_item_of_a_list_is_changed_and_the_others_are_kept(tmp_path: Path) -> None:
     text = "data: {sources: [{name: web, path: a, weight: 3}, {name: '${run.name}', path: '007'}]}\n"
     path = write(tmp_path, "a.yaml", text)
     loaded = load_config([path], ["data.sources[0].weight=0.5", "data.sources[1].path=no", "model.windows[1]=8"])
@@ -125,11 +125,11 @@ def test_an_item_of_a_list_is_changed_beside_the_others(tmp_path: Path) -> None:
     assert loaded.config.model.windows == [256, 8]
     assert loaded.origins["data.sources"] == f"{path}:1, command line"
     assert loaded.origins["model.windows"] == "default, command line"
-    whole = load_config([path], ["data.sources[1]={name: code, path: c}", "data.sources[1].weight=2"])
-    assert whole.config.data.sources == [DataSource("web", "a", 3.0), DataSource("code", "c", 2.0)]
+    replaced = load_config([path], ["data.sources[1]={name: code, path: c}", "data.sources[1].weight=2"])
+    assert replaced.config.data.sources == [DataSource("web", "a", 3.0), DataSource("code", "c", 2.0)]
 
 
-def test_references_are_resolved_wherever_they_stand(tmp_path: Path) -> None:
+def test_references_are_resolved_in_every_kind_of_value(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "a.yaml",
@@ -214,19 +214,19 @@ def test_yaml_and_dictionaries_lead_back_to_an_equal_config(tmp_path: Path, seed
     assert from_dict(config_to_dict(config)) == config
 
 
-def test_the_written_yaml_is_for_people() -> None:
+def test_the_written_yaml_is_readable() -> None:
     text = to_yaml(load_config([], ["model.windows=[256,null]", "optimizer.eps=1e-8"]).config)
     assert "  windows: [256, null]\n" in text
     assert "  prompts: ['def ']\n" in text
     assert text.index("run:") < text.index("model:") < text.index("  compose:\n    rank: 2\n") < text.index("log:")
 
 
-def test_a_dictionary_may_leave_out_keys_but_not_invent_any() -> None:
+def test_a_dictionary_may_lack_keys_but_not_have_unknown_ones() -> None:
     assert from_dict({"train": {"steps": 3}}).train.steps == 3
     assert from_dict({}) == Config(run=replace(Config().run, folder="runs/run"))
     with pytest.raises(ConfigError, match=r"train.stepz = 3 \(checkpoint\): unknown key; did you mean train.steps\?"):
         from_dict({"train": {"stepz": 3}}, source="checkpoint")
-    with pytest.raises(ValueError, match=r"config\.json is no mapping of sections but None"):
+    with pytest.raises(ValueError, match=r"config\.json must be a mapping of sections, but is None"):
         from_dict(None, source="config.json")
     with pytest.raises(ConfigError, match=r'model.dim = "wide" \(dictionary\): must be int'):
         from_dict({"model": {"dim": "wide"}})
@@ -242,5 +242,5 @@ def test_differences_are_named_with_both_values() -> None:
         ("train.steps", 1000, 1),
     ]
     assert differences(a.model, b.model) == [("windows", [256, None], [None]), ("compose.rank", 2, 4)]
-    with pytest.raises(ValueError, match="one class can be compared, not Config with ModelConfig"):
+    with pytest.raises(ValueError, match="the same class can be compared, not Config with ModelConfig"):
         differences(a, a.model)

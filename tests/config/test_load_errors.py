@@ -1,4 +1,4 @@
-"""What cannot be loaded is said with its path, value, place, rule and the way out; all of it at once."""
+"""Load errors: reported with path, value, origin, rule and the way out; all at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def problems_of(files: list, overrides: list[str]) -> list[str]:
 
 CLI = "(command line)"
 OVERRIDES = [
-    # Unknown keys: the same name elsewhere, a typing error, a wrong section, a section for a value, else what there is.
+    # Unknown keys: the same name in another section, a typing error, a wrong section, a key in a value, no suggestion.
     ("steps=10", f"steps = 10 {CLI}: unknown key; did you mean train.steps?"),
     ("rank=3", f"rank = 3 {CLI}: unknown key; did you mean model.compose.rank?"),
     ("model.rank=3", f"model.rank = 3 {CLI}: unknown key; did you mean model.compose.rank?"),
@@ -38,15 +38,21 @@ OVERRIDES = [
     ),
     ("run.qqq=1", f"run.qqq = 1 {CLI}: unknown key; the keys of run are name, folder"),
     ("=1", f" = 1 {CLI}: unknown key; the keys at the top are {', '.join(p for p in SECTIONS if '.' not in p)}"),
-    ("train.steps.x=1", f"train.steps.x = 1 {CLI}: unknown key; train.steps is given whole, such as train.steps=1000"),
+    (
+        "train.steps.x=1",
+        f"train.steps.x = 1 {CLI}: unknown key; train.steps has no keys: set it itself, such as train.steps=1000",
+    ),
     (
         "model.windows.0=1",
-        f"model.windows.0 = 1 {CLI}: unknown key; model.windows is given whole, such as model.windows=[256, null]",
+        f"model.windows.0 = 1 {CLI}: unknown key; model.windows has no keys: set it itself, such as model.windows=[",
     ),
-    ("data.sources[0].weight=1", f"data.sources[0] = 1 {CLI}: there is no such item: data.sources has 0 so far; give"),
+    (
+        "data.sources[0].weight=1",
+        f"data.sources[0] = 1 {CLI}: there is no such item: data.sources has 0 so far; set the",
+    ),
     (
         "model.windows[2]=1",
-        f"model.windows[2] = 1 {CLI}: there is no such item: model.windows has 2 so far; give",
+        f"model.windows[2] = 1 {CLI}: there is no such item: model.windows has 2 so far; set the",
     ),
     ("model.windows[0].x=1", f"model.windows[0].x = 1 {CLI}: unknown key; model.windows[0] is a single value"),
     ("model.windows[0]=x", f'model.windows = ["x", null] {CLI}: must be list of (int or null); the default is'),
@@ -101,29 +107,29 @@ OVERRIDES = [
     # YAML.
     (
         "samples.prompts=[a",
-        f'samples.prompts = "[a" {CLI}: this is not valid YAML: while parsing a flow sequence expected',
+        f'samples.prompts = "[a" {CLI}: invalid YAML: while parsing a flow sequence expected',
     ),
-    ("run.name=%x", f'run.name = "%x" {CLI}: this is not valid YAML: expected'),
-    ("run.name=*x", f'run.name = "*x" {CLI}: this is not valid YAML: * begins an alias, which is not supported: quote'),
+    ("run.name=%x", f'run.name = "%x" {CLI}: invalid YAML: expected'),
+    ("run.name=*x", f'run.name = "*x" {CLI}: invalid YAML: * starts an alias, which is not supported: quote'),
     (
         "run.name=!!python/name:os.system x",
         "the tag tag:yaml.org,2002:python/name:os.system is not supported; put text",
     ),
     ("model=!!python/object:os.stat_result {dim: 1}", "python/object:os.stat_result is not supported"),
-    ("model={? [1] : 2}", "this is not valid YAML: a key must be a word"),
-    ("model={dim: 1, dim: 2}", "this is not valid YAML: the key dim is there twice, first in line 1"),
-    ("run.name=\x07", "this is not valid YAML: unacceptable character #x0007"),
-    (r'samples.prompts=["a\ud83d"]', r"this is not valid YAML: \ud83d is half a character: write the whole one"),
-    ("run.name=" + "[" * 1000, "this is not valid YAML: nested too deeply"),
+    ("model={? [1] : 2}", "invalid YAML: a key must be a scalar"),
+    ("model={dim: 1, dim: 2}", "invalid YAML: duplicate key dim, first in line 1"),
+    ("run.name=\x07", "invalid YAML: unacceptable character #x0007"),
+    (r'samples.prompts=["a\ud83d"]', r"invalid YAML: \ud83d is half of a surrogate pair: write the"),
+    ("run.name=" + "[" * 1000, "invalid YAML: nested too deeply"),
     ("train.steps=" + "9" * 5000, "must be int; the default is 1000"),
     # References.
-    ("run.name=???", f'run.name = "???" {CLI}: there is no value yet; write one in place of the ???'),
-    ("samples.prompts=[a, '???']", f'samples.prompts[1] = "???" {CLI}: there is no value yet; write one in place'),
+    ("run.name=???", f'run.name = "???" {CLI}: a value is missing; replace the ??? by a value'),
+    ("samples.prompts=[a, '???']", f'samples.prompts[1] = "???" {CLI}: a value is missing; replace the ???'),
     (
         "run.name=${run.nam}",
-        f'run.name = "${{run.nam}}" {CLI}: refers to run.nam, which is no setting; did you mean run.n',
+        f'run.name = "${{run.nam}}" {CLI}: refers to run.nam, which is not a setting; did you mean run.n',
     ),
-    ("train.steps=${train}", "refers to train, which is no setting"),
+    ("train.steps=${train}", "refers to train, which is not a setting"),
     ("run.name=${run.name}", f"run.name {CLI}: cannot be resolved ("),
     ("run.name=${run.folder}", f"run.name {CLI}: cannot be resolved ("),
     ("train.steps=${data.sequence_length}${train.seed}.", "could not be converted to Integer); write the value itself"),
@@ -133,7 +139,7 @@ OVERRIDES = [
 
 
 @pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[text[:40] for text, _ in OVERRIDES])
-def test_an_override_that_cannot_be_taken_over(override: str, message: str) -> None:
+def test_an_invalid_override(override: str, message: str) -> None:
     assert message in problems_of([], [override])[0]
 
 
@@ -156,13 +162,13 @@ RESOLVERS = [
 @pytest.mark.parametrize(
     "override", ["run.name='{}'", "samples.prompts=[a, '{}']", "optimizer.rules=[{{match: '{}'}}]"]
 )
-def test_neither_the_environment_nor_any_function_can_be_reached(override: str, text: str) -> None:
+def test_environment_variables_and_functions_cannot_be_used(override: str, text: str) -> None:
     override = override.format(text.replace("'", "''"))
     found = problems_of([], [override])
     assert (
         "only ${section.key} is resolved; environment variables and functions are not" in found[0]
-        or ("${}" in text and "refers to , which is no setting" in found[0])
-        or ("${.name}" in text and "refers to .name, which is no setting" in found[0])
+        or ("${}" in text and "refers to , which is not a setting" in found[0])
+        or ("${.name}" in text and "refers to .name, which is not a setting" in found[0])
     )
     assert os.environ["PATH"] not in found[0]
 
@@ -171,35 +177,38 @@ FILES = [
     ("train:\n  steps: ten\n", ":2): must be int; the default is 1000"),
     ("train:\n  steps: 1\n  stepz: 3\n", "train.stepz = 3 ({}:3): unknown key; did you mean train.steps?"),
     ("trian:\n  steps: 1\n", 'trian = {{"steps": 1}} ({}:2): unknown key; did you mean train?'),
-    ("train.steps: 1\n", "train.steps = 1 ({}:1): unknown key; dots are for the command line: here write a section"),
+    (
+        "train.steps: 1\n",
+        "train.steps = 1 ({}:1): unknown key; dotted keys are only for the command line: write a section",
+    ),
     ("train: 5\n", "train = 5 ({}:1): must be a section; its keys are steps, stop_after"),
     ("model:\n  compose: [1, 2]\n", "model.compose = [1, 2] ({}:2): must be a section; its keys are rank"),
     ("<<: {train: {steps: 3}}\n", "<< = "),
-    ("- a\n- b\n", '{}: must hold sections with keys; such as "train: {{steps: 10}}"'),
-    ("just words\n", "{}: must hold sections with keys"),
-    ("", "{}: must hold sections with keys"),
-    ("# nothing\n", "{}: must hold sections with keys"),
-    ("train:\n  steps: [1\nmodel: {}\n", "{}:3: this is not valid: while parsing a flow sequence"),
+    ("- a\n- b\n", '{}: must contain sections with keys; such as "train: {{steps: 10}}"'),
+    ("just words\n", "{}: must contain sections with keys"),
+    ("", "{}: must contain sections with keys"),
+    ("# nothing\n", "{}: must contain sections with keys"),
+    ("train:\n  steps: [1\nmodel: {}\n", "{}:3: invalid YAML: while parsing a flow sequence"),
     (
         "train: {steps: 1}\nmodel: {}\ntrain: {seed: 2}\n",
-        "{}:3: this is not valid: the key train is there twice, first in line 1",
+        "{}:3: invalid YAML: duplicate key train, first in line 1",
     ),
-    ("train: &a {steps: 1}\nmodel: *a\n", "{}:2: this is not valid: * begins an alias"),
+    ("train: &a {steps: 1}\nmodel: *a\n", "{}:2: invalid YAML: * starts an alias"),
     (
         "run: {name: !!python/object/apply:os.system [ls]}\n",
-        "{}:1: this is not valid: the tag tag:yaml.org,2002:python",
+        "{}:1: invalid YAML: the tag tag:yaml.org,2002:python",
     ),
     (
         "a: 1\n---\nb: 2\n",
-        "{}:2: this is not valid: expected a single document in the stream but found another document",
+        "{}:2: invalid YAML: expected a single document in the stream but found another document",
     ),
-    ("run:\n\tname: x\n", "{}:2: this is not valid: while scanning for the next token found character '\\t'"),
-    ("run: {name: \x00}\n", "{}: this is not valid: unacceptable character #x0000"),
+    ("run:\n\tname: x\n", "{}:2: invalid YAML: while scanning for the next token found character '\\t'"),
+    ("run: {name: \x00}\n", "{}: invalid YAML: unacceptable character #x0000"),
 ]
 
 
 @pytest.mark.parametrize(("text", "message"), FILES, ids=[text[:20] for text, _ in FILES])
-def test_a_file_that_cannot_be_taken_over(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text, encoding="utf-8")
     found = problems_of([path], [])
@@ -207,7 +216,7 @@ def test_a_file_that_cannot_be_taken_over(tmp_path: Path, text: str, message: st
     assert message.format(path) in found[0]
 
 
-def test_missing_files_are_named_with_those_that_are_like_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_similar_files_are_suggested_for_missing_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / "model").mkdir(parents=True)
     (tmp_path / "configs" / "model" / "small.yaml").write_text("model: {dim: 8}\n")
@@ -224,7 +233,7 @@ def test_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     folder, file = problems_of([tmp_path, binary], [])
     assert folder.startswith(f"{tmp_path}: cannot be read (")
-    assert folder.endswith("; name a YAML file in UTF-8")
+    assert folder.endswith("; give a YAML file in UTF-8")
     assert file.startswith(f"{binary}: cannot be read ('utf-8' codec")
 
 

@@ -19,7 +19,7 @@ CLASSES = [c for c in vars(schema).values() if dataclasses.is_dataclass(c)]
 def test_every_field_has_a_docstring(section: type) -> None:
     explained, hints = docstrings(section), typing.get_type_hints(section)
     for field in dataclasses.fields(section):
-        # A section is explained by its class, which is where its keys are.
+        # A section is explained by the docstring of its class.
         text = inspect.getdoc(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else None
         text = explained.get(field.name) or text
         assert text, f"{section.__name__}.{field.name} has no docstring"
@@ -38,11 +38,11 @@ def test_the_reference_holds_every_key_with_type_default_values_and_meaning() ->
         assert field.meaning in row
         assert f"| {type_name(field.type)} |" in row
     assert (
-        "| model.kv_heads | int or null | null | at least 1 | Key/value heads a layer; null means as many as "
+        "| model.kv_heads | int or null | null | at least 1 | Key/value heads per layer; null means as many as "
         "``heads``, fewer is grouped-query attention. Must divide ``heads``. |"
     ) in lines
     assert (
-        "| parallel.zero_stage | int | 1 | 0, 1, 2, 3 | ZeRO stage: 0 none, 1 optimizer states, 2 also" in reference()
+        "| parallel.zero_stage | int | 1 | 0, 1, 2, 3 | ZeRO stage, what is partitioned: 0 nothing, 1 " in reference()
     )
     assert "| model.windows | list of (int or null) | [256, null] | at least 1 |" in reference()
     for path, _ in sections(Config):

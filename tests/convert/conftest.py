@@ -15,7 +15,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """Upstream folders by the settings of their models, made once."""
+    """Upstream folders by the settings of their models, each made once."""
     return tmp_path_factory.mktemp("upstream"), {}
 
 
@@ -37,16 +37,16 @@ def upstream_of(tmp_path, made):
 
 @pytest.fixture
 def call(capsys):
-    """Calls the tool in this process: its exit code, what it wrote, and what it told on stderr."""
+    """Calls the tool in this process; returns its exit code, stdout and stderr."""
     specification = importlib.util.spec_from_file_location("convert_tool", TOOL)
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
-    return lambda *words: (tool.main([str(word) for word in words]), *capsys.readouterr())
+    return lambda *arguments: (tool.main([str(argument) for argument in arguments]), *capsys.readouterr())
 
 
 @pytest.fixture(scope="module")
 def own_modules(tmp_path_factory):
-    """transformers copies modelling files to a place of its own, which shall not be the user's."""
+    """Keeps the modelling files that transformers copies out of the user's cache."""
     from transformers import dynamic_module_utils  # slow to import, and few need it
 
     with pytest.MonkeyPatch.context() as patch:

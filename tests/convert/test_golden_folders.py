@@ -1,4 +1,4 @@
-"""Folders with upstream's own outputs: they convert, give its logits, and go back tensor by tensor."""
+"""Folders with upstream's own outputs: converted, they give its logits, and converting back gives equal tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 2e-4
 """Largest absolute error of logits of the order 1, as in tests/models/test_golden.py."""
 
 PYTORCH, ERF = {"gelu": "erf", "local_keys": 17}, {"gelu": "erf"}
-CASES = {  # what a case's README states and nothing in its files tells
+CASES = {  # what a case's README states and its files do not
     "dcformer_train_LGLL_jax": {},
     "dcformer_train_LGLL_mgate": PYTORCH,
     "dcpythia_train_repaired": ERF,
@@ -28,7 +28,7 @@ CASES = {  # what a case's README states and nothing in its files tells
     "dcformer_train_LG_mgate_noqknorm": PYTORCH,
     "dcformer_train_LG_noqknorm": PYTORCH,
     "dcformer_train_LG_qknorm": PYTORCH,
-    "dcformer_train_stale_dw": {},  # its copies tell that PyTorch trained it
+    "dcformer_train_stale_dw": {},  # its merged copies show that PyTorch trained it
     "dcformer_infer_LG": ERF,
     "dcformer_infer_LGLL_mgate": ERF,
     "dcformer_infer_LG_jax": {},
@@ -54,10 +54,10 @@ def test_all_shared_cases_are_listed():
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back(name, tmp_path):
     source, options = case_folder(name), CASES[name]
-    convert(source, tmp_path / "ours", "dcscale", **options)
-    config = read_config(tmp_path / "ours").model
+    convert(source, tmp_path / "model", "dcscale", **options)
+    config = read_config(tmp_path / "model").model
     model = DCFormer(config)
-    load_tensors(model, tmp_path / "ours")
+    load_tensors(model, tmp_path / "model")
     values = load_file(source / "io.safetensors")
     logits = (
         values["logits"] if "logits" in values else torch.cat([values["logits_prefill"], values["logits_decode"]], 1)
@@ -65,8 +65,11 @@ def test_there_and_back(name, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(values["input_ids"]), logits, atol=TOLERANCE, rtol=0)
 
-    convert(tmp_path / "ours", tmp_path / "theirs", "upstream")
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "theirs" / "model-00001.safetensors")
+    convert(tmp_path / "model", tmp_path / "exported", "upstream")
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "exported" / "model-00001.safetensors"),
+    )
     copies = {name for name in before if name.endswith("_m")}
     untrained = STALE if name == "dcformer_train_stale_dw" else ("dw_m", "qkw_m")
     assert set(before) <= set(after)
@@ -75,15 +78,15 @@ def test_there_and_back(name, tmp_path):
     assert all(before[key].shape == after[key].shape for key in copies)
 
     settings = json.loads((source / "config.json").read_text())
-    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
     runtime = ("architectures", "is_training", "block_size", "mgate_dim", "window_size")
     same = [key for key in written if key in settings and key not in runtime]
     assert len(same) >= 14
     assert {key: settings[key] for key in same} == {key: written[key] for key in same}
     assert written["window_size"] == options.get("local_keys", 17 if name == "dcformer_train_stale_dw" else 16)
 
-    convert(tmp_path / "theirs", tmp_path / "again", "dcscale")
-    first, second = (load_file(tmp_path / folder / "weights/model-00001.safetensors") for folder in ("ours", "again"))
+    convert(tmp_path / "exported", tmp_path / "again", "dcscale")
+    first, second = (load_file(tmp_path / folder / "weights/model-00001.safetensors") for folder in ("model", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert read_config(tmp_path / "again").model == config

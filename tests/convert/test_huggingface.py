@@ -1,4 +1,4 @@
-"""dcscale -> Hugging Face -> dcscale: the exported model computes what dcscale's does, however it is called."""
+"""dcscale -> Hugging Face -> dcscale: the exported model computes the same as dcscale's in every way of calling it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dcscale.checkpoint.layout import read_config, read_state
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
 from dcscale.convert import convert
 from dcscale.models import generate
-from dcscale.testing.models import lively_model, random_ids, tensors_of, tiny_config, write_checkpoint
+from dcscale.testing.models import random_ids, random_model, tensors_of, tiny_config, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("own_modules")
@@ -35,15 +35,15 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Checkpoints and Hugging Face folders by the name of their model, made once."""
+    """Checkpoints and Hugging Face folders by the name of their model, each made once."""
     root, made = tmp_path_factory.mktemp("huggingface"), {}
 
     def make(name, **changes):
         if name not in made:
             config = tiny_config(**MODELS[name], **changes)
-            source = write_checkpoint(root / f"{len(made)}" / "ours", config, shard_bytes=1 << 14)
-            convert(source, source.with_name("theirs"), "huggingface")
-            made[name] = config, source, source.with_name("theirs")
+            source = write_checkpoint(root / f"{len(made)}" / "model", config, shard_bytes=1 << 14)
+            convert(source, source.with_name("exported"), "huggingface")
+            made[name] = config, source, source.with_name("exported")
         return made[name]
 
     return make
@@ -53,8 +53,8 @@ def load(folder, dtype=torch.float64):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
 
 
-def ours_of(config, dtype=torch.float64):
-    return lively_model(config, dtype=torch.float32).to(dtype)
+def reference_of(config, dtype=torch.float64):
+    return random_model(config, dtype=torch.float32).to(dtype)
 
 
 def module_of(model):
@@ -71,7 +71,7 @@ def test_logits_and_steps_equal_dcscales(name, exported, monkeypatch):
     model = load(folder)
     ids = random_ids(config, 2, 19)
     with torch.no_grad():
-        expected = ours_of(config)(ids)
+        expected = reference_of(config)(ids)
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-9)
         monkeypatch.setattr(module_of(model), "SCRATCH_ELEMENTS", 2 * 4 * 19 * 5)  # chunks of 5 queries
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-9)
@@ -88,7 +88,7 @@ def test_logits_and_steps_equal_dcscales(name, exported, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_way_back_is_bit_equal_also_after_transformers_saved_it(name, exported, tmp_path):
+def test_converting_back_is_bit_equal_also_after_transformers_saved_it(name, exported, tmp_path):
     config, source, folder = exported(name)
     model = load(folder, torch.float32)
     model.save_pretrained(tmp_path / "saved")
@@ -97,11 +97,11 @@ def test_the_way_back_is_bit_equal_also_after_transformers_saved_it(name, export
     with torch.no_grad():
         again = load(tmp_path / "saved", torch.float32)(ids).logits
         assert torch.equal(again, model(ids).logits)
-        assert (again - ours_of(config, torch.float32)(ids)).abs().max() <= 1e-4
+        assert (again - reference_of(config, torch.float32)(ids)).abs().max() <= 1e-4
     for number, given in enumerate((folder, tmp_path / "saved")):
         back = tmp_path / f"back{number}"
         done = convert(given, back, "dcscale")
-        assert done.found.description == f"Hugging Face folder of a dcscale model {given}"
+        assert done.source.description == f"Hugging Face folder of a dcscale model {given}"
         before, after = tensors_of(source), tensors_of(back)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -122,10 +122,10 @@ PROMPTS = [[5, 7, 9, 11, 2, 3, 4, 1, 8], [3], [6, 6, 1, 50]]
 
 
 @pytest.mark.parametrize("name", ["dcformer", "grouped", "pythia", "twin tied"])
-def test_generate_takes_the_tokens_that_dcscale_takes(name, exported):
+def test_generate_chooses_the_same_tokens_as_dcscale(name, exported):
     config, _, folder = exported(name)
     model = load(folder)
-    expected = generate(ours_of(config), PROMPTS, 12, temperature=0, top_p=1, seed=0)
+    expected = generate(reference_of(config), PROMPTS, 12, temperature=0, top_p=1, seed=0)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for use_cache in (True, False):
         written = model.generate(**padded(PROMPTS), use_cache=use_cache, **options)
@@ -164,14 +164,14 @@ def test_padding_on_either_side_changes_nothing(exported):
             torch.testing.assert_close(logits[:, left : left + 9], expected, rtol=0, atol=1e-9)
         embeddings = model.get_input_embeddings()(ids)
         last = model(inputs_embeds=embeddings, position_ids=torch.arange(9)[None] + 100, logits_to_keep=2).logits
-    # RoPE lets only the differences of positions count; its table is float32.
+    # Only differences of positions matter to RoPE; its table is float32.
     torch.testing.assert_close(last, expected[:, -2:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loss_and_gradients_equal_dcscales(recompute, exported, monkeypatch):
     config, _, folder = exported("grouped")
-    model, ours = load(folder).train(), ours_of(config)
+    model, reference = load(folder).train(), reference_of(config)
     monkeypatch.setattr(module_of(model), "SCRATCH_ELEMENTS", 2 * 4 * 12 * 5)
     if recompute:
         model.gradient_checkpointing_enable()
@@ -180,13 +180,13 @@ def test_loss_and_gradients_equal_dcscales(recompute, exported, monkeypatch):
     labels[0, 3:6] = -100
     loss = model(ids, labels=labels).loss
     loss.backward()
-    expected = ours(ids, F.pad(labels[:, 1:], (0, 1), value=-100)) / (labels[:, 1:] != -100).sum()
+    expected = reference(ids, F.pad(labels[:, 1:], (0, 1), value=-100)) / (labels[:, 1:] != -100).sum()
     expected.backward()
     # transformers computes the loss in float32.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    theirs = dict(model.named_parameters())
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    parameters = dict(model.named_parameters())
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
     by_hand = model(ids, labels=labels, num_items_in_batch=torch.tensor(10)).loss
     torch.testing.assert_close(by_hand * 10, loss * (labels[:, 1:] != -100).sum(), rtol=1e-5, atol=0)
 
@@ -195,16 +195,16 @@ def test_bfloat16_rounds_where_dcscale_does(exported):
     config, _, folder = exported("dcformer")
     ids = random_ids(config, 2, 19)
     with torch.no_grad():
-        expected = ours_of(config, torch.bfloat16)(ids)
+        expected = reference_of(config, torch.bfloat16)(ids)
         logits = load(folder, torch.bfloat16)(ids).logits
-        exact = ours_of(config)(ids).float()
+        exact = reference_of(config)(ids).float()
     assert logits.dtype == torch.float32
     error, allowed = (logits - exact).norm(), (expected - exact).norm()
     assert error <= 1.2 * allowed, (error, allowed)
     assert (logits - expected).norm() <= allowed
 
 
-def test_a_model_without_weights_begins_as_dcscales_do(exported):
+def test_initial_weights_are_distributed_as_in_dcscale(exported):
     _, _, folder = exported("dcformer")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 4)
@@ -217,7 +217,7 @@ def test_a_model_without_weights_begins_as_dcscales_do(exported):
     assert spread["blocks.1.ffn_norm.weight"] == 0
 
 
-def test_calls_that_are_refused(exported):
+def test_invalid_calls_raise(exported):
     config, _, folder = exported("dcformer")
     model = load(folder)
     ids = random_ids(config, 1, 5)
@@ -226,7 +226,7 @@ def test_calls_that_are_refused(exported):
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
         ({"past_key_values": other}, "the cache is a DynamicCache, without compose weights"),
         ({"attention_mask": torch.ones(1, 4)}, r"attention_mask is \[1, 4\], but must be \[1, 5\]"),
-        ({"output_attentions": True}, "output_attentions is set, but the maps"),
+        ({"output_attentions": True}, "output_attentions is set, but attention is computed in chunks"),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The folder for transformers: its files, its tokenizer, that it needs no dcscale, and what is refused on the way."""
+"""The folder for transformers: its files, its tokenizer, use without dcscale, and errors of the conversion."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dcscale.checkpoint.layout import MARKER, seal
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
 from dcscale.convert import ConversionError, convert, prepare
 from dcscale.convert.formats import modeling_dcscale
-from dcscale.convert.formats.huggingface import FORMAT
+from dcscale.convert.formats.huggingface import FORMAT_VERSION
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
-from dcscale.testing.models import lively_model, random_ids, tensors_of, tiny_config, write_checkpoint
+from dcscale.testing.models import random_ids, random_model, tensors_of, tiny_config, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("own_modules")
@@ -46,8 +46,8 @@ assert not [name for name in sys.modules if name.startswith("dcscale.")]
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     source = write_checkpoint(root / "run/checkpoints/step-00000007", tiny_config(vocab_size=257), training=True)
-    prepare(root / "run", "huggingface").write(root / "theirs", shard_bytes=1 << 14)
-    return source, root / "theirs"
+    prepare(root / "run", "huggingface").write(root / "exported", shard_bytes=1 << 14)
+    return source, root / "exported"
 
 
 @pytest.fixture
@@ -60,19 +60,19 @@ def change(path, changes):
     path.write_text(json.dumps({**settings, **changes}))
 
 
-def test_it_is_used_where_there_is_no_dcscale(made, tmp_path):
+def test_it_works_where_dcscale_is_not_installed(made, tmp_path):
     source, folder = made
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     config = tiny_config(vocab_size=257)
     ids = random_ids(config, 2, 19)
     torch.save(ids, tmp_path / "ids")
-    words = [sys.executable, "-c", USE_WITHOUT_DCSCALE, str(folder), str(tmp_path / "saved"), str(tmp_path / "ids")]
+    command = [sys.executable, "-c", USE_WITHOUT_DCSCALE, str(folder), str(tmp_path / "saved"), str(tmp_path / "ids")]
     environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("torch.Size([2, 16])\ntorch.float32\n")
     with torch.no_grad():
-        expected = lively_model(config, dtype=torch.float32)(ids)
+        expected = random_model(config, dtype=torch.float32)(ids)
     assert (torch.load(tmp_path / "ids") - expected).abs().max() <= 1e-4
     convert(tmp_path / "saved", tmp_path / "again", "dcscale")
     before, after = tensors_of(source), tensors_of(tmp_path / "again")
@@ -90,29 +90,29 @@ def test_the_files(made):
     text = (folder / "modeling_dcscale.py").read_text()
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
     assert imported == {"copy", "torch", "transformers"}
-    assert modeling_dcscale.SETTINGS["dcscale"][0] == {"format": FORMAT}
+    assert modeling_dcscale.SETTINGS["dcscale"][0] == {"format": FORMAT_VERSION}
 
 
 def test_types(made, tmp_path):
     convert(made[1], tmp_path / "half", "dcscale", dtype="bf16")
-    convert(tmp_path / "half", tmp_path / "theirs", "huggingface")
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "theirs").values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["dtype"] == "bfloat16"
+    convert(tmp_path / "half", tmp_path / "exported", "huggingface")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "exported").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_byte_tokens_are_dcscales(made):
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(made[1], trust_remote_code=True), ByteTokenizer()
+def test_byte_tokens_are_the_same_as_in_dcscale(made):
+    exported, reference = transformers.AutoTokenizer.from_pretrained(made[1], trust_remote_code=True), ByteTokenizer()
     generator = random.Random(0)
     kinds = [range(0x20), range(0x20, 0x7F), range(0x80, 0x250), range(0x250, 0xD800), range(0xE000, 0x110000)]
     texts = ["", " ", "\r\n\t\0\x1c\x85\u2028", "a<|endoftext|>b", "\ufffd\ufeff", "e\u0301 é ＡÅ ﬁ"]
     texts += ["".join(chr(generator.choice(generator.choice(kinds))) for _ in range(40)) for _ in range(200)]
     for text in texts:
-        ids = ours.encode(text)
-        assert theirs(text)["input_ids"] == theirs.encode(text, add_special_tokens=False) == ids
-        assert theirs.decode(ids) == text
+        ids = reference.encode(text)
+        assert exported(text)["input_ids"] == exported.encode(text, add_special_tokens=False) == ids
+        assert exported.decode(ids) == text
         ids = [generator.choice([*ids, 256, 0xFF, 0xE2, 0x80]) for _ in range(30)] if ids else []
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
-    assert theirs.eos_token_id == theirs.pad_token_id == len(theirs) - 1 == 256
+        assert exported.decode(ids, skip_special_tokens=True) == reference.decode(ids)
+    assert exported.eos_token_id == exported.pad_token_id == len(exported) - 1 == 256
 
 
 def seal_again(folder):
@@ -133,15 +133,15 @@ def with_tokenizer(folder, eos_id, post=False):
 
 
 @pytest.mark.parametrize("post", [False, True])
-def test_a_tokenizer_file_comes_along(post, tmp_path):
-    source = with_tokenizer(tmp_path / "ours", 1, post)
-    done = convert(source, tmp_path / "theirs", "huggingface")
+def test_the_tokenizer_file_is_copied(post, tmp_path):
+    source = with_tokenizer(tmp_path / "model", 1, post)
+    done = convert(source, tmp_path / "exported", "huggingface")
     assert ["post-processor" in note for note in done.notes] == [True] * post
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs", trust_remote_code=True)
-    ours = HuggingFaceTokenizer(source / "tokenizer.json", "<end>")
-    assert (theirs.eos_token, theirs.eos_token_id) == ("<end>", ours.eos_id)
-    assert theirs.encode("b", add_special_tokens=False) == ours.encode("b") == [2]
-    convert(tmp_path / "theirs", tmp_path / "back", "dcscale")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    reference = HuggingFaceTokenizer(source / "tokenizer.json", "<end>")
+    assert (exported.eos_token, exported.eos_token_id) == ("<end>", reference.eos_id)
+    assert exported.encode("b", add_special_tokens=False) == reference.encode("b") == [2]
+    convert(tmp_path / "exported", tmp_path / "back", "dcscale")
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "back/state.json").read_text())["tokenizer"] == {
         "spec": "tokenizer.json",
@@ -149,40 +149,42 @@ def test_a_tokenizer_file_comes_along(post, tmp_path):
     }
 
 
-def test_tokenizers_that_are_missing_or_of_no_use(tmp_path):
-    source = with_tokenizer(tmp_path / "ours", 9)
-    with pytest.raises(ConversionError, match=r"tokenizer.json has no token of the id 9, which ends a document"):
+def test_missing_and_invalid_tokenizers(tmp_path):
+    source = with_tokenizer(tmp_path / "model", 9)
+    with pytest.raises(ConversionError, match=r"tokenizer.json has no token with the id 9, which ends a document"):
         prepare(source, "huggingface")
-    for text, message in (("{", "cannot be read"), ("[]", "must hold a JSON object, but holds a list")):
+    for text, message in (("{", "cannot be read"), ("[]", "must be a JSON object, but is a list")):
         (source / "tokenizer.json").write_text(text)
         seal_again(source)
         with pytest.raises(ConversionError, match=rf"tokenizer.json {message}"):
             prepare(source, "huggingface")
     (source / "tokenizer.json").unlink()
     seal_again(source)
-    done = convert(source, tmp_path / "theirs", "huggingface")
+    done = convert(source, tmp_path / "exported", "huggingface")
     assert "the source has no tokenizer" in done.notes[-1]
-    assert not list((tmp_path / "theirs").glob("tokenizer*"))
+    assert not list((tmp_path / "exported").glob("tokenizer*"))
 
 
-def test_only_by_way_of_dcscale(folder, tmp_path):
-    with pytest.raises(ConversionError, match="is what it shall become: convert it to dcscale"):
+def test_conversions_go_through_dcscale(folder, tmp_path):
+    with pytest.raises(ConversionError, match="already has the format huggingface: convert it to dcscale"):
         prepare(folder, "huggingface")
-    with pytest.raises(ConversionError, match="becomes upstream by way of dcscale only"):
+    with pytest.raises(ConversionError, match="cannot be converted to upstream directly: convert it to dcscale first"):
         prepare(folder, "upstream")
-    convert(write_checkpoint(tmp_path / "ours", tiny_config()), tmp_path / "theirs", "upstream")
-    with pytest.raises(ConversionError, match="becomes huggingface by way of dcscale only"):
-        prepare(tmp_path / "theirs", "huggingface")
+    convert(write_checkpoint(tmp_path / "model", tiny_config()), tmp_path / "exported", "upstream")
+    with pytest.raises(
+        ConversionError, match="cannot be converted to huggingface directly: convert it to dcscale first"
+    ):
+        prepare(tmp_path / "exported", "huggingface")
     with pytest.raises(ConversionError, match="--gelu: only for upstream folders"):
         prepare(folder, "dcscale", gelu="erf")
 
 
-def test_a_folder_is_replaced_only_if_asked(made, folder):
-    with pytest.raises(ConversionError, match="exists: name another place"):
+def test_a_folder_is_replaced_only_with_overwrite(made, folder):
+    with pytest.raises(ConversionError, match="exists: choose another target"):
         convert(made[0], folder, "huggingface")
     convert(made[0], folder, "huggingface", overwrite=True)
     (folder / "README.md").write_text("mine")
-    with pytest.raises(ConversionError, match="it holds more than a model: README.md"):
+    with pytest.raises(ConversionError, match="it has files of others: README.md"):
         convert(made[0], folder, "huggingface", overwrite=True)
 
 
@@ -209,7 +211,7 @@ BOTH = {
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_settings_that_neither_dcscale_nor_transformers_takes(name, folder):
+def test_settings_that_neither_dcscale_nor_transformers_accepts(name, folder):
     changes, named = BOTH[name]
     change(folder / "config.json", changes)
     with pytest.raises(ConversionError, match=f"its config .*({named})|(?s:cannot be used.*({named}))"):
@@ -221,13 +223,16 @@ def test_settings_that_neither_dcscale_nor_transformers_takes(name, folder):
 
 def test_settings_that_are_unknown_or_missing(folder):
     change(folder / "config.json", {"sliding": 3, "id2label": {}})
-    with pytest.raises(ConversionError, match="its config has the unknown sliding: remove what does not change"):
+    with pytest.raises(
+        ConversionError,
+        match="its config has the unknown settings sliding: remove from config.json those that do not change",
+    ):
         prepare(folder, "dcscale")
     settings = json.loads((folder / "config.json").read_text())
     for name in ("sliding", "windows", "tie_word_embeddings"):
         del settings[name]
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConversionError, match="its config lacks tie_word_embeddings, windows: every switch"):
+    with pytest.raises(ConversionError, match="its config lacks tie_word_embeddings, windows: every setting"):
         prepare(folder, "dcscale")
 
 
@@ -242,8 +247,8 @@ def test_tensors_that_do_not_fit(folder):
     with pytest.raises(ConversionError) as error:
         prepare(folder, "dcscale")
     assert "norm.weight is missing" in str(error.value)
-    assert "lm_head.weight [2] has no place in the model" in str(error.value)
-    assert "output.weight has shape [3, 32], the config wants [257, 32]" in str(error.value)
+    assert "lm_head.weight [2] is not part of the model" in str(error.value)
+    assert "output.weight has shape [3, 32], the config requires [257, 32]" in str(error.value)
     change(folder / "config.json", {"layers": 10**6})
     with pytest.raises(ConversionError, match=r"layers is 1000000, but .* has only 31 tensors"):
         prepare(folder, "dcscale")

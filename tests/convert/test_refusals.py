@@ -1,4 +1,4 @@
-"""What is not converted, and what the messages say: every way out of tools/convert_checkpoint.py but success."""
+"""Sources that cannot be converted: every error of tools/convert_checkpoint.py, and its message."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ TENSORS = {
     "missing": (lambda t: t.pop("norm.weight"), "norm.weight is missing"),
     "unknown": (
         lambda t: t.update({"lm_head.weight": torch.ones(2)}),
-        r"lm_head.weight \[2\] has no place in the model",
+        r"lm_head.weight \[2\] is not part of the model",
     ),
     "of another layer": (
         lambda t: t.update({"layers.2.ffn_norm.weight": torch.ones(32)}),
-        r"layers.2.ffn_norm.weight \[32\] has no place",
+        r"layers.2.ffn_norm.weight \[32\] is not part of the model",
     ),
     "twice": (
         lambda t: t.update({"layers.0.attention.wq.weight": torch.ones(32, 32)}),
-        r"layers.0.attention.wq.weight \[32, 32\] has no place",
+        r"layers.0.attention.wq.weight \[32, 32\] is not part of the model",
     ),
     "misshapen": (
         lambda t: t.update({"norm.weight": torch.ones(31)}),
-        r"norm.weight has shape \[31\], the config wants \[32\]",
+        r"norm.weight has shape \[31\], the config requires \[32\]",
     ),
     "empty": (
         lambda t: t.update({"output.weight": torch.ones(0, 32)}),
-        r"output.weight has shape \[0, 32\], the config wants \[61, 32\]",
+        r"output.weight has shape \[0, 32\], the config requires \[61, 32\]",
     ),
     "misshapen copy": (
         lambda t: t.update({COMPOSE + "qkw_m": torch.ones(4, 1)}),
-        r"qkw_m has shape \[4, 1\], the config wants \[4, 16, 16\]",
+        r"qkw_m has shape \[4, 1\], the config requires \[4, 16, 16\]",
     ),
     "static": (
         lambda t: t.update({COMPOSE + "pre_proj.w": torch.ones(1, 4, 4)}),
@@ -70,45 +70,48 @@ def test_tensors(name, tmp_path, upstream_of):
     folder = upstream_of()
     change(folder.tensors)
     with pytest.raises(ConversionError, match=message):
-        convert(folder.write(), tmp_path / "ours", "dcscale", dtype="fp32")
-    assert not list(tmp_path.glob("ours*"))
+        convert(folder.write(), tmp_path / "model", "dcscale", dtype="fp32")
+    assert not list(tmp_path.glob("model*"))
     assert not list(tmp_path.glob(".*"))
 
 
-def test_every_misfit_is_listed_at_once(tmp_path, upstream_of):
+def test_all_problems_are_listed_at_once(tmp_path, upstream_of):
     folder = upstream_of()
     del folder.tensors["norm.weight"]
     folder.tensors |= {"a": torch.ones(1), "output.weight": torch.ones(3, 3)}
     with pytest.raises(ConversionError) as error:
         prepare(folder.write(), "dcscale")
-    for part in ("norm.weight is missing", "a [1] has no place", "output.weight has shape [3, 3]"):
+    for part in ("norm.weight is missing", "a [1] is not part of the model", "output.weight has shape [3, 3]"):
         assert part in str(error.value)
 
 
 SETTINGS = {
     "unknown family": (
         {"model_type": "gemma"},
-        "model_type 'gemma': only dcscale .*, dcformer, dcpythia .* and llama, .*, gpt_neox .* can be converted",
+        "model_type 'gemma', which cannot be converted: .* dcformer, dcpythia .* dcscale .* llama, .*, gpt_neox",
     ),
-    "no family": ({"model_type": ["dcformer"]}, "only dcscale .*, dcformer, dcpythia .* can be converted"),
-    "text": ({"n_head": "4"}, "n_head is '4', but must be a whole number from 1"),
-    "zero": ({"n_layer": 0}, "n_layer is 0, but must be a whole number from 1"),
+    "no family": ({"model_type": ["dcformer"]}, r"has model_type \['dcformer'\], which cannot be converted"),
+    "text": ({"n_head": "4"}, "n_head is '4', but must be an integer of at least 1"),
+    "zero": ({"n_layer": 0}, "n_layer is 0, but must be an integer of at least 1"),
     "many layers": ({"n_layer": 10**9}, "n_layer is 1000000000, but .* has only 35 tensors"),
     "heads": ({"n_head": 5}, "n_head 5 does not divide dim 32"),
     "no switch": ({"use_dcmha": "no"}, "use_dcmha is 'no', but must be true or false"),
     "static projection": ({"use_sw": True}, "use_sw is set: dcscale has no static head projection"),
-    "window type": ({"window_type": "LLLG"}, "window_type is 'LLLG', but only LG, LGLL, LGL6 and null"),
-    "window type as list": ({"window_type": ["LG"]}, r"window_type is \['LG'\], but only LG"),
+    "window type": ({"window_type": "LLLG"}, "window_type is 'LLLG', but must be LG, LGLL, LGL6 or null"),
+    "window type as list": ({"window_type": ["LG"]}, r"window_type is \['LG'\], but must be LG"),
     "window type without a window": ({"window_type": "LG", "window_size": None}, "window_size is null"),
     "window": ({"window_size": 0}, r"model.windows\[0\] = 0"),
     "grouped queries": ({"n_local_heads": 3}, "model.kv_heads = 3"),
     "type": ({"norm_eps": "small"}, "norm_eps"),
     "multi-gate": ({"mgate": True, "mgate_dim": 7}, "model.multi_gate = 7"),
-    "beyond": ({"dcscale": {"heads": 3}}, "its key dcscale is .* must map some of compose, qk_norm_eps, tokenizer"),
-    "beyond compose": ({"dcscale": {"compose": {"order": 1}}}, "its key dcscale.compose has the unknown order"),
+    "beyond": (
+        {"dcscale": {"heads": 3}},
+        "its key dcscale is .* may only have the keys compose, qk_norm_eps, tokenizer",
+    ),
+    "beyond compose": ({"dcscale": {"compose": {"order": 1}}}, "its key dcscale.compose has the unknown keys order"),
     "branches off that are not zero": (
         {"dcscale": {"compose": {"post": False}}},
-        "is not zero in parts of compose that its config.json's key dcscale says are off",
+        "is not zero in parts of compose that are off according to the key dcscale",
     ),
     "parts off that are not zero": ({"dcscale": {"compose": {"gates": False}}}, "dyn_w_proj.dd is not zero"),
 }
@@ -120,24 +123,24 @@ def test_settings(name, tmp_path, upstream_of):
     folder = upstream_of()
     folder.settings |= changes
     with pytest.raises(ConversionError, match=message):
-        convert(folder.write(), tmp_path / "ours", "dcscale")
-    assert not (tmp_path / "ours").exists()
+        convert(folder.write(), tmp_path / "model", "dcscale")
+    assert not (tmp_path / "model").exists()
 
 
-def test_unread_settings_and_odd_windows_are_told(upstream_of):
+def test_notes_on_ignored_settings_and_windows(upstream_of):
     folder = upstream_of(windows=[256, None])
     folder.settings |= {"rope_scaling": 2, "head_dim": 64, "window_type": "LG", "window_size": 100, "use_dcmha": False}
     notes = "\n".join(prepare(folder.write(), "dcscale").notes)
     for part in (
-        "left out: rope_scaling=2",
-        "head_dim is 64, but upstream has dim / n_head = 8",
-        "window_size 100 was taken; with window_type LG upstream's code has 256",
+        "are ignored: rope_scaling=2",
+        "head_dim is 64, but upstream uses dim / n_head = 8",
+        "window_size 100 is used; with window_type LG upstream's code ignores it and uses 256",
         "use_dcmha is false: a plain Transformer",
     ):
         assert part in notes
 
 
-def test_copies_that_do_not_say_which_is_trained(upstream_of):
+def test_copies_that_do_not_show_which_was_trained(upstream_of):
     folder = upstream_of()
     generator = torch.Generator().manual_seed(0)
     first, second = (f"layers.{layer}.attention.dyn_w_proj." for layer in (0, 1))
@@ -145,16 +148,16 @@ def test_copies_that_do_not_say_which_is_trained(upstream_of):
     noise = torch.randn(truth.shape, generator=generator)
     folder.tensors[first + "dw_m"] = noise
     with pytest.raises(
-        ConversionError, match="the layers disagree: original in layers 0; equal in layers 1; say so with"
+        ConversionError, match="the layers disagree: original in layers 0; equal in layers 1; choose with"
     ):
         prepare(folder.write(), "dcscale")
-    done = prepare(folder.write(), "dcscale", truth="original")
-    assert "original, as asked, though the layers disagree" in done.notes[0]
+    done = prepare(folder.write(), "dcscale", from_copies="original")
+    assert "original, as requested, although the layers disagree" in done.notes[0]
     # Equal dw_m, other qkw_m: half of a training cannot be.
     folder.tensors[first + "dw_m"] = truth
     for prefix in (first, second):
         folder.tensors[prefix + "qkw_m"] = torch.ones(4, 16, 16)
-    with pytest.raises(ConversionError, match="neither equal, nor clearly related, nor clearly unrelated"):
+    with pytest.raises(ConversionError, match="neither equal to the originals, nor clearly related or independent"):
         prepare(folder.write(), "dcscale")
     for prefix in (first, second):
         folder.tensors[prefix + "dw_m"] = torch.full_like(truth, torch.nan)
@@ -162,38 +165,38 @@ def test_copies_that_do_not_say_which_is_trained(upstream_of):
         prepare(folder.write(), "dcscale")
     for prefix in (first, second):
         folder.tensors[prefix + "dw_m"] = torch.ones(3, 3)
-    with pytest.raises(ConversionError, match=r"dw_m has shape \[3, 3\], the config wants \[32, 80\]"):
+    with pytest.raises(ConversionError, match=r"dw_m has shape \[3, 3\], the config requires \[32, 80\]"):
         prepare(folder.write(), "dcscale")
 
 
 MODELS = {
-    "rank": ({"compose": ComposeConfig(rank=1)}, "model.compose.rank is 1, upstream's DCFormer has 2 only"),
-    "kv_heads": ({"kv_heads": 2}, "model.kv_heads is 2, upstream's DCFormer has 4 only"),
-    "head_dim": ({"head_dim": 16}, "model.head_dim is 16, upstream's DCFormer has 8.0 only"),
-    "heads": ({"heads": 1}, "model.heads is 1, upstream's rank is 2 for even numbers"),
-    "bias": ({"bias": True}, "model.bias is True, upstream's DCFormer has False only"),
+    "rank": ({"compose": ComposeConfig(rank=1)}, "model.compose.rank is 1, upstream's DCFormer only has 2"),
+    "kv_heads": ({"kv_heads": 2}, "model.kv_heads is 2, upstream's DCFormer only has 4"),
+    "head_dim": ({"head_dim": 16}, "model.head_dim is 16, upstream's DCFormer only has 8.0"),
+    "heads": ({"heads": 1}, "model.heads is 1, upstream only has rank 2 for even numbers"),
+    "bias": ({"bias": True}, "model.bias is True, upstream's DCFormer only has False"),
     "parallel": ({"parallel_residual": True}, "model.parallel_residual is True"),
     "rope": ({"rope_fraction": 0.5}, "model.rope_fraction is 0.5"),
-    "ffn": ({"ffn": "gelu"}, "model.ffn is 'gelu', upstream's DCFormer has 'swiglu' only"),
-    "ffn of pythia": ({"norm": "layernorm"}, "model.ffn is 'swiglu', upstream's DCPythia has 'gelu' only"),
+    "ffn": ({"ffn": "gelu"}, "model.ffn is 'gelu', upstream's DCFormer only has 'swiglu'"),
+    "ffn of pythia": ({"norm": "layernorm"}, "model.ffn is 'swiglu', upstream's DCPythia only has 'gelu'"),
     "local only": ({"windows": [5]}, r"model.windows is \[5\], upstream has LG, LGLL, LGL6 with one window"),
     "two windows": ({"windows": [5, None, 6, None], "layers": 4}, r"model.windows is \[5, None, 6, None\]"),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_that_upstream_cannot_hold(name, tmp_path):
+def test_models_that_upstream_cannot_represent(name, tmp_path):
     changes, message = MODELS[name]
-    source = write_checkpoint(tmp_path / "ours", tiny_config(**changes))
+    source = write_checkpoint(tmp_path / "model", tiny_config(**changes))
     with pytest.raises(ConversionError, match=message):
-        convert(source, tmp_path / "theirs", "upstream")
-    assert not (tmp_path / "theirs").exists()
+        convert(source, tmp_path / "exported", "upstream")
+    assert not (tmp_path / "exported").exists()
 
 
-def test_what_upstream_computes_otherwise_is_told(tmp_path):
+def test_notes_on_what_upstream_computes_differently(tmp_path):
     model = tiny_config(windows=[5, None, 5, 5], layers=4, qk_norm_eps=1e-5)
-    notes = "\n".join(prepare(write_checkpoint(tmp_path / "ours", model), "upstream").notes)
-    for part in ("erf GELU, this model has tanh", "1e-6 for qk_norm_eps, this model has 1e-05", "256 with LGLL"):
+    notes = "\n".join(prepare(write_checkpoint(tmp_path / "model", model), "upstream").notes)
+    for part in ("uses erf GELU", "1e-6 for qk_norm_eps, this model uses 1e-05", "256 with LGLL"):
         assert part in notes
 
 
@@ -210,23 +213,23 @@ def test_nothing_but_tensors_is_unpickled(tmp_path, upstream_of):
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
     torch.save({"norm.weight": Malicious(tmp_path / "ran")}, file)
-    with pytest.raises(ConversionError, match="is refused: .* nothing else is unpickled"):
+    with pytest.raises(ConversionError, match="cannot be read: .* nothing else is unpickled"):
         prepare(folder, "dcscale")
     file.write_bytes(pickle.dumps({"norm.weight": Malicious(tmp_path / "ran")}))
-    with pytest.raises(ConversionError, match="is refused"):
+    with pytest.raises(ConversionError, match="pytorch_model.bin cannot be read"):
         prepare(folder, "dcscale")
     assert not (tmp_path / "ran").exists()
     torch.save([torch.ones(1)], file)
-    with pytest.raises(ConversionError, match="holds a list, expected a dictionary of tensors"):
+    with pytest.raises(ConversionError, match="has a list, expected a dictionary of tensors"):
         prepare(folder, "dcscale")
     torch.save({"norm.weight": "text"}, file)
     with pytest.raises(ConversionError, match="'norm.weight' is a str, expected named dense tensors"):
         prepare(folder, "dcscale")
     file.write_bytes(b"no archive")
-    with pytest.raises(ConversionError, match="is refused"):
+    with pytest.raises(ConversionError, match="pytorch_model.bin cannot be read"):
         prepare(folder, "dcscale")
     file.unlink()
-    with pytest.raises(ConversionError, match="holds no weights: looked for model.safetensors.index.json"):
+    with pytest.raises(ConversionError, match="has no weights: looked for model.safetensors.index.json"):
         prepare(folder, "dcscale")
 
 
@@ -234,10 +237,13 @@ def test_files_of_an_index(tmp_path, upstream_of):
     folder = upstream_of().folder
     index = folder / "model.safetensors.index.json"
     for content, message in (
-        ("{", "is no index of tensors"),
-        ('{"weight_map": []}', "is no index of tensors"),
-        ('{"weight_map": {"a": "../other.safetensors"}}', "names '../other.safetensors': its files must lie beside it"),
-        ('{"weight_map": {"a": 3}}', "names 3: its files must lie beside it"),
+        ("{", "is not an index of tensors"),
+        ('{"weight_map": []}', "is not an index of tensors"),
+        (
+            '{"weight_map": {"a": "../other.safetensors"}}',
+            "names '../other.safetensors': its files must be in the same folder",
+        ),
+        ('{"weight_map": {"a": 3}}', "names 3: its files must be in the same folder"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors cannot be read as safetensors"),
     ):
         index.write_text(content)
@@ -247,16 +253,18 @@ def test_files_of_an_index(tmp_path, upstream_of):
     index.write_text('{"weight_map": {"a": "copy.safetensors", "b": "model.safetensors"}}')
     with pytest.raises(ConversionError, match="is in two of its files; remove one"):
         prepare(folder, "dcscale")
-    (folder / "copy.safetensors").write_bytes(b"damaged!")
+    (folder / "copy.safetensors").write_bytes(b"corrupt!")
     with pytest.raises(ConversionError, match="copy.safetensors cannot be read as safetensors"):
         prepare(folder, "dcscale")
 
 
-def test_sources_that_are_nothing(tmp_path):
-    with pytest.raises(ConversionError, match="gone is no folder"):
+def test_folders_that_are_not_models(tmp_path):
+    with pytest.raises(ConversionError, match="gone is not a folder"):
         prepare(tmp_path / "gone", "dcscale")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConversionError, match=r"looked for COMPLETE .*, checkpoints/step-X+ .*, and config.json"):
+    with pytest.raises(
+        ConversionError, match=r"looked for COMPLETE .*, checkpoints/step-X+ .*manifest.ocdbt.*config.json"
+    ):
         prepare(tmp_path / "empty", "dcscale")
     (tmp_path / "empty" / "config.json").write_text("{")
     with pytest.raises(ConversionError, match="config.json cannot be read"):
@@ -266,8 +274,8 @@ def test_sources_that_are_nothing(tmp_path):
         prepare(tmp_path / "step-00000001", "dcscale")
 
 
-def test_damaged_checkpoints(tmp_path):
-    source = write_checkpoint(tmp_path / "ours", tiny_config())
+def test_corrupt_checkpoints(tmp_path):
+    source = write_checkpoint(tmp_path / "model", tiny_config())
     state = (source / "state.json").read_text()
     other = state.replace('"spec"', '"spek"')
     (source / "state.json").write_text(other)
@@ -292,10 +300,10 @@ def test_damaged_checkpoints(tmp_path):
         prepare(source, "dcscale")
 
 
-def test_what_does_not_go_together(tmp_path, upstream_of):
-    with pytest.raises(ConversionError, match="is what it shall become: convert it to dcscale"):
+def test_options_that_cannot_be_combined(tmp_path, upstream_of):
+    with pytest.raises(ConversionError, match="already has the format upstream: convert it to dcscale"):
         prepare(upstream_of().folder, "upstream")
-    source = write_checkpoint(tmp_path / "ours", tiny_config())
+    source = write_checkpoint(tmp_path / "model", tiny_config())
     with pytest.raises(
         ConversionError, match="--gelu, --local-keys: only for upstream folders, but the source is a dcscale"
     ):

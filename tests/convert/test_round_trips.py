@@ -1,4 +1,4 @@
-"""dcscale -> upstream -> dcscale, for every kind of model that upstream can hold, and which of its copies count."""
+"""dcscale -> upstream -> dcscale, for every kind of model that upstream has, and which of its copies are used."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ MODELS = {
 def test_round_trip_is_bit_equal(name, tmp_path):
     model = tiny_config(**MODELS[name])
     source = write_checkpoint(tmp_path / "step-00000007", model, training=True, shard_bytes=1 << 14)
-    convert(source, tmp_path / "theirs", "upstream")
-    convert(tmp_path / "theirs", tmp_path / "again", "dcscale")
+    convert(source, tmp_path / "exported", "upstream")
+    convert(tmp_path / "exported", tmp_path / "again", "dcscale")
     before, after = tensors_of(source), tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -51,10 +51,10 @@ def test_round_trip_is_bit_equal(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["query-wise", "pre gates", "post low-rank", "twin"])
 def test_what_is_off_composes_with_the_identity_in_upstream(name, tmp_path):
-    """Upstream's code always composes, so its tensors as a whole must give the same logits."""
+    """Upstream's code always composes, so using all of its tensors must give the same logits."""
     model = tiny_config(**MODELS[name])
-    source = write_checkpoint(tmp_path / "ours", model)
-    folder = UpstreamFolder(convert_to(source, tmp_path / "theirs", "upstream"))
+    source = write_checkpoint(tmp_path / "model", model)
+    folder = UpstreamFolder(convert_to(source, tmp_path / "exported", "upstream"))
     folder.settings |= {"use_dcmha": True}
     del folder.settings["dcscale"]
     convert(folder.write(), tmp_path / "whole", "dcscale")
@@ -79,13 +79,13 @@ def logits(folder, config):
 def test_a_model_folder_is_the_checkpoint_without_its_optimizer(tmp_path):
     source = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000007", tiny_config(), training=True)
     done = convert(tmp_path / "run", tmp_path / "models" / "mine", "dcscale")
-    assert done.found.description == f"dcscale training checkpoint {source}"
+    assert done.source.description == f"dcscale training checkpoint {source}"
     same = tensors_of(tmp_path / "models" / "mine")
     assert all(torch.equal(same[key], tensor) for key, tensor in tensors_of(source).items())
     state = read_state(tmp_path / "models" / "mine")
     assert state == {"format": 1, "step": 7, "tokens": 700, "tokenizer": {"spec": "byte", "eos_id": 256}}
     done = convert(tmp_path / "models" / "mine", tmp_path / "half", "dcscale", dtype="bf16")
-    assert done.found.description == f"dcscale model folder {tmp_path / 'models' / 'mine'}"
+    assert done.source.description == f"dcscale model folder {tmp_path / 'models' / 'mine'}"
     half = tensors_of(tmp_path / "half")
     assert all(torch.equal(half[key], tensor.bfloat16()) for key, tensor in same.items())
     assert read_config(tmp_path / "half").train.precision == "bf16"
@@ -97,9 +97,9 @@ def test_types_of_upstream_folders(tmp_path, upstream_of):
     assert folder.settings["torch_dtype"] == "float32"
     convert(folder.folder, tmp_path / "half", "dcscale", dtype="bf16")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "half").values()} == {torch.bfloat16}
-    convert(tmp_path / "half", tmp_path / "theirs", "upstream")
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "theirs").values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    convert(tmp_path / "half", tmp_path / "exported", "upstream")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "exported").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     folder.tensors["norm.weight"] = folder.tensors["norm.weight"].double()
     convert(folder.write(), tmp_path / "mixed", "dcscale")
     assert tensors_of(tmp_path / "mixed")["norm.weight"].dtype == torch.float64
@@ -118,28 +118,28 @@ def change(folder, what, *kinds):
         noise = torch.randn(tensor.shape, generator=generator)
         folder.tensors[name] = {
             "trained": tensor + 0.5 * tensor.std() * noise,
-            "left over": noise,
+            "unused": noise,
             "zero": torch.zeros_like(tensor),
         }[what]
 
 
 @pytest.mark.parametrize(
-    ("what", "kinds", "source", "words", "gelu", "window"),
+    ("what", "kinds", "source", "note", "gelu", "window"),
     [
         ("trained", ("dw_m", "qkw_m"), "dw_m", "trained from the originals: by upstream's PyTorch", "erf", 6),
-        ("left over", ("dw_m", "qkw_m"), "dw1", "left-over initialisation or zero: converted from JAX", "tanh", 5),
-        ("zero", ("dw_m",), "dw1", "left-over initialisation or zero: converted from JAX", "tanh", 5),
+        ("unused", ("dw_m", "qkw_m"), "dw1", "unused initial values or zero: converted from JAX", "tanh", 5),
+        ("zero", ("dw_m",), "dw1", "unused initial values or zero: converted from JAX", "tanh", 5),
         ("zero", (), "dw1", "the merged copies equal the originals", "tanh", 5),
     ],
 )
-def test_the_copies_that_were_trained_are_taken(what, kinds, source, words, gelu, window, tmp_path, upstream_of):
+def test_the_copies_that_were_trained_are_used(what, kinds, source, note, gelu, window, tmp_path, upstream_of):
     folder = upstream_of()
     change(folder, what, *kinds)
-    done = convert(folder.write(), tmp_path / "ours", "dcscale")
-    assert any(words in note for note in done.notes)
-    theirs = folder.tensors[f"layers.1.attention.dyn_w_proj.{source}"].flatten(1)[:, : 4 * 16]
-    assert torch.equal(tensors_of(tmp_path / "ours")["blocks.1.attention.compose.dw1"].flatten(1), theirs)
-    model = read_config(tmp_path / "ours").model
+    done = convert(folder.write(), tmp_path / "model", "dcscale")
+    assert any(note in line for line in done.notes)
+    trained = folder.tensors[f"layers.1.attention.dyn_w_proj.{source}"].flatten(1)[:, : 4 * 16]
+    assert torch.equal(tensors_of(tmp_path / "model")["blocks.1.attention.compose.dw1"].flatten(1), trained)
+    model = read_config(tmp_path / "model").model
     assert (model.compose.gelu, model.windows) == (gelu, [window, None])
 
 
@@ -148,7 +148,7 @@ def test_only_one_of_the_copies(tmp_path, upstream_of):
     for name in of_kind(folder, "dw1", "dd", "qkw"):
         del folder.tensors[name]
     done = convert(folder.write(), tmp_path / "merged", "dcscale", gelu="tanh", local_keys=5)
-    assert "there are only the merged copies" in done.notes[0]
+    assert "only the merged copies exist" in done.notes[0]
     for name in of_kind(whole, "dw_m", "qkw_m"):
         del whole.tensors[name]
     done = convert(whole.write(), tmp_path / "original", "dcscale")
@@ -170,7 +170,7 @@ def test_only_the_merged_copies_of_a_part_of_compose(name, tmp_path, upstream_of
     assert all(torch.equal(merged[key], original[key]) for key in original)
     for tensor in of_kind(folder, "dw_m"):
         folder.tensors[tensor] += 1
-    with pytest.raises(ConversionError, match="dw_m is not zero in parts of compose that .* dcscale says are off"):
+    with pytest.raises(ConversionError, match="dw_m is not zero in parts of compose that are off"):
         convert(folder.write(), tmp_path / "trained", "dcscale")
 
 
@@ -190,22 +190,22 @@ def test_grouped_queries_are_read(tmp_path, upstream_of):
     folder.settings["n_local_heads"] = 2
     for name in [name for name in folder.tensors if name.endswith("wqkv.weight")]:
         folder.tensors[name] = folder.tensors[name][:64].contiguous()
-    convert(folder.write(), tmp_path / "ours", "dcscale")
+    convert(folder.write(), tmp_path / "model", "dcscale")
     wqkv = folder.tensors["layers.0.attention.wqkv.weight"]
-    ours = tensors_of(tmp_path / "ours")
-    assert read_config(tmp_path / "ours").model.kv_heads == 2
+    converted = tensors_of(tmp_path / "model")
+    assert read_config(tmp_path / "model").model.kv_heads == 2
     for part, rows in (("q", slice(0, 32)), ("k", slice(32, 48)), ("v", slice(48, 64))):
-        assert torch.equal(ours[f"blocks.0.attention.{part}.weight"], wqkv[rows])
+        assert torch.equal(converted[f"blocks.0.attention.{part}.weight"], wqkv[rows])
 
 
-def test_query_wise_leaves_the_key_branches_out_and_says_so(tmp_path, upstream_of):
+def test_query_wise_drops_the_key_branches_with_a_note(tmp_path, upstream_of):
     folder = upstream_of()
     folder.settings["query_wise"] = True
-    done = convert(folder.write(), tmp_path / "ours", "dcscale")
+    done = convert(folder.write(), tmp_path / "model", "dcscale")
     assert any("query_wise is set" in note for note in done.notes)
     dw1 = folder.tensors["layers.0.attention.dyn_w_proj.dw1"]
-    ours = tensors_of(tmp_path / "ours")["blocks.0.attention.compose.dw1"]
-    assert torch.equal(ours, dw1[:, 0, [0, 2]])
+    converted = tensors_of(tmp_path / "model")["blocks.0.attention.compose.dw1"]
+    assert torch.equal(converted, dw1[:, 0, [0, 2]])
 
 
 def test_bin_files_in_one_and_in_parts(tmp_path, upstream_of):
@@ -228,13 +228,13 @@ def test_bin_files_in_one_and_in_parts(tmp_path, upstream_of):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_shared_tensors_are_named_and_kept(tmp_path, upstream_of):
+def test_shared_tensors_are_listed_and_kept(tmp_path, upstream_of):
     folder = upstream_of(tied_embeddings=True)
     (folder.folder / "model.safetensors").unlink()
     folder.tensors["output.weight"] = folder.tensors["tok_embeddings.weight"]
     torch.save(folder.tensors, folder.folder / "pytorch_model.bin")
     done = convert(folder.folder, tmp_path / "tied", "dcscale")
-    assert any("shared in the file, written one by one: " in line for line in done.lines())
+    assert any("shared in the file, written separately: " in line for line in done.lines())
     assert "output.weight" not in tensors_of(tmp_path / "tied")
     folder.settings["tie_word_embeddings"] = False
     (folder.folder / "config.json").write_text(json.dumps(folder.settings))
@@ -246,22 +246,22 @@ def test_shared_tensors_are_named_and_kept(tmp_path, upstream_of):
 def test_an_output_that_is_not_the_embedding_is_not_tied(tmp_path, upstream_of):
     folder = upstream_of()
     folder.settings["tie_word_embeddings"] = True
-    done = convert(folder.write(), tmp_path / "ours", "dcscale")
+    done = convert(folder.write(), tmp_path / "model", "dcscale")
     assert any("output.weight differs from the embedding" in note for note in done.notes)
-    assert not read_config(tmp_path / "ours").model.tied_embeddings
+    assert not read_config(tmp_path / "model").model.tied_embeddings
 
 
 def test_shards_of_the_result(tmp_path):
-    source = write_checkpoint(tmp_path / "ours", tiny_config())
-    prepare(source, "upstream").write(tmp_path / "theirs", shard_bytes=1 << 14)
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
-    convert(tmp_path / "theirs", tmp_path / "again", "dcscale")
+    source = write_checkpoint(tmp_path / "model", tiny_config())
+    prepare(source, "upstream").write(tmp_path / "exported", shard_bytes=1 << 14)
+    assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 3
+    convert(tmp_path / "exported", tmp_path / "again", "dcscale")
     assert tensors_of(tmp_path / "again").keys() == tensors_of(source).keys()
 
 
 @pytest.mark.parametrize("target", ["upstream", "dcscale"])
-def test_memory_is_that_of_a_tensor_not_of_the_model(target, tmp_path, monkeypatch, upstream_of):
-    source = write_checkpoint(tmp_path / "ours", tiny_config()) if target == "upstream" else upstream_of().folder
+def test_only_one_tensor_is_in_memory(target, tmp_path, monkeypatch, upstream_of):
+    source = write_checkpoint(tmp_path / "model", tiny_config()) if target == "upstream" else upstream_of().folder
     alive = []
 
     def hold_none(weights, *_):
@@ -277,9 +277,9 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(target, tmp_path, monkeypat
     assert max(alive) == 1
 
 
-def test_the_file_is_not_changed_by_what_reads_it(tmp_path, upstream_of):
+def test_the_source_is_not_changed(tmp_path, upstream_of):
     folder = upstream_of()
-    convert(folder.folder, tmp_path / "ours", "dcscale")
+    convert(folder.folder, tmp_path / "model", "dcscale")
     now = load_file(folder.folder / "model.safetensors")
     assert all(torch.equal(now[name], tensor) for name, tensor in folder.tensors.items())
-    assert replace(read_config(tmp_path / "ours").model, scratch_mib=256) == tiny_config()
+    assert replace(read_config(tmp_path / "model").model, scratch_mib=256) == tiny_config()

@@ -1,4 +1,4 @@
-"""Plain Transformers of the transformers library become DCFormers with the same logits, whose compose learns."""
+"""Plain Transformers of the transformers library become DCFormers with the same logits, whose compose can learn."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SOURCES = {
 
 
 @torch.no_grad()
-def lively(name):
+def random_source(name):
     """A source far from its initialisation: a wrong mask, layout or bias changes its logits."""
     family, settings = SOURCES[name]
     config = transformers.AutoConfig.for_model(family, **settings)
@@ -80,7 +80,7 @@ def source(tmp_path_factory):
 
     def make(name):
         if name not in made:
-            model, folder = lively(name), root / name.replace(" ", "-")
+            model, folder = random_source(name), root / name.replace(" ", "-")
             model.save_pretrained(folder)
             with torch.no_grad():
                 made[name] = folder, model(IDS).logits
@@ -106,29 +106,29 @@ def logits_of(folder):
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_logits_are_those_of_the_source(name, tmp_path, source):
     folder, logits = source(name)
-    done = convert(folder, tmp_path / "ours", "dcscale")
+    done = convert(folder, tmp_path / "model", "dcscale")
     assert logits.std() > 0.5
-    torch.testing.assert_close(logits_of(tmp_path / "ours"), logits, atol=2e-5, rtol=0)
-    model = read_config(find_checkpoint(tmp_path / "ours")).model
+    torch.testing.assert_close(logits_of(tmp_path / "model"), logits, atol=2e-5, rtol=0)
+    model = read_config(find_checkpoint(tmp_path / "model")).model
     assert model.attention == "dcmha"
-    assert "compose begins at the identity" in done.notes
+    assert "compose starts as the identity" in done.notes
     twin = convert(folder, tmp_path / "twin", "dcscale", model=["attention=mha"])
     torch.testing.assert_close(logits_of(tmp_path / "twin"), logits, atol=2e-5, rtol=0)
-    assert not [recipe for recipe in twin.plan.recipes if ".compose." in recipe.name]
+    assert not [rule for rule in twin.plan.rules if ".compose." in rule.name]
     with torch.no_grad():
-        composed, plain = (model_of(tmp_path / kind).double()(IDS) for kind in ("ours", "twin"))
+        composed, plain = (model_of(tmp_path / kind).double()(IDS) for kind in ("model", "twin"))
     torch.testing.assert_close(composed, plain, atol=1e-12, rtol=0)
 
 
 @torch.no_grad()
-def test_nothing_but_rounding_is_between_them(tmp_path, source, monkeypatch):
-    """In float64, with the same table of RoPE and a softmax of that type, both of which transformers has in float32."""
-    convert(source("pythia")[0], tmp_path / "ours", "dcscale")
-    model, theirs = model_of(tmp_path / "ours").double(), lively("pythia").double()
-    theirs.set_attn_implementation("sdpa")
+def test_the_logits_differ_only_by_rounding(tmp_path, source, monkeypatch):
+    """In float64, with the same RoPE table and a float64 softmax: transformers computes both in float32."""
+    convert(source("pythia")[0], tmp_path / "model", "dcscale")
+    model, original = model_of(tmp_path / "model").double(), random_source("pythia").double()
+    original.set_attn_implementation("sdpa")
     cos, sin = (torch.cat([part, part], dim=-1)[None].double() for part in rope_table(IDS.shape[1], 2, 10000.0))
-    monkeypatch.setattr(theirs.gpt_neox.rotary_emb, "forward", lambda *_, **__: (cos, sin))
-    torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-9, rtol=0)
+    monkeypatch.setattr(original.gpt_neox.rotary_emb, "forward", lambda *_, **__: (cos, sin))
+    torch.testing.assert_close(model(IDS), original(IDS).logits, atol=1e-9, rtol=0)
 
 
 def test_what_the_settings_become(tmp_path, source):
@@ -153,8 +153,8 @@ def test_what_the_settings_become(tmp_path, source):
 
 def test_every_compose_tensor_learns(tmp_path, source):
     """At the identity dw1 and the half of qkw that makes w1 have no gradient: they get one as soon as w2 moves."""
-    convert(source("llama")[0], tmp_path / "ours", "dcscale")
-    model = model_of(tmp_path / "ours")
+    convert(source("llama")[0], tmp_path / "model", "dcscale")
+    model = model_of(tmp_path / "model")
     compose = {name: p for name, p in model.named_parameters() if ".compose." in name}
     assert len(compose) == 9
     before = {name: p.detach().clone() for name, p in compose.items()}
@@ -181,7 +181,7 @@ def test_every_compose_tensor_learns(tmp_path, source):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_the_seed_decides_the_new_weights(tmp_path, source):
+def test_the_seed_determines_the_new_weights(tmp_path, source):
     folder, logits = source("mistral")
     for name, seed in (("a", None), ("b", 0), ("c", 1)):
         convert(folder, tmp_path / name, "dcscale", seed=seed)
@@ -193,17 +193,17 @@ def test_the_seed_decides_the_new_weights(tmp_path, source):
     torch.testing.assert_close(logits_of(tmp_path / "c"), logits, atol=2e-5, rtol=0)
 
 
-def test_settings_that_a_person_chooses(tmp_path, source):
+def test_settings_that_the_user_chooses(tmp_path, source):
     folder, logits = source("pythia")
     chosen = ["compose.rank=1", "compose.key_wise=false", "compose.gates=false", "backend=reference"]
-    convert(folder, tmp_path / "ours", "dcscale", model=chosen)
-    model = read_config(tmp_path / "ours").model
+    convert(folder, tmp_path / "model", "dcscale", model=chosen)
+    model = read_config(tmp_path / "model").model
     assert (model.compose.rank, model.compose.key_wise, model.compose.gates, model.backend) == (1, 0, 0, "reference")
-    assert tensors_of(tmp_path / "ours")["blocks.0.attention.compose.qkw"].shape == (2, 8, 2, 4)
-    torch.testing.assert_close(logits_of(tmp_path / "ours"), logits, atol=2e-5, rtol=0)
+    assert tensors_of(tmp_path / "model")["blocks.0.attention.compose.qkw"].shape == (2, 8, 2, 4)
+    torch.testing.assert_close(logits_of(tmp_path / "model"), logits, atol=2e-5, rtol=0)
     done = convert(folder, tmp_path / "windows", "dcscale", model=["windows=[8,null]"])
     assert read_config(tmp_path / "windows").model.windows == [8, None]
-    assert "windows are [8, None] as asked, the source has [None]" in done.notes[-2]
+    assert "windows are [8, None] as requested, the source has [None]" in done.notes[-2]
     torch.testing.assert_close(logits_of(tmp_path / "windows")[:, :8], logits[:, :8], atol=2e-5, rtol=0)
     assert (logits_of(tmp_path / "windows") - logits).abs().max() > 0.1
 
@@ -239,19 +239,19 @@ def test_rope_as_version_4_of_transformers_writes_it(name, tmp_path, source, cha
         folder.settings["rope_theta"] = rope.pop("rope_theta")
         # The key was called type at first.
         folder.settings["rope_scaling"] = {"type" if kind == "linear" else "rope_type": kind, **rope} if rope else None
-    convert(folder.write(), tmp_path / "ours", "dcscale")
-    torch.testing.assert_close(logits_of(tmp_path / "ours"), source(name)[1], atol=2e-5, rtol=0)
+    convert(folder.write(), tmp_path / "model", "dcscale")
+    torch.testing.assert_close(logits_of(tmp_path / "model"), source(name)[1], atol=2e-5, rtol=0)
 
 
 def test_sharded_safetensors(tmp_path, source):
-    lively("qwen3").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    random_source("qwen3").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    convert(tmp_path / "sharded", tmp_path / "ours", "dcscale")
-    torch.testing.assert_close(logits_of(tmp_path / "ours"), source("qwen3")[1], atol=2e-5, rtol=0)
+    convert(tmp_path / "sharded", tmp_path / "model", "dcscale")
+    torch.testing.assert_close(logits_of(tmp_path / "model"), source("qwen3")[1], atol=2e-5, rtol=0)
 
 
-def test_files_as_old_versions_wrote_them(tmp_path, source, changed):
-    """Several .bin files with masks that are no weights, tables of RoPE, and a tied matrix under both its names."""
+def test_files_of_old_versions(tmp_path, source, changed):
+    """Several .bin files with masks and RoPE tables, and a tied matrix under both names."""
     folder = changed("pythia")
     for layer in range(3):
         prefix = f"gpt_neox.layers.{layer}.attention."
@@ -266,9 +266,9 @@ def test_files_as_old_versions_wrote_them(tmp_path, source, changed):
         torch.save({name: folder.tensors[name] for name in part}, folder.folder / file)
     index = {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
     (folder.folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    done = convert(folder.folder, tmp_path / "ours", "dcscale")
-    torch.testing.assert_close(logits_of(tmp_path / "ours"), source("pythia")[1], atol=2e-5, rtol=0)
-    assert "left out: gpt_neox.layers.*.attention.bias  (a mask or a table of RoPE)  x 3" in done.lines()
+    done = convert(folder.folder, tmp_path / "model", "dcscale")
+    torch.testing.assert_close(logits_of(tmp_path / "model"), source("pythia")[1], atol=2e-5, rtol=0)
+    assert "dropped: gpt_neox.layers.*.attention.bias  (a mask or a table of RoPE)  x 3" in done.lines()
 
     tied, logits = changed("wide heads"), source("wide heads")[1]
     tied.tensors["lm_head.weight"] = tied.tensors["model.embed_tokens.weight"].clone()
@@ -288,48 +288,50 @@ def test_types_and_the_tokenizer(tmp_path, changed):
     folder.tensors = {name: tensor.bfloat16() for name, tensor in folder.tensors.items()}
     folder.settings["eos_token_id"] = [3, 4]
     (folder.folder / "tokenizer.json").write_text("{}")
-    convert(folder.write(), tmp_path / "ours", "dcscale")
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "ours").values()} == {torch.bfloat16}
-    assert read_config(tmp_path / "ours").train.precision == "bf16"
-    assert read_state(tmp_path / "ours")["tokenizer"] == {"spec": "tokenizer.json", "eos_id": 3}
+    convert(folder.write(), tmp_path / "model", "dcscale")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "model").values()} == {torch.bfloat16}
+    assert read_config(tmp_path / "model").train.precision == "bf16"
+    assert read_state(tmp_path / "model")["tokenizer"] == {"spec": "tokenizer.json", "eos_id": 3}
     convert(folder.folder, tmp_path / "wide", "dcscale", dtype="fp32")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "wide").values()} == {torch.float32}
     assert read_config(tmp_path / "wide").train.precision == "fp32"
 
 
-def test_the_tool_shows_the_mapping_and_takes_the_options(tmp_path, call, source):
+def test_the_tool_prints_the_mapping_and_uses_the_options(tmp_path, call, source):
     folder = source("pythia")[0]
-    words = ["--seed", "5", "--model", "compose.rank=1", "compose.post=false", "--model", "windows=[16,null]"]
-    code, told, _ = call(folder, tmp_path / "ours", "--to", "dcscale", *words)
+    arguments = ["--seed", "5", "--model", "compose.rank=1", "compose.post=false", "--model", "windows=[16,null]"]
+    code, output, _ = call(folder, tmp_path / "model", "--to", "dcscale", *arguments)
     assert code == 0
     for line in (
         f"{folder} is: GPT-NeoX folder {folder}, of transformers",
-        "note: compose begins at the identity",
-        "blocks.*.attention.compose.dw1  <-  made here  (new, seed 5)  x 3",
-        "blocks.*.attention.compose.dd  <-  made here  (zero: gates of 0)  x 3",
+        "note: compose starts as the identity",
+        "blocks.*.attention.compose.dw1  <-  created here  (new, seed 5)  x 3",
+        "blocks.*.attention.compose.dd  <-  created here  (zero: gates are 0)  x 3",
     ):
-        assert f"{line}\n" in told
-    assert "blocks.*.attention.k.weight  <-  gpt_neox.layers.*.attention.query_key_value.weight" in told
-    model = read_config(tmp_path / "ours").model
+        assert f"{line}\n" in output
+    assert "blocks.*.attention.k.weight  <-  gpt_neox.layers.*.attention.query_key_value.weight" in output
+    model = read_config(tmp_path / "model").model
     assert (model.compose.rank, model.compose.post, model.windows) == (1, False, [16, None])
-    code, _, told = call(folder, tmp_path / "other", "--to", "dcscale", "--model", "layers=2")
+    code, _, output = call(folder, tmp_path / "other", "--to", "dcscale", "--model", "layers=2")
     assert code == 2
-    assert "error: --model layers=2: only attention, backend, scratch_mib, windows and compose.* may be chosen" in told
+    assert (
+        "error: --model layers=2: only attention, backend, scratch_mib, windows and compose.* may be chosen" in output
+    )
 
 
-def test_the_config_says_only_what_is_known(tmp_path, source):
-    """So that it can be the first of a run's files, before those of its training."""
-    convert(source("llama")[0], tmp_path / "ours", "dcscale")
-    lines = (tmp_path / "ours" / "config.yaml").read_text().splitlines()
+def test_the_config_has_only_known_settings(tmp_path, source):
+    """So that it can be the first config file of a run, before those of its training."""
+    convert(source("llama")[0], tmp_path / "model", "dcscale")
+    lines = (tmp_path / "model" / "config.yaml").read_text().splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["model:", "data:", "train:"]
     assert [line for line in lines if line.startswith("  ")][-2:] == ["  sequence_length: 64", "  precision: fp32"]
 
 
 @pytest.mark.parametrize("family", plain.FAMILIES)
 def test_every_setting_of_transformers_is_known(family):
-    """A setting that a later version of transformers adds must be read, or be found to mean nothing here."""
+    """A setting that a later version of transformers adds must be read, or listed as irrelevant for the logits."""
     settings = transformers.AutoConfig.for_model(family).to_dict()
-    known = {*plain._KNOWN[family], *plain.WITHOUT_MEANING}
+    known = {*plain._KNOWN[family], *plain.IGNORED_SETTINGS}
     assert settings.keys() - known == set()
 
 
@@ -348,31 +350,34 @@ def test_every_setting_of_transformers_is_known(family):
         ("pythia", {"parallel_residual": False}),
     ],
 )
-def test_the_sources_tell_settings_apart(name, wrong, tmp_path, source):
-    convert(source(name)[0], tmp_path / "ours", "dcscale")
-    model = DCFormer(replace(read_config(tmp_path / "ours").model, **wrong))
-    load_tensors(model, tmp_path / "ours")
+def test_wrong_settings_change_the_logits(name, wrong, tmp_path, source):
+    convert(source(name)[0], tmp_path / "model", "dcscale")
+    model = DCFormer(replace(read_config(tmp_path / "model").model, **wrong))
+    load_tensors(model, tmp_path / "model")
     with torch.no_grad():
         assert (model(IDS) - source(name)[1]).abs().max() > 1e-3
 
 
 REFUSED = {
     "llama": [
-        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new', but dcscale's swiglu has 'silu' or 'swish' only"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new', but dcscale's swiglu only has 'silu' or 'swish'"),
         ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]"),
-        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3', but must be a whole number from 1"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3', but must be an integer of at least 1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but .* has only 30 tensors"),
-        ({"max_position_embeddings": None}, "max_position_embeddings is None, but must be a whole number from 1"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None, but must be an integer of at least 1"),
         ({"attention_bias": 1}, "attention_bias is 1, but must be true or false"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is set: only weights that are not quantized"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "of type 'yarn': dcscale has default, linear, llama3 only"),
-        ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling is {'type': .* only one kind of RoPE for all layers"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set: quantized weights cannot be read"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "of type 'yarn': dcscale only has default, linear, llama3"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling is {'type': .* only the same RoPE for all layers"),
         ({"rope_scaling": {"type": 3}}, "its RoPE is of type 3"),
         ({"rope_scaling": {"type": "linear"}}, "its RoPE of type 'linear' has no factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "of type 'llama3' has no low_freq_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "model.rope_scaling.factor = 0.5: must be at least 1"),
-        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters is .*: only one kind of RoPE for all layers"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: .* turns whole heads"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters is .*: only the same RoPE for all layers"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5: .* rotates all dimensions of a head",
+        ),
         ({"rope_parameters": {"rope_theta": "big"}}, "model.rope_base = .*: must be float"),
         ({"original_max_position_embeddings": 32}, "original_max_position_embeddings is set outside rope_parameters"),
         ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
@@ -386,16 +391,19 @@ REFUSED = {
         ),
         ({"layer_types": 3 * ["chunked_attention"]}, "layer_types is .* for each of 3 layers"),
         ({"layer_types": 3 * ["sliding_attention"]}, "sliding_window is None, but layers need it"),
-        ({**SLIDING, "layer_types": None, "max_window_layers": "1"}, "max_window_layers is '1', but must be a whole"),
+        (
+            {**SLIDING, "layer_types": None, "max_window_layers": "1"},
+            "max_window_layers is '1', but must be an integer",
+        ),
         ({"use_sliding_window": "yes"}, "use_sliding_window is 'yes', but must be true or false"),
     ],
     "mistral": [
         ({"layer_types": ["full_attention", *2 * ["sliding_attention"]]}, "Mistral has the same window in every layer"),
-        ({"sliding_window": 0}, "sliding_window is 0, but layers need it: it must be a whole number from 1"),
+        ({"sliding_window": 0}, "sliding_window is 0, but layers need it: it must be an integer of at least 1"),
     ],
     "pythia": [
-        ({"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast', but dcscale's gelu has 'gelu' only"),
-        ({"intermediate_size": 40}, r"mlp.dense_h_to_4h.weight has shape \[48, 32\], the config wants \[40, 32\]"),
+        ({"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast', but dcscale's gelu only has 'gelu'"),
+        ({"intermediate_size": 40}, r"mlp.dense_h_to_4h.weight has shape \[48, 32\], the config requires \[40, 32\]"),
     ],
 }
 
@@ -410,14 +418,14 @@ def test_settings_that_are_refused(name, changes, message, changed):
         prepare(folder.write(), "dcscale")
 
 
-def test_settings_that_are_told(changed):
+def test_notes_on_settings(changed):
     folder = changed("pythia")
     folder.settings |= {"hidden_dropout": 0.1, "new_switch": True}
     notes = prepare(folder.write(), "dcscale").notes
-    assert "dcscale has no dropout: hidden_dropout=0.1 is left out" in notes
-    assert "settings that transformers' code of this family does not read were left out: new_switch=True" in notes
+    assert "dcscale has no dropout: hidden_dropout=0.1 is ignored" in notes
+    assert "settings that transformers' code of this family does not read are ignored: new_switch=True" in notes
     folder = changed("attention biases")
-    assert "biases of ffn, which the source does not have, begin at zero" in prepare(folder.write(), "dcscale").notes
+    assert "biases of ffn, which the source does not have, start at zero" in prepare(folder.write(), "dcscale").notes
 
 
 def test_tensors_that_are_refused(tmp_path, changed):
@@ -429,16 +437,16 @@ def test_tensors_that_are_refused(tmp_path, changed):
         prepare(folder.write(), "dcscale")
     for part in (
         "model.norm.weight is missing",
-        "model.layers.3.input_layernorm.weight [32] has no place in the model",
-        "lm_head.weight has shape [61, 31], the config wants [61, 32]",
+        "model.layers.3.input_layernorm.weight [32] is not part of the model",
+        "lm_head.weight has shape [61, 31], the config requires [61, 32]",
         "model.embed_tokens.weight is torch.int8: weights must be floating point",
     ):
         assert part in str(error.value)
     folder = changed("qwen2")
     folder.tensors["model.layers.1.self_attn.k_proj.bias"][3] = torch.nan
     with pytest.raises(ConversionError, match="attention.k.bias  <-  .*k_proj.bias: 1 NaN and 0 infinite of 16"):
-        convert(folder.write(), tmp_path / "ours", "dcscale")
-    assert not (tmp_path / "ours").exists()
+        convert(folder.write(), tmp_path / "model", "dcscale")
+    assert not (tmp_path / "model").exists()
 
 
 def test_options_that_are_refused(tmp_path, source, changed):
@@ -451,17 +459,17 @@ def test_options_that_are_refused(tmp_path, source, changed):
         prepare(folder, "dcscale", model=["compose.rank=9"])
     with pytest.raises(ConversionError, match="is not of the form key=value"):
         prepare(folder, "dcscale", model=["windows"])
-    with pytest.raises(ConversionError, match="by way of dcscale only: convert it to dcscale first"):
+    with pytest.raises(ConversionError, match="cannot be converted to upstream directly: convert it to dcscale first"):
         prepare(folder, "upstream")
     with pytest.raises(ConversionError, match="--from-copies: only for upstream folders, but the source is a Llama"):
-        prepare(folder, "dcscale", truth="merged")
-    convert(folder, tmp_path / "ours", "dcscale")
+        prepare(folder, "dcscale", from_copies="merged")
+    convert(folder, tmp_path / "model", "dcscale")
     with pytest.raises(
         ConversionError, match="--seed, --model: only for transformers folders, but the source is a dcscale"
     ):
-        prepare(tmp_path / "ours", "dcscale", seed=0, model=["attention=mha"])
-    with pytest.raises(ConversionError, match="upstream cannot hold this model: .*model.kv_heads is 2"):
-        prepare(tmp_path / "ours", "upstream")
+        prepare(tmp_path / "model", "dcscale", seed=0, model=["attention=mha"])
+    with pytest.raises(ConversionError, match="upstream cannot represent this model: .*model.kv_heads is 2"):
+        prepare(tmp_path / "model", "upstream")
     for name, part in (("qwen2", "model.qkv_bias is True"), ("linear", "model.rope_scaling.kind is 'linear'")):
         convert(source(name)[0], tmp_path / name, "dcscale")
         with pytest.raises(ConversionError, match=part):

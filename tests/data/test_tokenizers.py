@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, and each way in which loading one can go wrong."""
+"""Tokenizers: round trips, and every error of loading one."""
 
 import dataclasses
 import hashlib
@@ -42,18 +42,18 @@ def test_bytes_round_trip():
     assert [tokens.tolist() for tokens in tokenizer.encode_documents(["ä", ""])] == [[0xC3, 0xA4, 256], [256]]
 
 
-def test_the_characters_that_tokens_stand_for(tokenizer_json):
-    assert load_tokenizer("byte").encode_with_places("aö") == ([97, 0xC3, 0xB6], [(0, 1), (1, 2), (1, 2)])
+def test_offsets_of_tokens(tokenizer_json):
+    assert load_tokenizer("byte").encode_with_offsets("aö") == ([97, 0xC3, 0xB6], [(0, 1), (1, 2), (1, 2)])
     tokenizer = load_tokenizer(tokenizer_json)
-    ids, places = tokenizer.encode_with_places(TEXT)
+    ids, offsets = tokenizer.encode_with_offsets(TEXT)
     assert ids == tokenizer.encode(TEXT)
-    assert any(end > begin + 1 for begin, end in places)
-    for token, (begin, end) in zip(ids, places):
+    assert any(end > begin + 1 for begin, end in offsets)
+    for token, (begin, end) in zip(ids, offsets):
         text = tokenizer.decode([token])
-        assert text == TEXT[begin:end] or "\ufffd" in text  # a part of a letter
+        assert text == TEXT[begin:end] or "\ufffd" in text  # part of a character
 
 
-def test_bytes_that_are_no_text_are_shown_as_replacement():
+def test_invalid_bytes_decode_to_replacement_characters():
     assert load_tokenizer("byte").decode([104, 0xC3, 300, 105]) == "h\ufffd\ufffdi"
 
 
@@ -70,7 +70,7 @@ def test_hugging_face_round_trip(tokenizer_json):
     assert [tokens.tolist() for tokens in documents] == [[*tokenizer.encode(t), tokenizer.eos_id] for t in (TEXT, "x")]
 
 
-def test_text_cannot_end_its_document(tokenizer_json):
+def test_text_is_never_encoded_to_the_end_of_document_token(tokenizer_json):
     tokenizer = load_tokenizer(tokenizer_json)
     text = "a <|endoftext|> b"
     assert tokenizer.eos_id not in tokenizer.encode(text)
@@ -86,7 +86,7 @@ def test_the_files_own_truncation_padding_and_template_are_not_applied(tokenizer
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
-def test_end_of_document_token_is_found_or_asked_for(tmp_path):
+def test_the_end_of_document_token_is_found_or_given(tmp_path):
     two = make_tokenizer(tmp_path / "two.json", special=("<eos>", "</s>", "<stop>"))
     none = make_tokenizer(tmp_path / "none.json", special=("<stop>",))
     assert load_tokenizer(two, "</s>").eos_id == 1
@@ -98,7 +98,7 @@ def test_end_of_document_token_is_found_or_asked_for(tmp_path):
         (two, "<x>", "'<x>'"),
         (two, 9999, "9999"),
     ):
-        with pytest.raises(DataError, match=rf"the token that ends a document is not clear.*{shown}.*--eos-token"):
+        with pytest.raises(DataError, match=rf"end-of-document token is ambiguous or missing.*{shown}.*--eos-token"):
             HuggingFaceTokenizer(path, eos)
 
 
@@ -131,8 +131,8 @@ def test_a_folder_of_byte_shards(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_bytes_have_an_end_of_their_own():
-    with pytest.raises(DataError, match=r"is 'byte', whose documents end with token 256, not '</s>'; leave that out"):
+def test_the_byte_tokenizer_takes_no_eos_token():
+    with pytest.raises(DataError, match=r"is 'byte', whose documents end with token 256, not '</s>'; leave it out"):
         load_tokenizer("byte", "</s>")
 
 
@@ -148,16 +148,16 @@ def test_missing_and_malformed_files(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_text_that_a_tokenizer_cannot_take_is_told_of(tmp_path):
+def test_text_that_a_tokenizer_cannot_encode_is_reported(tmp_path):
     library = Tokenizer(models.WordLevel({"known": 0, "</s>": 1}, unk_token="<unk>"))
     library.save(str(tmp_path / "words.json"))
     tokenizer = load_tokenizer(tmp_path / "words.json")
     assert [ids.tolist() for ids in tokenizer.encode_documents(["known"])] == [[0, 1]]
-    with pytest.raises(DataError, match=r"words\.json: cannot tokenise a document: .*UNK.*; give another tokenizer"):
+    with pytest.raises(DataError, match=r"words\.json: cannot tokenize a document: .*UNK.*; give another tokenizer"):
         tokenizer.encode_documents(["known", "other"])
 
 
-def test_without_the_library_bytes_work_and_the_error_names_the_way_out(tokenizer_json, monkeypatch):
+def test_without_the_tokenizers_package_bytes_work_and_the_error_has_a_hint(tokenizer_json, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer("byte").vocab_size == 257
     with pytest.raises(DataError, match=r"needs the tokenizers package.*pip install tokenizers.*'byte'"):

@@ -1,4 +1,4 @@
-"""What real checkpoints hold, in every stage and precision: weights, probe, provenance; and that it is checked."""
+"""Contents of real checkpoints, in every ZeRO stage and precision: weights, probe, provenance; and their checks."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from dcscale.evaluation import open_trained
 from dcscale.observe import Console
 from dcscale.parallel import KINDS, discover, start_distributed
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_here, whole_weights
+from dcscale.testing.runs import tiny_config, train_here, whole_weights
 from dcscale.train import build_trainer
 
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.distributed
 
 
 def _train_two_steps(configs):
-    """Whether the saved weights are the engine's, for each run."""
+    """Returns for each run whether the saved weights are those of the engine."""
     same = []
     for config in configs:
         trainer, _ = train_here(config)
@@ -60,11 +60,6 @@ def settings(run, shards, stage, precision, *more):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("runs")
     configs = [settings(folder / f"{stage}-{precision}", shards, stage, precision) for stage, precision in CASES]
@@ -73,7 +68,7 @@ def runs(tmp_path_factory, shards):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_the_model_computes_with(runs, case):
+def test_saved_weights_are_those_of_the_model(runs, case):
     folder, same = runs
     assert same[case]
     checkpoint = find_checkpoint(folder / "{}-{}".format(*case))
@@ -82,7 +77,7 @@ def test_weights_are_those_the_model_computes_with(runs, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_probe_is_what_the_saved_model_computes_without_deepspeed(runs, case):
+def test_the_saved_model_computes_the_probe_without_deepspeed(runs, case):
     checkpoint = find_checkpoint(runs[0] / "{}-{}".format(*case))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -92,7 +87,7 @@ def test_the_probe_is_what_the_saved_model_computes_without_deepspeed(runs, case
         assert probe.logits_BV.equal(model(probe.input_ids_BT, logits_at_B=probe.positions_B))
 
 
-def test_what_the_state_says(runs):
+def test_content_of_the_state(runs):
     state = json.loads((find_checkpoint(runs[0] / "3-bf16") / "state.json").read_text())
     assert state["versions"]["dcscale"] == dcscale.__version__
     assert set(state["git"] or {"commit": "", "dirty": False}) == {"commit", "dirty"}
@@ -101,8 +96,8 @@ def test_what_the_state_says(runs):
     assert (state["step"], state["world_size"], state["zero_stage"]) == (2, 2, 3)
 
 
-def _go_on(config):
-    """What the start says, or what it is refused with."""
+def _resume(config):
+    """The console lines of the start, or its error."""
     environment = discover()
     start_distributed(environment, 1)
     console = Console(enabled=environment.is_main)
@@ -115,12 +110,12 @@ def _go_on(config):
     return "\n".join(lines)
 
 
-def _go_on_in_other_spreads(configs):
-    return [_go_on(config) for config in configs]
+def _resume_all(configs):
+    return [_resume(config) for config in configs]
 
 
-def test_the_probe_fits_after_a_change_of_ranks_stage_and_precision(runs, shards, tmp_path):
-    """From 2 ranks to 1, to every other stage and precision, each as a branch."""
+def test_the_probe_matches_after_a_change_of_ranks_stage_and_precision(runs, shards, tmp_path):
+    """From 2 ranks to 1, to every other stage and precision, each as a branch of a run."""
     branches = [
         settings(
             tmp_path / f"{number}-{stage}-{precision}",
@@ -131,14 +126,14 @@ def test_the_probe_fits_after_a_change_of_ranks_stage_and_precision(runs, shards
         )
         for number, (stage, precision) in enumerate(CASES)
     ]
-    (said,) = run_distributed(_go_on_in_other_spreads, 1, branches)
-    for text in said:
+    (outputs,) = run_distributed(_resume_all, 1, branches)
+    for text in outputs:
         assert "resuming   from" in text
         assert "probe batch" not in text
 
 
-def damaged_copy(runs, tmp_path, case, change):
-    """A run whose checkpoint was changed and sealed again, so that its checksums are right."""
+def changed_copy(runs, tmp_path, case, change):
+    """A copy of a run whose checkpoint was changed and sealed again, so that its checksums match."""
     run = tmp_path / "run"
     shutil.copytree(runs[0] / "{}-{}".format(*case), run)
     checkpoint = find_checkpoint(run)
@@ -151,33 +146,33 @@ def damaged_copy(runs, tmp_path, case, change):
 def wrong_optimizer(checkpoint):
     path = checkpoint / "optimizer" / "rank-00001.safetensors"
     with safe_open(path, framework="pt") as file:
-        said = file.metadata()
+        metadata = file.metadata()
     tensors = load_file(path)
     for key, tensor in tensors.items():
         if ":master:" in key:
             tensors[key] = tensor.flip(0) + 0.01
-    save_file(tensors, path, metadata=said)
+    save_file(tensors, path, metadata=metadata)
 
 
 @pytest.mark.parametrize("case", [(1, "fp32"), (3, "bf16")])
-def test_a_model_that_computes_something_else_is_refused_on_all_ranks(runs, shards, tmp_path, case):
-    run, checkpoint = damaged_copy(runs, tmp_path, case, wrong_optimizer)
-    for said in run_distributed(_go_on, 2, settings(run, shards, *case)):
+def test_a_model_with_other_logits_is_rejected_on_all_ranks(runs, shards, tmp_path, case):
+    run, checkpoint = changed_copy(runs, tmp_path, case, wrong_optimizer)
+    for output in run_distributed(_resume, 2, settings(run, shards, *case)):
         expected = (
-            f"{checkpoint} was loaded, but its model does not compute what it did .* on 2 of 2 ranks.*allow_other"
+            f"{checkpoint} was loaded, but its model does not compute the logits it had .* on 2 of 2 ranks.*allow_other"
         )
-        assert re.search(expected, said), said
+        assert re.search(expected, output), output
     allowed = settings(run, shards, *case, "checkpoint.allow_other_logits=true")
-    assert "the logits of its probe batch differ" in run_distributed(_go_on, 2, allowed)[0]
+    assert "the logits of its probe batch differ" in run_distributed(_resume, 2, allowed)[0]
     other_type = settings(run, shards, case[0], "bf16" if case[1] == "fp32" else "fp32")
-    said = run_distributed(_go_on, 2, other_type)[0]
-    assert re.search("warning .*the logits of its probe batch differ", said), said
+    output = run_distributed(_resume, 2, other_type)[0]
+    assert re.search("warning .*the logits of its probe batch differ", output), output
 
 
-def test_a_checkpoint_without_a_probe_goes_on_with_a_warning(runs, shards, tmp_path):
-    run, _ = damaged_copy(runs, tmp_path, (1, "fp32"), lambda folder: (folder / "probe.safetensors").unlink())
-    (said,) = run_distributed(_go_on, 1, settings(run, shards, 1, "fp32"))
-    assert "has no probe batch, so what its model computes was not checked" in said
+def test_a_checkpoint_without_a_probe_resumes_with_a_warning(runs, shards, tmp_path):
+    run, _ = changed_copy(runs, tmp_path, (1, "fp32"), lambda folder: (folder / "probe.safetensors").unlink())
+    (output,) = run_distributed(_resume, 1, settings(run, shards, 1, "fp32"))
+    assert "has no probe batch, so the logits of the loaded model were not checked" in output
     assert open_trained(run).load(torch.device("cpu")) is not None
 
 
@@ -188,19 +183,19 @@ def test_a_trained_model_is_checked_when_it_is_loaded(runs, tmp_path):
         tensors["output.weight"] = tensors["output.weight"].flip(0)
         save_file(tensors, path, metadata={"format": "pt"})
 
-    run, checkpoint = damaged_copy(runs, tmp_path, (1, "fp32"), wrong)
-    with pytest.raises(ConversionError, match="does not compute what it did when it was saved: the logits"):
+    run, checkpoint = changed_copy(runs, tmp_path, (1, "fp32"), wrong)
+    with pytest.raises(ConversionError, match="computes other logits than when it was saved: the logits"):
         open_trained(run).load(torch.device("cpu"))
-    with pytest.warns(UserWarning, match="does not compute what it did when it was saved: the logits"):
+    with pytest.warns(UserWarning, match="computes other logits than when it was saved: the logits"):
         open_trained(run).load(torch.device("cpu"), torch.bfloat16)
-    open_trained(run).load(torch.device("cpu"), torch.float64)  # there is nothing to compare it with
+    open_trained(run).load(torch.device("cpu"), torch.float64)  # no saved logits of this dtype
     (checkpoint / "config.yaml").write_bytes((checkpoint / "config.yaml").read_bytes().replace(b"seed: 0", b"seed: 1"))
-    with pytest.raises(ConversionError, match=r"damaged: .*config.yaml has the SHA-256 .*; name another one"):
+    with pytest.raises(ConversionError, match=r"corrupt: .*config.yaml has the SHA-256 .*; name another one"):
         open_trained(run).load(torch.device("cpu"))
 
 
 def _random_states(config):
-    """Of all generators that have a state of their own, before and after training."""
+    """Whether training leaves the states of all global random number generators unchanged."""
 
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in np.random.get_state()]
@@ -214,7 +209,7 @@ def _random_states(config):
     return before == states()
 
 
-def test_training_draws_from_no_generator_whose_state_would_have_to_be_saved(shards, tmp_path):
+def test_training_uses_no_global_random_number_generator(shards, tmp_path):
     config = tiny_config(
         tmp_path / "run", shards, "samples.interval=2", "samples.new_tokens=4", "checkpoint.interval=2"
     )

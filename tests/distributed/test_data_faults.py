@@ -1,4 +1,4 @@
-"""Runs whose data fail: from a server, on one rank only, and across a resume."""
+"""Runs whose data fail: on a server, on one rank only, and before a resume."""
 
 import json
 import os
@@ -26,7 +26,7 @@ QUICK = ["data.timeout_seconds=0.5", "data.retry_backoff_seconds=0.001", "data.r
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Shards of about 16 sequences: a step of 8 lies in one window or two."""
+    """Shards of about 16 sequences: a step of 8 sequences needs one shuffle block or two."""
     folder = tmp_path_factory.mktemp("data")
     build_shards([make_text(folder / "text")], folder / "shards", suffixes=[".txt"], hold_out=0.2, shard_tokens=500)
     return folder / "shards"
@@ -34,18 +34,18 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bad(shards):
-    """A shard that is first needed in the middle of the run: its entry, the step, and which of two ranks needs it."""
+    """A shard first needed in the middle of the run: its manifest entry, the step, and the rank that needs it."""
     stream = open_stream(
         shards / "train",
         StreamConfig(
             vocab_size=257, sequence_length=32, seed=0, shuffle_shards=1, slots=1, document_mask=True, verify=True
         ),
     )
-    order = stream._order
-    windows = [{piece.window for piece in order.pieces(0, order.locate(g)[1])} for g in range(64)]
-    g = next(g for g in range(20, 48) if windows[g] - windows[g - 1])
-    (window,) = windows[g] - windows[g - 1]
-    return stream.manifest.shards[order.shards(0, window)[0]], g // 8 + 1, g % 2
+    blocks = [{placement.block for placement in stream.planner.placements_of(g)} for g in range(64)]
+    g = next(g for g in range(20, 48) if blocks[g] - blocks[g - 1])
+    (block,) = blocks[g] - blocks[g - 1]
+    (shard,) = stream.sources[0].order.shards(block)
+    return stream.manifest.shards[shard], g // 8 + 1, g % 2
 
 
 def records(run):
@@ -58,8 +58,7 @@ def losses(run):
 
 @pytest.fixture(scope="module", autouse=True)
 def as_only_rank():
-    """The process joins a group of its own, as python without a launcher does, and leaves it at the end: DeepSpeed
-    could not join another."""
+    """Leaves the process group of one rank that the tests join in this process, because DeepSpeed supports only one."""
     before = dict(os.environ)
     yield
     stop_distributed()
@@ -67,7 +66,7 @@ def as_only_rank():
     os.environ.update(before)
 
 
-def test_a_run_from_a_server_in_trouble_is_the_run_from_the_folder(shards, tmp_path):
+def test_a_run_from_a_failing_server_equals_the_run_from_the_folder(shards, tmp_path):
     passing = [faults.status(503), faults.cut(900), faults.corrupt, faults.reset(), faults.cut(700, length=False)]
     with ShardServer(shards) as server:
         for number, info in enumerate(read_manifest(shards / "train").shards):
@@ -87,7 +86,7 @@ def test_a_run_from_a_server_in_trouble_is_the_run_from_the_folder(shards, tmp_p
             assert b"hidden" not in path.read_bytes(), path
 
 
-def test_a_shard_that_is_gone_stops_the_run_with_its_address(shards, bad, tmp_path):
+def test_a_missing_shard_stops_the_run_with_its_url(shards, bad, tmp_path):
     info, step, _ = bad
     with ShardServer(shards) as server:
         config = tiny_config(tmp_path / "run", shards, *READING, *QUICK, f"data.train={server.address}/train")
@@ -107,50 +106,50 @@ def test_a_shard_that_is_gone_stops_the_run_with_its_address(shards, bad, tmp_pa
 
 
 def _break(name, rank):
-    """One rank cannot read a shard; returns what mends it."""
+    """Makes a shard unreadable on one rank; returns a function that undoes it."""
     read = LocalStorage.read
 
     def failing(source, asked, *arguments):
         if asked == name:
-            raise UnreadableError(source.where(asked), "Input/output error")
+            raise UnreadableError(source.location(asked), "Input/output error")
         return read(source, asked, *arguments)
 
     if discover().rank == rank:
         LocalStorage.read = failing
 
-    def mend():
+    def undo():
         LocalStorage.read = read
 
-    return mend
+    return undo
 
 
 def _skip_and_resume(configs, name, step, rank):
     found = []
-    mend = _break(name, rank)
-    with pytest.raises(DataError) as refused:
+    undo = _break(name, rank)
+    with pytest.raises(DataError) as error:
         train_here(configs["refused"])
     trainer, _ = train_here(configs["whole"])
     found.append((trainer.loader._stream.skipped, trainer.state.skipped))
     configs["stopped"].train.stop_after = step
     train_here(configs["stopped"])
-    mend()
+    undo()
     configs["stopped"].train.stop_after = None
     configs["stopped"].data.on_error = "fail"
     trainer, _ = train_here(configs["stopped"])
     found.append((trainer.loader._stream.skipped, trainer.state.skipped))
-    return found, str(refused.value)
+    return found, str(error.value)
 
 
-def test_what_one_rank_gives_up_all_give_up_and_again_after_a_resume(shards, bad, tmp_path):
+def test_a_shard_skipped_by_one_rank_is_skipped_by_all_and_after_a_resume(shards, bad, tmp_path):
     info, step, rank = bad
     options = [*READING, "data.on_error=skip", "data.max_skipped=0.1"]
     configs = {name: tiny_config(tmp_path / name, shards, *options) for name in ("whole", "stopped", "refused")}
     configs["refused"].data.max_skipped = 0.001
     reason = f"{shards}/train/{info.name}: the manifest names this shard, but it cannot be read: Input/output error"
-    for found, refused in run_distributed(_skip_and_resume, 2, configs, info.name, step, rank):
-        assert refused.startswith(f"the data of step {step} could not be read: rank {rank}: {shards}/train: 1 of ")
-        assert f"shards cannot be used ({info.name})" in refused
-        assert "data.max_skipped is 0.100%; mend these shards, or raise data.max_skipped" in refused
+    for found, error in run_distributed(_skip_and_resume, 2, configs, info.name, step, rank):
+        assert error.startswith(f"the data of step {step} could not be read: rank {rank}: {shards}/train: 1 of ")
+        assert f"shards cannot be used ({info.name})" in error
+        assert "data.max_skipped is 0.100%; repair these shards, or raise data.max_skipped" in error
         for skipped, state in found:
             assert skipped == {info.sha256}
             (entry,) = state
@@ -169,7 +168,7 @@ def test_what_one_rank_gives_up_all_give_up_and_again_after_a_resume(shards, bad
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
 
-def test_a_skip_is_told_at_the_terminal(shards, bad, tmp_path, capsys):
+def test_a_skip_is_a_warning_at_the_terminal(shards, bad, tmp_path, capsys):
     info, step, _ = bad
     folder = tmp_path / "data"
     folder.mkdir()
@@ -183,15 +182,15 @@ def test_a_skip_is_told_at_the_terminal(shards, bad, tmp_path, capsys):
     trainer = build_trainer(config, environment, Console())
     trainer.fit()
     trainer.close()
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert said == [
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [
         f"warning    step {step} skips a shard of {info.tokens:,} tokens: {folder}/{info.name}: the manifest names "
         f"this shard, but it cannot be read: No such file or directory; copy it again"
     ]
 
 
 @pytest.mark.parametrize("prefetch", [0, 4])
-def test_a_signal_is_heard_while_the_data_do_not_come(shards, bad, tmp_path, prefetch):
+def test_a_signal_stops_a_run_that_waits_for_data(shards, bad, tmp_path, prefetch):
     info, step, _ = bad
     options = ["data.timeout_seconds=60", "data.retry_total_seconds=600", f"data.prefetch_steps={prefetch}"]
     sent = []
@@ -200,22 +199,22 @@ def test_a_signal_is_heard_while_the_data_do_not_come(shards, bad, tmp_path, pre
         written = tmp_path / "run" / "metrics.jsonl"
         return written.exists() and written.stat().st_size > 0
 
-    def stall_and_tell(handler, content):
+    def stall_and_signal(handler, content):
         if handler.command == "HEAD":
             return handler.serve(content)
-        while not records_are_there():  # the data may be needed before the first step has ended
+        while not records_are_there():  # prefetching may request the shard before the first step has ended
             time.sleep(0.05)
         if not sent:
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return faults.stall()(handler, content)
 
     with ShardServer(shards) as server:
-        server.always[f"train/{info.name}"] = stall_and_tell
+        server.always[f"train/{info.name}"] = stall_and_signal
         run = tiny_config(tmp_path / "run", shards, *READING, *options, f"data.train={server.address}/train")
         start = time.monotonic()
-        trainer, ending = train_here(run)
+        trainer, stop_reason = train_here(run)
         assert time.monotonic() - start < 30
-    assert ending is StopReason.SIGNAL
+    assert stop_reason is StopReason.SIGNAL
     assert trainer.state.step < step
     assert trainer.latest_checkpoint.name == f"step-{trainer.state.step:08d}"
     assert trainer.state.step > 0

@@ -1,6 +1,6 @@
-"""A run goes on from any checkpoint on any number of ranks in any ZeRO stage, as if nothing had changed.
+"""A run resumes from any checkpoint on any number of ranks in any ZeRO stage, as if nothing had changed.
 
-One run is taken through all changes, a few steps in each form, and compared with a run that was never stopped.
+One run goes through all changes, a few steps each, and is compared with a run that was never stopped.
 """
 
 import operator
@@ -17,13 +17,13 @@ from dcscale.checkpoint.layout import OPTIMIZER, WEIGHTS, step_name
 from dcscale.observe import Console, read_metrics
 from dcscale.parallel import discover, start_distributed
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, whole_weights
+from dcscale.testing.runs import tiny_config, whole_weights
 from dcscale.train import build_trainer
 
 pytestmark = pytest.mark.distributed
 
-# (ranks, stage, whether the optimizer is offloaded) of one start after the other: on 2 ranks every stage follows every
-# other; 1 -> 2, 2 -> 4, 4 -> 2 and 2 -> 1 ranks, with another stage and with the same; offloading on and off.
+# (ranks, ZeRO stage, optimizer offload) of consecutive starts: on 2 ranks every stage follows every other stage; ranks
+# change 1 -> 2, 2 -> 4, 4 -> 2 and 2 -> 1, with another stage and with the same; offload is switched on and off.
 STAGES_ON_TWO = (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)
 OFFLOADED_ON_TWO = ((2, 1, True), (2, 3, True), (2, 3, False), (2, 2, True))
 FORMS = [
@@ -34,14 +34,20 @@ FORMS = [
     (2, 3, False),
     (1, 1, False),
 ]
+FORMS_OF_BF16 = [(1, 2, True), *((2, stage, False) for stage in (0, 1, 2, 3)), (4, 3, False), (1, 1, False)]
+"""Every stage, more and fewer ranks, offloading on and off: the saved state is float32 here too."""
+
 STEPS_OF_A_START = 2
-STEPS = STEPS_OF_A_START * len(FORMS)
+
+
+def forms_of(precision):
+    return FORMS if precision == "fp32" else FORMS_OF_BF16
 
 
 def settings(precision):
     return [
         f"train.precision={precision}",
-        f"train.steps={STEPS}",
+        f"train.steps={STEPS_OF_A_START * len(forms_of(precision))}",
         "validation.interval=0",
         "log.compose_interval=0",
         "checkpoint.interval=0",
@@ -61,7 +67,7 @@ def load_all(folder):
 
 
 def stored(folder):
-    """Every parameter's master and moments as one vector, put together without the reader."""
+    """Every parameter's master and moments as one vector, read without TrainingStateReader."""
     parts = {}
     for key, part in load_all(folder).items():
         name, kind, start = key.rsplit(":", 2)
@@ -70,7 +76,7 @@ def stored(folder):
 
 
 def differences(trainer, checkpoint):
-    """Where the state that was loaded is not, bit for bit, the state in the files."""
+    """Where the loaded state differs from the state in the files in any bit."""
     state = stored(checkpoint / OPTIMIZER)
     snapshot = trainer.engine.snapshot()
     found = []
@@ -86,16 +92,16 @@ def differences(trainer, checkpoint):
 
 
 class Start(NamedTuple):
-    """What one rank saw in one start."""
+    """Observations of one rank in one start."""
 
     differences: list[str]
     rows: list[list[bytes]]
-    """What each step was trained on."""
+    """Input rows of each step."""
     snapshot_bytes: int
 
 
 def train_starts(configs):
-    """Each config on this rank, one after the other, and nothing of it unpickled."""
+    """Trains each config on this rank, one after the other; fails if anything is unpickled."""
     answers = []
     for config in configs:
         environment = discover()
@@ -127,21 +133,20 @@ class Runs(NamedTuple):
     whole: Path
     changing: Path
     expected_rows: list[list[bytes]]
-    """Of each step of the run that was never stopped, sorted."""
+    """Input rows of each step of the uninterrupted run, sorted."""
     starts: list[tuple[Start, ...]]
-    """Of the changing run, each with what its ranks saw."""
+    """Starts of the changing run, with the observations of each rank."""
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
-def runs(request, tmp_path_factory):
+def runs(request, tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("runs")
-    shards = make_shards(tmp_path_factory.mktemp("data") / "shards")
     base = settings(request.param)
     whole = tiny_config(folder / "whole", shards, *base, "parallel.zero_stage=1")
     ((rank0,), (rank1,)) = run_distributed(train_starts, 2, [whole])
     expected = [sorted(rows) for rows in map(operator.add, rank0.rows, rank1.rows)]
     starts, done = [], 0
-    for ranks, forms in groupby(FORMS, key=lambda form: form[0]):
+    for ranks, forms in groupby(forms_of(request.param), key=lambda form: form[0]):
         configs = []
         for _, stage, offload in forms:
             done += STEPS_OF_A_START
@@ -156,17 +161,19 @@ def runs(request, tmp_path_factory):
 
 
 def test_losses_are_those_of_a_run_that_was_never_stopped(runs):
-    """To float32's rounding; in bfloat16 stages round gradients differently, with or without a stop."""
+    """Up to float32 rounding. In bfloat16 the stages round gradients differently, with or without a stop."""
     expected, found = (
         torch.tensor([record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record])
         for run in (runs.whole, runs.changing)
     )
-    assert len(expected) == STEPS
+    assert len(expected) == STEPS_OF_A_START * len(forms_of(runs.precision))
     torch.testing.assert_close(found, expected, rtol={"fp32": 1e-6, "bf16": 2e-2}[runs.precision], atol=0)
 
 
 def test_each_start_has_the_state_of_the_files_bit_for_bit(runs):
-    assert [start.differences for ranks in runs.starts for start in ranks] == [[]] * sum(ranks for ranks, *_ in FORMS)
+    assert [start.differences for ranks in runs.starts for start in ranks] == [[]] * sum(
+        ranks for ranks, *_ in forms_of(runs.precision)
+    )
 
 
 def test_steps_use_the_same_sequences(runs):
@@ -176,7 +183,8 @@ def test_steps_use_the_same_sequences(runs):
 
 
 def test_ranks_copy_equal_shares_of_one_state(runs):
-    weights = load_all(runs.changing / "checkpoints" / step_name(STEPS) / WEIGHTS)
+    last = step_name(STEPS_OF_A_START * len(forms_of(runs.precision)))
+    weights = load_all(runs.changing / "checkpoints" / last / WEIGHTS)
     whole = 3 * 4 * sum(weight.numel() for weight in weights.values())
-    expected = [[whole // ranks] * ranks for ranks, *_ in FORMS]
+    expected = [[whole // ranks] * ranks for ranks, *_ in forms_of(runs.precision)]
     assert [[start.snapshot_bytes for start in ranks] for ranks in runs.starts] == expected

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed has the losses, gradient norms and weights of one that is not, bit for bit."""
+"""A stopped and resumed run has the losses, gradient norms and weights of an uninterrupted one, bit for bit."""
 
 import json
 
@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dcscale.observe import read_metrics
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_all
+from dcscale.testing.runs import tiny_config, train_all
 
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 EXACT = ("step", "tokens", "loss", "grad_norm", "lr", "validation_loss", "bits_per_byte")
@@ -22,10 +22,9 @@ def name(stage, precision):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """For every case a whole run and one stopped after step 3 and resumed in new processes, on 2 ranks."""
+def runs(tmp_path_factory, shards):
+    """For every case an uninterrupted run and a run stopped after step 3 and resumed in new processes, on 2 ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    shards = make_shards(tmp_path_factory.mktemp("data") / "shards")
 
     def config(kind, stage, precision, *more):
         # log.interval=2 makes the stop fall between two records.
@@ -46,7 +45,7 @@ def runs(tmp_path_factory):
 
 
 def exact(record):
-    """The part of a record that must repeat: all but speeds and memory."""
+    """The part of a record that must repeat: everything except speed and memory."""
     return {key: value for key, value in record.items() if key in EXACT or key.startswith("compose/")}
 
 

@@ -1,4 +1,4 @@
-"""When one rank fails, all know; what was there stays; nothing half-written is taken for whole."""
+"""When one rank fails, all ranks fail; existing checkpoints stay; nothing incomplete is taken for complete."""
 
 import json
 import os
@@ -20,16 +20,11 @@ from dcscale.parallel import (
     start_distributed,
 )
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_here, whole_weights
+from dcscale.testing.runs import tiny_config, train_here, whole_weights
 from dcscale.train import StopReason, build_trainer
 from dcscale.train.hooks import Hook
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
 def build(config, *extra_hooks):
@@ -41,7 +36,7 @@ def build(config, *extra_hooks):
 
 
 def failure(call):
-    """The type and text of what ``call`` raises."""
+    """Type and text of the exception that ``call`` raises."""
     try:
         call()
     except Exception as error:
@@ -81,7 +76,7 @@ def test_ranks_fail_and_decide_together():
 
 
 class BreakData(Hook):
-    """After step 2 the loader of rank 1 fails."""
+    """Makes the loader of rank 1 fail after step 2."""
 
     name = "break_data"
 
@@ -91,16 +86,17 @@ class BreakData(Hook):
             def fail(*arguments):
                 raise DataError("shard-000001.tar has the wrong checksum")
 
-            trainer.loader._stream.append = fail
+            for source in trainer.loader._stream.sources:
+                source.blocks.take = fail
 
 
 def _data_fails(config):
-    lookahead._GROUP_SEQUENCES = 1  # else all steps of so small a run are made at once, before step 1
+    lookahead._GROUP_SEQUENCES = 1  # otherwise all steps of this small run are planned at once, before step 1
     trainer = build(config, BreakData())
     return (*failure(trainer.fit), trainer.state.step)
 
 
-def test_data_that_fails_on_one_rank_stops_all_with_its_words_and_a_checkpoint(shards, tmp_path):
+def test_a_data_failure_on_one_rank_stops_all_with_its_message_and_a_checkpoint(shards, tmp_path):
     config = tiny_config(tmp_path / "run", shards, "data.prefetch_steps=0")
     for kind, text, step in run_distributed(_data_fails, 2, config):
         assert kind is DataError
@@ -109,10 +105,10 @@ def test_data_that_fails_on_one_rank_stops_all_with_its_words_and_a_checkpoint(s
     assert find_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
-class BreakHeldOutData(Hook):
-    """The validation data of rank 1 fail."""
+class BreakValidationData(Hook):
+    """Makes the validation data of rank 1 fail after step 3."""
 
-    name = "break_held_out_data"
+    name = "break_validation_data"
 
     def after_step(self, trainer):
         if trainer.state.step == 3 and trainer.environment.rank == 1:
@@ -121,25 +117,26 @@ class BreakHeldOutData(Hook):
             def fail(*arguments):
                 raise DataError("shard-000000.tar is shorter than the manifest says")
 
-            validation._loader._stream.append = fail
+            for source in validation._loader._stream.sources:
+                source.blocks.take = fail
 
 
-def _held_out_data_fail(config):
-    return failure(build(config, BreakHeldOutData()).fit)
+def _validation_data_fail(config):
+    return failure(build(config, BreakValidationData()).fit)
 
 
-def test_held_out_data_that_fail_on_one_rank_stop_all_with_its_words_and_a_checkpoint(shards, tmp_path):
+def test_a_validation_data_failure_on_one_rank_stops_all_with_its_message_and_a_checkpoint(shards, tmp_path):
     config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=3")
-    for kind, text in run_distributed(_held_out_data_fail, 2, config):
+    for kind, text in run_distributed(_validation_data_fail, 2, config):
         assert kind is DataError
         assert text == "rank 1: shard-000000.tar is shorter than the manifest says"
-    # The checkpoint that was under way is there, and one of the step after it, of which the loss is not known.
+    # The checkpoint that was being written, and one of the following step, whose validation failed.
     assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["step-00000003", "step-00000004"]
     assert find_checkpoint(tmp_path / "run").name == "step-00000004"
 
 
 class Poison(Hook):
-    """After step 3 one gradient of rank 1 becomes infinite."""
+    """Makes a gradient of rank 1 infinite after step 3."""
 
     name = "poison"
 
@@ -179,7 +176,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(shards, tmp_path)
     for case, (kind, text, step, finite, tensors), (kind1, *_) in zip(cases, main, other):
         assert kind is kind1 is NonFiniteError, case
         assert text.startswith("step 4: gradient norm "), (case, text)
-        assert "the update was not made. Newest checkpoint: " in text
+        assert "the weights were not updated. Newest checkpoint: " in text
         assert "step-00000002" in text
         assert step == 3
         assert finite, case
@@ -187,7 +184,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(shards, tmp_path)
 
 
 class SignalOneRank(Hook):
-    """Rank 1 is told to stop during step 3."""
+    """Sends SIGTERM to rank 1 after step 3."""
 
     name = "signal"
 
@@ -198,9 +195,9 @@ class SignalOneRank(Hook):
 
 def _signalled(config):
     trainer = build(config, SignalOneRank())
-    ending = trainer.fit()
+    stop_reason = trainer.fit()
     trainer.close()
-    return ending, trainer.state.step
+    return stop_reason, trainer.state.step
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(shards, tmp_path):
@@ -210,7 +207,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(shard
 
 
 class BreakSaving(Hook):
-    """From step 4 on, rank 1 cannot write its part of a checkpoint."""
+    """Makes rank 1 fail to write its part of a checkpoint from step 4 on."""
 
     name = "break_saving"
 
@@ -229,7 +226,7 @@ def _saving_fails(config):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_the_old_one_stays(shards, tmp_path, stage):
-    """At once: a rank that waited for the other would say so only after the timeout of 30 minutes."""
+    """Immediately: a rank that waited for another one would only fail after the timeout of 30 minutes."""
     config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=2", f"parallel.zero_stage={stage}")
     for kind, text in run_distributed(_saving_fails, 2, config, timeout=120):
         assert kind is CheckpointError
@@ -238,23 +235,21 @@ def test_a_checkpoint_that_fails_on_one_rank_fails_on_all_and_the_old_one_stays(
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000002\n"
 
 
-def _saving_fails_but_training_goes_on(config):
+def _saving_fails_but_training_continues(config):
     trainer = build(config, BreakSaving())
     return *failure(trainer.fit), trainer.state.step
 
 
-def test_where_it_is_told_to_training_goes_on_without_the_checkpoint(shards, tmp_path):
+def test_with_on_error_warn_training_continues_without_the_checkpoint(shards, tmp_path):
     config = tiny_config(tmp_path / "run", shards, "checkpoint.interval=2", "checkpoint.on_error=warn")
-    for kind, text, step in run_distributed(_saving_fails_but_training_goes_on, 2, config):
-        # But not without the last one, or nothing would be left of the run.
+    for kind, text, step in run_distributed(_saving_fails_but_training_continues, 2, config):
+        # The last checkpoint must succeed, or the result of the run would be lost.
         assert kind is CheckpointError
         assert "step-00000008 was not written: rank 1: OSError: No space left on device" in text
         assert step == 8
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r for r in records if "loss" in r][-1]["checkpoint_failures"] in (
-        1,
-        2,
-    )  # the one of step 6 may still have been under way
+    # The checkpoint of step 6 may not have failed yet.
+    assert [r for r in records if "loss" in r][-1]["checkpoint_failures"] in (1, 2)
     assert find_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
@@ -269,7 +264,7 @@ def _train_each(configs):
 
 
 def test_what_a_later_start_finds(shards, tmp_path):
-    """Several starts, one after the other, each in the state that the one before left."""
+    """Several starts, each in the state that the previous one left."""
     run = tmp_path / "run"
     (run / "checkpoints" / ".unfinished-step-00000001").mkdir(parents=True)
     base = ["checkpoint.interval=2", "checkpoint.keep_last=2", "validation.interval=3"]
@@ -281,13 +276,13 @@ def test_what_a_later_start_finds(shards, tmp_path):
         tiny_config(tmp_path / "branch", shards, *branch, rules, "train.stop_after=7"),
         tiny_config(tmp_path / "branch", shards, *branch, rules),
     ]
-    ((end, again, branched, went_on),) = run_distributed(_train_each, 1, first)
+    ((end, again, branched, resumed),) = run_distributed(_train_each, 1, first)
     assert end == again == str(run / "checkpoints" / "step-00000008")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000006", "step-00000008"]
     assert branched.endswith("branch/checkpoints/step-00000007")
-    assert went_on.endswith("branch/checkpoints/step-00000008")
+    assert resumed.endswith("branch/checkpoints/step-00000008")
 
-    # Points of a completed run are there once, also those made after its last step.
+    # Records of a completed run are there once, also those written after its last step.
     steps = [
         r["step"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "bits_per_byte" in r
     ]
@@ -296,18 +291,18 @@ def test_what_a_later_start_finds(shards, tmp_path):
     board.Reload()
     assert [event.step for event in board.Scalars("loss/validation")] == [3, 6, 8]
 
-    # A damaged checkpoint is named; where asked, it is set aside, and does not count among those that are kept.
+    # A corrupt checkpoint is reported; with on_corrupt=previous it is quarantined, and does not count for keep_last.
     part = run / "checkpoints" / "step-00000008" / "optimizer" / "rank-00000.safetensors"
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
     stop = [*base, rules, "train.stop_after=7", "checkpoint.keep_last=1"]
     later = [tiny_config(run, shards, *stop), tiny_config(run, shards, *stop, "checkpoint.on_corrupt=previous")]
-    ((refused, went_back),) = run_distributed(_train_each, 1, later)
-    assert f"the newest checkpoint is damaged: {part} has the SHA-256" in refused
+    ((error, went_back),) = run_distributed(_train_each, 1, later)
+    assert f"the newest checkpoint is corrupt: {part} has the SHA-256" in error
     assert went_back == str(run / "checkpoints" / "step-00000007")
     left = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert left == ["latest", "set-aside-step-00000008", "step-00000007"]
+    assert left == ["latest", "quarantined-step-00000008", "step-00000007"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000007\n"
 
 
@@ -320,7 +315,7 @@ def _clip_after_resume(configs):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_clips_and_steps_as_its_own_config_says(shards, tmp_path, precision):
+def test_a_resumed_run_uses_the_clipping_of_its_own_config(shards, tmp_path, precision):
     configs = []
     for stage in (1, 2, 3):
         base = [f"parallel.zero_stage={stage}", f"train.precision={precision}", "validation.interval=0"]

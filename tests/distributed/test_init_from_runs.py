@@ -1,4 +1,4 @@
-"""A run that begins with the weights of an upcycled model has that model's loss at its first step, in any stage."""
+"""A run that starts from the weights of a converted model has that model's loss at its first step, in any stage."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from dcscale.checkpoint.training_state import Fragments
+from dcscale.checkpoint.training_state import TrainingStateReader
 from dcscale.convert import convert
 from dcscale.data import BatchLoader
 from dcscale.observe import read_metrics
 from dcscale.parallel.zero_state import MASTER
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.models import tensors_of
-from dcscale.testing.runs import make_shards, tiny_config, train_all
+from dcscale.testing.runs import tiny_config, train_all
 from dcscale.train.data import open_training_stream
 
 pytestmark = pytest.mark.distributed
@@ -26,10 +26,9 @@ RESUMED = 1
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A tiny Qwen2 as a DCFormer, from which runs of 2 ranks begin; and one of them that goes on."""
+def runs(tmp_path_factory, shards):
+    """A tiny Qwen2 converted to a DCFormer, runs of 2 ranks that start from it, and one of them resumed."""
     root = tmp_path_factory.mktemp("init")
-    shards = make_shards(root / "shards")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     settings = transformers.Qwen2Config(vocab_size=257, intermediate_size=48, max_position_embeddings=32, **sizes)
     torch.manual_seed(0)
@@ -80,7 +79,7 @@ def test_the_first_loss_is_the_sources(runs):
     with torch.no_grad():
         logits = source(batch.input_ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100).item()
-    assert expected > 6  # not that of a model that knows nothing: log(257) = 5.5
+    assert expected > 6  # not that of an untrained model: log(257) = 5.5
     for stage in STAGES:
         first = read_metrics(root / f"zero{stage}" / "metrics.jsonl")[0]
         assert first["step"] == 1
@@ -96,7 +95,7 @@ def test_compose_leaves_the_identity(runs):
         assert all(not torch.equal(after[name], before[name]) for name in before if ".compose." in name)
 
 
-def test_the_run_remembers_where_it_began_and_goes_on_from_its_own_weights(runs):
+def test_the_run_records_its_initial_weights_and_resumes_from_its_own(runs):
     root, *_ = runs
     run = root / f"zero{RESUMED}"
     for step in (2, 3):
@@ -107,9 +106,9 @@ def test_the_run_remembers_where_it_began_and_goes_on_from_its_own_weights(runs)
 
 
 def test_no_weight_is_rounded_on_the_way_to_the_optimizer(runs):
-    """The float32 weights of a bfloat16 run are the source's own; this run has as good as not moved them."""
+    """The float32 weights of a bfloat16 run are the source's values. (This run has a learning rate of almost 0.)"""
     root, *_ = runs
-    masters = Fragments(root / "still" / "checkpoints" / "step-00000001" / "optimizer")
+    masters = TrainingStateReader(root / "still" / "checkpoints" / "step-00000001" / "optimizer")
     for name, weight in tensors_of(root / "model").items():
         target = torch.empty(weight.numel())
         masters.fill({(name, MASTER): (0, target)})

@@ -1,4 +1,4 @@
-"""A run on a mixture with data workers: the same losses as without, also after a stop; its epochs; changed data."""
+"""Runs on a mixture with data workers: same losses as without, also after a resume; epochs; changed data."""
 
 import json
 import subprocess
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from dcscale.observe import read_metrics
-from dcscale.testing.runs import make_shards
 
 pytestmark = pytest.mark.distributed
 
-# In a process of its own, since those of run_distributed may not start others.
+# In its own process, because daemon processes, such as those of run_distributed, cannot start others.
 CODE = """
 import sys
 from pathlib import Path
@@ -43,9 +42,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("runs")
-    shards = make_shards(tmp_path_factory.mktemp("data") / "shards")
     command = [sys.executable, "-c", CODE, str(folder), str(shards)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -66,7 +64,7 @@ def test_workers_and_stops_change_nothing(runs):
         [(r["step"], r["loss"], r["grad_norm"]) for r in records(runs / name)] for name in ("whole", "resumed")
     )
     assert whole[:6] == resumed[:6]
-    assert whole[6] != resumed[6], "the last steps are of another mixture"
+    assert whole[6] != resumed[6], "the last steps use another mixture"
 
 
 def test_epochs_of_each_source_are_recorded(runs):
@@ -77,14 +75,14 @@ def test_epochs_of_each_source_are_recorded(runs):
     assert "data_epoch" not in last
 
 
-def test_the_state_of_the_data_is_the_sequences_used_and_what_decides_their_order(runs):
+def test_the_data_state_is_the_number_of_sequences_and_the_identity(runs):
     before, after = state(runs / "whole", 8), state(runs / "resumed", 8)
     assert before["sequences"] == after["sequences"] == 64
     assert before["data_identity"]["weights"] == [7, 3]
     assert after["data_identity"]["weights"] == [1, 1]
 
 
-def test_another_mixture_is_refused_unless_allowed(runs):
+def test_another_mixture_is_rejected_unless_allowed(runs):
     message = (runs / "refusal").read_text()
-    assert "the data's weights was [7, 3] there and is [1, 1] here: those are other sequences" in message
+    assert "the data's weights was [7, 3] in the checkpoint and is [1, 1] now: the sequences would differ" in message
     assert "checkpoint.allow_data_change=true" in message

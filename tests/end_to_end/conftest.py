@@ -1,4 +1,4 @@
-"""Tools called in pytest's own process."""
+"""Fixtures that call tools in pytest's process."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture(scope="session")
 def load_tool():
-    """Gives a tool's name its module, made anew."""
+    """A function that imports a tool by name, as a new module each time."""
 
     def load(name):
         specification = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
@@ -23,13 +23,13 @@ def load_tool():
 
 @pytest.fixture
 def caller(capsys):
-    """Gives a tool's module a function that calls it: its exit code, what it wrote, and what it told on stderr."""
+    """A function that turns a tool's module into a function that calls it and returns exit code, stdout and stderr."""
 
     def of(tool):
-        def in_this_process(*words):
+        def in_this_process(*arguments):
             try:
-                code = tool.main([str(word) for word in words])
-            except SystemExit as exit:  # argparse's way to refuse
+                code = tool.main([str(argument) for argument in arguments])
+            except SystemExit as exit:  # argparse exits on invalid arguments
                 code = exit.code
             return code, *capsys.readouterr()
 

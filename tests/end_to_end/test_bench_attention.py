@@ -1,4 +1,4 @@
-"""tools/bench_attention.py as a user would call it, on shapes that take no time."""
+"""tools/bench_attention.py on small shapes."""
 
 import json
 import subprocess
@@ -22,24 +22,24 @@ def tool(load_tool):
 
 
 @pytest.fixture
-def call(tool, monkeypatch, caller):
-    """Calls the tool in this process, with little time for times."""
-    monkeypatch.setattr(tool, "SECONDS_OF_TIMES", {"cpu": 0.1, "quick": 0.1})
-    return caller(tool)
+def call(tool, caller):
+    """Calls the tool in this process, with short measurements."""
+    in_this_process = caller(tool)
+    return lambda *arguments: in_this_process("--seconds", 0.1, *arguments)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The tool in a process of its own: what it printed, and the file."""
+    """Output and result file of the tool in its own process."""
     path = tmp_path_factory.mktemp("results") / "tiny.json"
     words = [*TINY, "windowed", "--length", "40", "70", "--window", "none", "16", "--dtype", "fp32", "--output", path]
-    result = subprocess.run([sys.executable, TOOL, *words, "--minutes", "0.5"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, TOOL, *words, "--seconds", "0.1"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result.stdout, path
 
 
-def test_the_result_is_whole(measured):
+def test_the_result_is_complete(measured):
     _, path = measured
     result = json.loads(path.read_text())
     assert result["command"].startswith("python tools/bench_attention.py --device cpu --heads 2")
@@ -75,7 +75,7 @@ def test_the_table_shows_every_case_and_the_targets(measured):
     }
     assert at["errors 2/2"] < at["case 1/4"] < at["targets"]
     assert sum(line.split()[:1] == ["chunked"] for line in lines) == 4
-    assert sum("triton: not measured: " in line for line in lines) == 1  # said once
+    assert sum("triton: not measured: " in line for line in lines) == 1  # printed once
     assert sum(line.startswith("  not measured  GPU: ") for line in lines) == 5
     assert sum(line.startswith("  not measured  CPU: ") for line in lines) == 16
     assert f"written: {path}" in lines
@@ -84,7 +84,7 @@ def test_the_table_shows_every_case_and_the_targets(measured):
     assert shown[1:3] == [f"{row['forward']['ms']:.2f}", f"{row['forward_backward']['ms']:.2f}"]
 
 
-def test_the_plot_lies_beside_it(measured):
+def test_the_plot_is_next_to_the_result(measured):
     _, path = measured
     pixels = image.imread(path.with_suffix(".png"))
     assert pixels.shape[1] > 600
@@ -94,9 +94,9 @@ def test_the_plot_lies_beside_it(measured):
 def test_the_readme_gets_its_tables_from_the_file(measured, call):
     _, path = measured
     result = json.loads(path.read_text())
-    code, written, _ = call("--markdown", path)
+    code, out, _ = call("--markdown", path)
     assert code == 0
-    lines = written.splitlines()
+    lines = out.splitlines()
     assert result["versions"]["torch"] in lines[0]
     assert result["command"] in lines[0]
     head = next(i for i, line in enumerate(lines) if line.startswith("| type |"))
@@ -115,45 +115,45 @@ def test_the_readme_gets_its_tables_from_the_file(measured, call):
 @pytest.mark.parametrize(
     "content", ["{", "[]", "{}", '{"machine": 1, "versions": 2}', '{"rows": [{"not_measured": null}]}']
 )
-def test_a_file_that_is_no_result_is_refused(tmp_path, call, content):
+def test_a_file_that_is_not_a_result_is_rejected(tmp_path, call, content):
     path = tmp_path / "other.json"
     path.write_text(content)
-    code, written, told = call("--markdown", path)
-    assert (code, written) == (2, "")
-    assert f"error: --markdown {path}: " in told
+    code, out, err = call("--markdown", path)
+    assert (code, out) == (2, "")
+    assert f"error: --markdown {path}: " in err
 
 
-def test_a_wrong_implementation_ends_it_without_a_speed(tmp_path, call, monkeypatch):
+def test_a_wrong_implementation_is_not_timed(tmp_path, call, monkeypatch):
     right = cases.compose_attention
     monkeypatch.setattr(cases, "compose_attention", lambda *a, **o: right(*a, **o) * 1.01)
     path = tmp_path / "a.json"
-    code, written, told = call(*TINY, "--length", "40", "--window", "none", "--dtype", "fp32", "--output", path)
+    code, out, err = call(*TINY, "--length", "40", "--window", "none", "--dtype", "fp32", "--output", path)
     assert code == 1
-    assert "wrong results, so nothing is timed:" in told
-    assert "chunked (fp32, B=1, T=321, H=2, D=16, no window): out: the error's norm is " in told
-    assert "ms" not in written
+    assert "wrong results, so nothing is timed:" in err
+    assert "chunked (fp32, B=1, T=321, H=2, D=16, no window): out: the error's norm is " in err
+    assert "ms" not in out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_there_is_no_plot_and_no_failure(tmp_path, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = tmp_path / "a.json"
-    code, written, _ = call(*TINY, "--length", "20", "--window", "none", "--dtype", "fp32", "--output", path)
+    code, out, _ = call(*TINY, "--length", "20", "--window", "none", "--dtype", "fp32", "--output", path)
     assert code == 0
-    assert "no plot: matplotlib is not installed (pip install -c launch/constraints.txt matplotlib)" in written
+    assert "no plot: matplotlib is not installed (pip install -c launch/constraints.txt matplotlib)" in out
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_without_sdpa_there_is_no_plot(tmp_path, call):
     words = ["--device", "cpu", "--heads", "2", "--head-dim", "8", "--length", "20", "--window", "none"]
-    code, written, _ = call(*words, "--kinds", "chunked", "--output", tmp_path / "a.json")
+    code, out, _ = call(*words, "--kinds", "chunked", "--output", tmp_path / "a.json")
     assert code == 0
-    assert "no plot: nothing was timed beside SDPA" in written
+    assert "no plot: nothing was timed next to SDPA" in out
 
 
 def test_by_default_the_file_is_named_after_the_device(tool, call, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
-    monkeypatch.setattr(tool, "slug", lambda device: f"some-{device}")
+    monkeypatch.setattr("dcscale.provenance.slug", lambda device: f"some-{device}")
     for extra, name in (([], "attention-some-cpu"), (["--quick"], "attention-some-cpu-quick")):
         assert call(*TINY, "--length", "20", "--window", "none", "--dtype", "fp32", *extra)[0] == 0
         assert (tmp_path / f"{name}.json").exists()
@@ -163,17 +163,17 @@ def test_by_default_the_file_is_named_after_the_device(tool, call, tmp_path, mon
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--window", "0"], "argument --window: '0' is not a whole number of 1 or more"),
-        (["--window", "wide"], "argument --window: 'wide' is not a whole number of 1 or more"),
-        (["--length", "1e3"], "argument --length: '1e3' is not a whole number of 1 or more"),
-        (["--heads", "-2"], "argument --heads: '-2' is not a whole number of 1 or more"),
+        (["--window", "0"], "argument --window: '0' must be a whole number of 1 or more"),
+        (["--window", "wide"], "argument --window: 'wide' must be a whole number of 1 or more"),
+        (["--length", "1e3"], "argument --length: '1e3' must be a whole number of 1 or more"),
+        (["--heads", "-2"], "argument --heads: '-2' must be a whole number of 1 or more"),
         (["--dtype", "fp64"], "argument --dtype: invalid choice: 'fp64'"),
         (["--kinds", "magic"], "argument --kinds: invalid choice: 'magic'"),
         (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
         (["--minutes", "0"], "--minutes 0.0: must be above 0"),
         (["--minutes", "nan"], "--minutes nan: must be above 0"),
         (["--output", "a.txt"], "--output a.txt: must end in .json"),
-        (["--output", "/no/such/folder/a.json"], "/no/such/folder is no folder that can be written to"),
+        (["--output", "/no/such/folder/a.json"], "/no/such/folder is not a writable folder"),
         (["--markdown", "/no/such/file.json"], "--markdown /no/such/file.json: "),
         pytest.param(
             ["--device", "cuda"],
@@ -182,7 +182,7 @@ def test_by_default_the_file_is_named_after_the_device(tool, call, tmp_path, mon
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(call, words, message):
-    code, written, told = call(*words)
-    assert (code, written) == (2, "")
-    assert message in told
+def test_invalid_arguments_are_rejected(call, words, message):
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert message in err

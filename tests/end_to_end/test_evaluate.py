@@ -1,4 +1,4 @@
-"""tools/evaluate.py as a user calls it: on a run, on upstream's folder, and what it refuses."""
+"""tools/evaluate.py on a run and on an upstream folder, and what it rejects."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from dcscale.observe import read_metrics
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.models import tiny_config as tiny_model
 from dcscale.testing.models import write_checkpoint
-from dcscale.testing.runs import make_shards, tiny_config, train_all
+from dcscale.testing.runs import tiny_config, train_all
 
 TASK = {"task_id": "ends", "texts": "heads are [ composed ] by small [ matrices ]"}
 
@@ -24,25 +24,25 @@ def call(caller, load_tool):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, shards):
     """A run that validates and saves at steps 4 and 8, and its shards."""
     folder = tmp_path_factory.mktemp("trained")
-    shards = make_shards(folder / "shards")
+    (folder / "shards").symlink_to(shards)
     run_distributed(train_all, 1, [tiny_config(folder / "run", shards, "checkpoint.interval=4")])
     return folder
 
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory):
-    """An upstream folder of a tiny model, and of the model folder that it comes from."""
+    """A tiny model as a model folder, and converted to an upstream folder."""
     folder = tmp_path_factory.mktemp("upstream")
-    convert(write_checkpoint(folder / "ours", tiny_model(vocab_size=257)), folder / "theirs", "upstream")
+    convert(write_checkpoint(folder / "dcscale", tiny_model(vocab_size=257)), folder / "upstream", "upstream")
     return folder
 
 
 @pytest.fixture
 def files(tmp_path):
-    """A text and a file of tasks."""
+    """A folder with a text file and a file of tasks."""
     (tmp_path / "text.txt").write_text("Heads are composed by small matrices. " * 3)
     (tmp_path / "tasks.jsonl").write_text((json.dumps(TASK) + "\n") * 3 + json.dumps({**TASK, "task_id": "x"}) + "\n")
     return tmp_path
@@ -50,18 +50,18 @@ def files(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("step", [4, 8])
-def test_the_loss_on_shards_is_that_of_validation(trained, tmp_path, call, step):
+def test_the_loss_on_shards_is_the_validation_loss(trained, tmp_path, call, step):
     (logged,) = [
         record
         for record in read_metrics(trained / "run" / "metrics.jsonl")
         if record["step"] == step and "validation_loss" in record
     ]
     checkpoint = trained / "run" if step == 8 else trained / "run" / "checkpoints" / f"step-{step:08d}"
-    words = ["--shards", trained / "shards" / "validation", "--sequences", 6, "--batch-size", 4]
-    code, written, told = call(checkpoint, *words, "--output", tmp_path / "out.json")
-    assert code == 0, told
-    assert re.search(rf"is: dcscale training checkpoint .*step-0000000{step} \(step {step}\)\n", told)
-    assert "sequence 6/6 | " in told
+    arguments = ["--shards", trained / "shards" / "validation", "--sequences", 6, "--batch-size", 4]
+    code, out, err = call(checkpoint, *arguments, "--output", tmp_path / "out.json")
+    assert code == 0, err
+    assert re.search(rf"is: dcscale training checkpoint .*step-0000000{step} \(step {step}\)\n", err)
+    assert "sequence 6/6 | " in err
     result = json.loads((tmp_path / "out.json").read_text())
     (row,) = result["losses"]
     assert row["loss"] == pytest.approx(logged["validation_loss"], rel=1e-6)
@@ -70,93 +70,93 @@ def test_the_loss_on_shards_is_that_of_validation(trained, tmp_path, call, step)
     assert (result["step"], result["dtype"], result["device"]) == (step, "float32", "cpu")
     assert result["settings"]["context"] == 32
     assert result["settings"]["document_mask"] is True
-    assert f"{row['loss']:.4f}" in written
-    unmasked = call(checkpoint, *words, "--no-document-mask")
+    assert f"{row['loss']:.4f}" in out
+    unmasked = call(checkpoint, *arguments, "--no-document-mask")
     assert unmasked[0] == 0
-    assert unmasked[1] != written
+    assert unmasked[1] != out
 
 
-def test_an_upstream_folder_gives_the_figures_of_its_model(upstream, files, call):
-    words = ["--text", files / "text.txt", "--jsonl", files / "tasks.jsonl", files / "tasks.jsonl", "--batch-size", 3]
-    words += ["--context", 60, "--stride", 20, "--begin-id", 256, "--output", files / "out.json"]
+def test_an_upstream_folder_gives_the_results_of_its_model_folder(upstream, files, call):
+    arguments = ["--text", files / "text.txt", "--jsonl", files / "tasks.jsonl", files / "tasks.jsonl"]
+    arguments += ["--batch-size", 3, "--context", 60, "--stride", 20, "--begin-id", 256, "--output", files / "out.json"]
     results, tables = [], []
-    for name in ("ours", "theirs"):
-        code, written, told = call(upstream / name, *words, "--dtype", "fp32")
-        assert code == 0, told
+    for name in ("dcscale", "upstream"):
+        code, out, err = call(upstream / name, *arguments, "--dtype", "fp32")
+        assert code == 0, err
         results.append(json.loads((files / "out.json").read_text()))
-        tables.append(written)
-    assert "is: upstream DCFormer folder " in told
-    assert "\nnote: trained tensors of compose: original, the merged copies equal the originals\n" in told
+        tables.append(out)
+    assert "is: upstream DCFormer folder " in err
+    assert "\nnote: trained tensors of compose: original, the merged copies equal the originals\n" in err
     assert tables[0] == tables[1]
-    ours, theirs = results
-    assert (ours["losses"], ours["accuracies"]) == (theirs["losses"], theirs["accuracies"])
-    assert (ours["step"], theirs["step"]) == (7, None)
-    assert theirs["source"] == f"upstream DCFormer folder {upstream / 'theirs'}"
-    assert len(theirs["notes"]) == 1
-    assert theirs["command"]
-    assert theirs["machine"]["device"] == "cpu"
+    first, second = results
+    assert (first["losses"], first["accuracies"]) == (second["losses"], second["accuracies"])
+    assert (first["step"], second["step"]) == (7, None)
+    assert second["source"] == f"upstream DCFormer folder {upstream / 'upstream'}"
+    assert len(second["notes"]) == 1
+    assert second["command"]
+    assert second["machine"]["device"] == "cpu"
 
-    assert theirs["losses"][0]["tokens"] == 38 * 3
-    assert theirs["settings"]["begin_id"] == 256
-    counts = [(row["task"], row["texts"], row["answers"], row["tokens"]) for row in theirs["accuracies"]]
+    assert second["losses"][0]["tokens"] == 38 * 3
+    assert second["settings"]["begin_id"] == 256
+    counts = [(row["task"], row["texts"], row["answers"], row["tokens"]) for row in second["accuracies"]]
     of_file = [("ends", 3, 6, 48), ("x", 1, 2, 16), (None, 4, 8, 64)]
     assert counts == [*of_file, *of_file, (None, 8, 16, 128)]
-    assert theirs["accuracies"][-1]["name"] is None
+    assert second["accuracies"][-1]["name"] is None
     assert re.search(r"^- +- +8 +16 +0\.\d{4} +128 +0\.\d{4}$", tables[0], re.MULTILINE)
 
 
 def test_generate_takes_an_upstream_folder(upstream, caller, load_tool):
     call = caller(load_tool("generate"))
-    words = ["--prompt", "heads", "--prompt", "a", "--new-tokens", 5, "--temperature", 0, "--dtype", "fp32"]
-    ours, theirs = (call(upstream / name, *words) for name in ("ours", "theirs"))
-    assert ours[0] == theirs[0] == 0
-    assert ours[1] == theirs[1]
-    assert "is: upstream DCFormer folder " in theirs[2]
-    assert call(upstream / "ours", *words, "--begin-id", 256)[1] != ours[1]
+    arguments = ["--prompt", "heads", "--prompt", "a", "--new-tokens", 5, "--temperature", 0, "--dtype", "fp32"]
+    first, second = (call(upstream / name, *arguments) for name in ("dcscale", "upstream"))
+    assert first[0] == second[0] == 0
+    assert first[1] == second[1]
+    assert "is: upstream DCFormer folder " in second[2]
+    assert call(upstream / "dcscale", *arguments, "--begin-id", 256)[1] != first[1]
 
 
-def test_options_of_the_source_reach_it(upstream, files, call):
-    words = [upstream / "theirs", "--text", files / "text.txt", "--output", files / "out.json"]
-    code, _, told = call(*words, "--from-copies", "merged", "--gelu", "tanh", "--local-keys", 2, "--dtype", "bf16")
+def test_source_options_are_used(upstream, files, call):
+    arguments = [upstream / "upstream", "--text", files / "text.txt", "--output", files / "out.json"]
+    code, _, err = call(*arguments, "--from-copies", "merged", "--gelu", "tanh", "--local-keys", 2, "--dtype", "bf16")
     assert code == 0
-    assert "note: trained tensors of compose: merged, as asked" in told
+    assert "note: trained tensors of compose: merged, as requested" in err
     other = json.loads((files / "out.json").read_text())
     assert other["dtype"] == "bfloat16"
-    assert call(*words)[0] == 0
+    assert call(*arguments)[0] == 0
     assert json.loads((files / "out.json").read_text())["losses"] != other["losses"]
 
 
-def test_texts_that_were_tokenised_in_pieces_are_told(upstream, files, call):
+def test_texts_tokenized_in_pieces_are_reported(upstream, files, call):
     vocabulary = ["<eos>", *sorted(set(TASK["texts"])), " b"]
     merges = [(" ", "b"), ("d", " b")]
     library = Tokenizer(models.BPE({token: i for i, token in enumerate([*vocabulary, "d b"])}, merges))
     library.save(str(files / "tokenizer.json"))
-    words = ["--tokenizer", files / "tokenizer.json", "--eos-token", "<eos>", "--jsonl", files / "tasks.jsonl"]
-    code, written, told = call(upstream / "ours", *words)
-    assert code == 0, told
-    told = "4 of 4 texts were tokenised in pieces, as a token reached across a mark"
-    assert written.endswith(f"{files / 'tasks.jsonl'}: {told}\n")
+    arguments = ["--tokenizer", files / "tokenizer.json", "--eos-token", "<eos>", "--jsonl", files / "tasks.jsonl"]
+    code, out, err = call(upstream / "dcscale", *arguments)
+    assert code == 0, err
+    note = "4 of 4 texts were tokenized in pieces, because a token crossed a mark"
+    assert out.endswith(f"{files / 'tasks.jsonl'}: {note}\n")
 
 
-def test_a_result_that_cannot_be_written_is_told_below_the_table(upstream, files, caller, load_tool, monkeypatch):
+def test_a_result_that_cannot_be_written_is_an_error_after_the_table(upstream, files, caller, load_tool, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
     tool = load_tool("evaluate")
     monkeypatch.setattr(tool, "write_json", full_disk)
-    words = [upstream / "ours", "--text", files / "text.txt", "--output", files / "out.json"]
-    code, written, told = caller(tool)(*words)
+    arguments = [upstream / "dcscale", "--text", files / "text.txt", "--output", files / "out.json"]
+    code, out, err = caller(tool)(*arguments)
     assert code == 2
-    assert "perplexity" in written
-    assert told.endswith("error: No space left on device\n")
+    assert "perplexity" in out
+    assert err.endswith("error: No space left on device\n")
 
 
-def test_what_is_refused(upstream, files, tmp_path, call):
-    model, text, tasks = upstream / "ours", files / "text.txt", files / "tasks.jsonl"
+def test_what_is_rejected(upstream, files, tmp_path, call):
+    model, text, tasks = upstream / "dcscale", files / "text.txt", files / "tasks.jsonl"
     (tmp_path / "bad.jsonl").write_text(json.dumps(TASK) + "\n" + json.dumps({"task_id": "t", "texts": "a [ b"}) + "\n")
-    for words, message in (
+    for arguments, message in (
         ([model], "name what to measure by --shards, --text or --jsonl"),
-        ([tmp_path / "absent", "--text", text], "absent is no folder"),
+        ([tmp_path / "absent", "--text", text], "absent is not a folder"),
         ([model, "--text", text, "--gelu", "erf"], "--gelu: only for upstream folders"),
         ([model, "--text", text, "--batch-size", "0"], "--batch-size: '0' must be a whole number of 1 or more"),
         ([model, "--text", text, "--begin-id", "-1"], "--begin-id: '-1' must be a whole number of 0 or more"),
@@ -165,28 +165,28 @@ def test_what_is_refused(upstream, files, tmp_path, call):
         ([model, "--text", text, "--context", "8", "--stride", "9"], "stride is 9, but must be from 1 to the context"),
         ([model, "--text", text, "--device", "abacus"], "--device: 'abacus' cannot be used: "),
         ([model, "--text", text, "--output", tmp_path / "a.txt"], "must end in .json"),
-        ([model, "--text", text, "--output", tmp_path / "absent" / "a.json"], "is no folder that can be written to"),
-        ([model, "--text", text, "--output", text / "a.json"], "text.txt is no folder that can be written to"),
+        ([model, "--text", text, "--output", tmp_path / "absent" / "a.json"], "is not a writable folder"),
+        ([model, "--text", text, "--output", text / "a.json"], "text.txt is not a writable folder"),
         ([model, "--text", text, "--tokenizer", tmp_path / "t.json"], "t.json: cannot be read: No such file"),
         ([model, "--text", text, tmp_path / "no.txt"], "no.txt: cannot be read as UTF-8 text"),
         ([model, "--shards", tmp_path / "no"], "no: no such folder; give a folder of shards"),
-        ([model, "--jsonl", tasks, tmp_path / "bad.jsonl"], "bad.jsonl, line 2: '[' in 'a [ b' has no partner"),
-        ([model, "--jsonl", tasks, "--context", "20"], "tasks.jsonl, line 1: takes 35 tokens up to its last answer"),
+        ([model, "--jsonl", tasks, tmp_path / "bad.jsonl"], "bad.jsonl, line 2: '[' in 'a [ b' is not part of a pair"),
+        ([model, "--jsonl", tasks, "--context", "20"], "tasks.jsonl, line 1: needs 35 tokens up to its last answer"),
     ):
-        code, written, told = call(*words)
-        assert (code, written) == (2, ""), words
-        assert message in told, told
+        code, out, err = call(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in err, err
 
 
 def test_a_model_without_a_tokenizer_can_still_be_measured_on_shards(upstream, trained, tmp_path, call):
-    folder = shutil.copytree(upstream / "theirs", tmp_path / "theirs")
+    folder = shutil.copytree(upstream / "upstream", tmp_path / "copy")
     settings = json.loads((folder / "config.json").read_text())
     del settings["dcscale"]["tokenizer"]
     (folder / "config.json").write_text(json.dumps(settings))
-    words = ["--shards", trained / "shards" / "validation", "--context", 32, "--sequences", 2]
-    code, written, told = call(folder, *words)
-    assert code == 0, told
-    assert "bits per byte" in written
-    code, _, told = call(folder, "--text", __file__)
+    arguments = ["--shards", trained / "shards" / "validation", "--context", 32, "--sequences", 2]
+    code, out, err = call(folder, *arguments)
+    assert code == 0, err
+    assert "bits per byte" in out
+    code, _, err = call(folder, "--text", __file__)
     assert code == 2
-    assert "has no tokenizer.json: name one with --tokenizer, or 'byte'" in told
+    assert "has no tokenizer.json: name one with --tokenizer, or 'byte'" in err

@@ -1,4 +1,4 @@
-"""tools/generate.py on a run's checkpoints, as a user would call it, and what is refused."""
+"""tools/generate.py on the checkpoints of a run, and what it rejects."""
 
 import json
 import re
@@ -27,17 +27,17 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run of ZeRO-3 on 2 ranks in bfloat16 and one of ZeRO-1 in float32, both sampling at their end."""
+def runs(tmp_path_factory, shards):
+    """A ZeRO-3 run on 2 ranks in bfloat16 and a ZeRO-1 run in float32; both generate samples at the end."""
     folder = tmp_path_factory.mktemp("runs")
-    shards = make_shards(tmp_path_factory.mktemp("data") / "shards")
+    shards = shutil.copytree(shards, folder / "shards")
     common = ["samples.interval=4", "samples.new_tokens=12", 'samples.prompts=["heads ","a"]', "checkpoint.interval=4"]
     configs = [
         tiny_config(folder / "zero3", shards, "parallel.zero_stage=3", "train.precision=bf16", *common),
         tiny_config(folder / "zero1", shards, "parallel.zero_stage=1", *common),
     ]
     run_distributed(train_all, 2, configs)
-    shutil.rmtree(shards)  # a checkpoint must be enough
+    shutil.rmtree(shards)  # the checkpoint must be sufficient
     return folder
 
 
@@ -47,7 +47,7 @@ def call(caller, load_tool):
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])
-def test_the_checkpoint_alone_writes_what_the_training_run_wrote(runs, name):
+def test_the_checkpoint_generates_the_sample_of_the_training_run(runs, name):
     summary = json.loads((runs / name / "summary.json").read_text())
     trained = open_trained(runs / name)
     assert trained.step == 8
@@ -59,20 +59,20 @@ def test_the_checkpoint_alone_writes_what_the_training_run_wrote(runs, name):
 
 
 def test_the_tool(runs, call):
-    words = [str(runs / "zero1"), "--prompt", "heads ", "--prompt", "a", "--new-tokens", "10", "--temperature", "0"]
-    result = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, cwd=ROOT)
+    arguments = [str(runs / "zero1"), "--prompt", "heads ", "--prompt", "a", "--new-tokens", "10", "--temperature", "0"]
+    result = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("----\n") == 2
     assert "----\nheads " in result.stdout
     assert "is: dcscale training checkpoint " in result.stderr
     assert "step-00000008 (step 8)\n" in result.stderr
     assert re.search(r"^20 tokens in [0-9.]+ s, [0-9.,]+ tokens/s$", result.stderr, re.MULTILINE)
-    assert call(*words)[:2] == (0, result.stdout)
-    _, _, told = call(runs / "zero1" / "checkpoints" / "step-00000004", "--prompt", "heads ", "--new-tokens", 4)
-    assert "(step 4)" in told
+    assert call(*arguments)[:2] == (0, result.stdout)
+    _, _, err = call(runs / "zero1" / "checkpoints" / "step-00000004", "--prompt", "heads ", "--new-tokens", 4)
+    assert "(step 4)" in err
 
 
-def test_what_the_tool_writes_cannot_steer_the_terminal(runs, call):
+def test_generated_text_cannot_control_the_terminal(runs, call):
     code, written, _ = call(runs / "zero1", "--prompt", "a\x1b[2Jb", "--new-tokens", 4, "--temperature", 0)
     assert code == 0
     assert "----\na\\x1b[2Jb" in written
@@ -88,11 +88,11 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     changed = shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", tmp_path / "changed" / "step-00000008")
     config = changed / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
-    for words, message in (
-        ([tmp_path, "--prompt", "a"], "is nothing that can be converted"),
+    for arguments, message in (
+        ([tmp_path, "--prompt", "a"], "is not a model that can be converted"),
         ([tmp_path / ("a" * 300), "--prompt", "a"], "File name too long"),
         ([runs / "zero1", "--prompt", ""], "prompt 0 is empty"),
-        ([runs / "zero1", "--prompt", "a", "--new-tokens", "0"], "new_tokens is 0"),
+        ([runs / "zero1", "--prompt", "a", "--new-tokens", "0"], "--new-tokens: '0' must be a whole number"),
         ([runs / "zero1", "--prompt", "a", "--device", "abacus"], "--device: 'abacus' cannot be used: Expected one of"),
         ([runs / "zero1", "--prompt", "a", "--device", "meta"], "--device: 'meta' cannot be used: "),
         (
@@ -100,11 +100,11 @@ def test_errors_of_the_tool(runs, tmp_path, call):
             "has values that are not finite:\n  - embedding.weight  <-  embedding.weight: 8224 NaN",
         ),
         ([huge, "--prompt", "a"], "the model's logits are not finite"),
-        ([changed, "--prompt", "a"], "the checkpoint is damaged: "),
+        ([changed, "--prompt", "a"], "the checkpoint is corrupt: "),
     ):
-        code, written, told = call(*words)
+        code, written, err = call(*arguments)
         assert (code, written) == (2, "")
-        assert message in told
+        assert message in err
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def test_errors_of_the_tool(runs, tmp_path, call):
     [
         (lambda f: (f / "weights" / "model-00001.safetensors").unlink(), "model-00001.safetensors is missing"),
         (
-            lambda f: edit_file(f / "state.json", '"tokenizer"', '"tokeniser"'),
+            lambda f: edit_file(f / "state.json", '"tokenizer"', '"other"'),
             r"has no tokenizer\.json: name one with --tokenizer, or 'byte'",
         ),
         (
             lambda f: edit_file(f / "config.yaml", "dim: 32", "dim: 64"),
-            r"embedding\.weight has shape \[257, 32\], the config wants \[257, 64\]",
+            r"embedding\.weight has shape \[257, 32\], the config requires \[257, 64\]",
         ),
     ],
 )
-def test_a_checkpoint_that_is_not_whole(runs, tmp_path, change, message):
+def test_an_incomplete_or_inconsistent_checkpoint(runs, tmp_path, change, message):
     folder = tmp_path / "step-00000008"
     shutil.copytree(runs / "zero1" / "checkpoints" / "step-00000008", folder)
     change(folder)
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_not_whole(runs, tmp_path, change, message):
         assert open_trained(folder).tokenizer
 
 
-def test_a_tokenizer_json_comes_with_the_checkpoint(tmp_path):
+def test_a_checkpoint_contains_its_tokenizer_json(tmp_path):
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -149,7 +149,7 @@ def test_a_tokenizer_json_comes_with_the_checkpoint(tmp_path):
     sampling = ["samples.interval=4", "samples.new_tokens=12", 'samples.prompts=["heads are"]']
     overrides = [f"model.vocab_size={library.get_vocab_size()}", "train.steps=4", *sampling]
     run_distributed(train_all, 1, [tiny_config(run, shards, *overrides)])
-    shutil.rmtree(shards)  # the checkpoint must be enough
+    shutil.rmtree(shards)  # the checkpoint must be sufficient
     file.unlink()
 
     trained = open_trained(run)
@@ -177,9 +177,9 @@ def overwrite_weights(folder, value):
     seal(folder)
 
 
-def edit_file(path, there, here):
-    """Changes a file of a checkpoint, and what the marker says of it."""
+def edit_file(path, old, new):
+    """Edits a file of a checkpoint and updates the marker."""
     content = path.read_text()
-    assert there in content
-    path.write_text(content.replace(there, here))
+    assert old in content
+    path.write_text(content.replace(old, new))
     seal(path.parent)

@@ -1,4 +1,4 @@
-"""Everything that tools/gpu/day.sh names exists: it runs rarely, and where no one can correct it."""
+"""Everything that tools/gpu/day.sh uses exists: it runs rarely, where mistakes cannot be fixed."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ with open({log!r}, "a") as log:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Arguments of every python3 that day.sh starts, recorded by a stand-in."""
+    """Arguments of every python3 command in day.sh, recorded by a fake python3."""
     folder = tmp_path_factory.mktemp("gpu")
     log = folder / "log"
     shutil.copytree(GPU, folder / ".gpu", ignore=shutil.ignore_patterns("__pycache__"))
@@ -59,7 +59,7 @@ def test_flags_exist(commands):
     helps = {}
     for command in commands:
         program = command[:2] if command[0] == "-m" else command[:1]
-        flags = [word for word in command[len(program) :] if word.startswith("--")]
+        flags = [argument for argument in command[len(program) :] if argument.startswith("--")]
         if flags and program != ["-m", "pytest"]:
             text = helps.setdefault(tuple(program), _help(*program))
             for flag in flags:
@@ -77,9 +77,9 @@ def test_tests_are_found(commands):
 def test_trainings_have_valid_configs(commands):
     trainings = [command[1:] for command in commands if command[0] == "launch/train.py"]
     assert len(trainings) == 4
-    for words in trainings:
-        files = [str(ROOT / word) for word in words if "=" not in word]
-        settings = [word for word in words if "=" in word]
+    for arguments in trainings:
+        files = [str(ROOT / argument) for argument in arguments if "=" not in argument]
+        settings = [argument for argument in arguments if "=" in argument]
         assert check_config(load_config(files, settings).config, world_size=1) == []
 
 

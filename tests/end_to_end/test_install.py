@@ -1,4 +1,4 @@
-"""What launch/install.sh does when Python's venv or pip fails, in a copy with stand-ins for both."""
+"""launch/install.sh when venv or pip fails, in a copy with fake commands."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def program(path, script):
 
 
 def install(folder, python):
-    """Runs install.sh with a stand-in for Python, on a machine without a GPU."""
+    """Runs install.sh with a fake Python, on a machine without a GPU."""
     commands = folder.parent / "commands"
     program(commands / "python", python)
     program(commands / "nvidia-smi", "exit 1")
@@ -39,9 +39,9 @@ def install(folder, python):
     )
 
 
-# Debian's python3 without python3-venv: a .venv with a Python and no pip, and an error.
-HALF = 'case "$*" in *venv*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 1 ;; *pip*) exit 1 ;; esac'
-# A venv whose pip finds nothing.
+# Debian's python3 without python3-venv fails and leaves a .venv with Python but without pip.
+NO_VENV = 'case "$*" in *venv*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit 1 ;; *pip*) exit 1 ;; esac'
+# A venv whose pip cannot find any package.
 NO_TORCH = """case "$*" in
     *venv*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     *"pip --version") ;;
@@ -50,25 +50,25 @@ NO_TORCH = """case "$*" in
 esac"""
 
 
-def test_a_half_made_venv_is_removed(copy):
-    result = install(copy, HALF)
+def test_an_incomplete_venv_is_removed(copy):
+    result = install(copy, NO_VENV)
     assert result.returncode == 1
     assert "error: python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" in result.stderr
     assert not (copy / ".venv").exists()
 
 
-def test_a_venv_that_was_there_is_not_removed(copy):
+def test_an_existing_venv_is_not_removed(copy):
     mine = copy / ".venv" / "mine"
     mine.parent.mkdir()
     mine.touch()
-    assert install(copy, HALF).returncode == 1
+    assert install(copy, NO_VENV).returncode == 1
     assert mine.exists()
 
 
-def test_a_venv_without_pip_is_made_again(copy):
+def test_a_venv_without_pip_is_created_again(copy):
     program(copy / ".venv" / "bin" / "python", "exit 1")
     result = install(copy, NO_TORCH)
-    assert "Making .venv" in result.stdout
+    assert "Creating .venv" in result.stdout
     assert (copy / ".venv" / "bin" / "python").read_text().endswith(f"{NO_TORCH}\n")
 
 
@@ -76,5 +76,5 @@ def test_both_errors_of_pip_are_shown(copy):
     result = install(copy, NO_TORCH)
     assert result.returncode == 1
     assert "second failure\n" in result.stderr
-    assert result.stderr.endswith("pip said: first failure\n")
+    assert result.stderr.endswith("pip printed: first failure\n")
     assert not list((copy / ".venv").glob("installed-*"))

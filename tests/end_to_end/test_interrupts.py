@@ -1,4 +1,4 @@
-"""Ctrl-C where no checkpoint can follow: a line, not a traceback."""
+"""Ctrl-C before training, without a checkpoint: one line, no traceback."""
 
 import importlib.util
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-def test_an_interrupt_before_training_says_so(monkeypatch, capsys):
+def test_an_interrupt_before_training(monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("launch_train", Path(__file__).parents[2] / "launch" / "train.py")
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
@@ -18,9 +18,9 @@ def test_an_interrupt_before_training_says_so(monkeypatch, capsys):
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(train, "discover", interrupt)
+    monkeypatch.setattr("dcscale.parallel.discover", interrupt)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as ended:
         train.main(["train.steps=1"])
     assert ended.value.code == 130
-    assert capsys.readouterr().err.startswith("interrupted: earlier checkpoints are whole")
+    assert capsys.readouterr().err.startswith("interrupted: earlier checkpoints are complete")

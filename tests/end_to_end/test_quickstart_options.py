@@ -1,4 +1,4 @@
-"""What launch/quickstart.sh says and starts, in a copy whose installation, Python and launchers are stand-ins."""
+"""Output and commands of launch/quickstart.sh, in a copy with fake installation, Python and launchers."""
 
 import json
 import os
@@ -26,10 +26,10 @@ def copy(tmp_path):
     return tmp_path
 
 
-def start(folder, *words, **variables):
+def start(folder, *arguments, **variables):
     keep = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return subprocess.Popen(
-        ["bash", str(folder / "launch" / "quickstart.sh"), *words],
+        ["bash", str(folder / "launch" / "quickstart.sh"), *arguments],
         env={**keep, "PYTHONPATH": str(ROOT), **variables},
         text=True,
         stdout=subprocess.PIPE,
@@ -37,22 +37,22 @@ def start(folder, *words, **variables):
     )
 
 
-def quickstart(folder, *words, **variables):
-    process = start(folder, *words, **variables)
+def quickstart(folder, *arguments, **variables):
+    process = start(folder, *arguments, **variables)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help_is_shown_and_nothing_made(copy, word):
-    code, out, err = quickstart(copy, word)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_shown_and_nothing_is_created(copy, flag):
+    code, out, err = quickstart(copy, flag)
     assert (code, err) == (0, "")
     assert out.startswith("Usage: bash launch/quickstart.sh")
     assert [path.name for path in copy.iterdir()] == ["launch"]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--nwe"], "unknown option '--nwe'; see bash launch/quickstart.sh --help"),
         (["quickstart.yaml"], "unknown option 'quickstart.yaml'"),
@@ -64,8 +64,8 @@ def test_help_is_shown_and_nothing_made(copy, word):
         (["--processes", "two"], "--processes 'two' is not"),
     ],
 )
-def test_bad_words_are_refused_before_anything_is_made(copy, words, message):
-    code, out, err = quickstart(copy, *words)
+def test_invalid_arguments_are_rejected_before_anything_is_created(copy, arguments, message):
+    code, out, err = quickstart(copy, *arguments)
     assert (code, out) == (2, "")
     assert f"error: {message}" in err
     assert [path.name for path in copy.iterdir()] == ["launch"]
@@ -73,13 +73,13 @@ def test_bad_words_are_refused_before_anything_is_made(copy, words, message):
 
 @pytest.fixture
 def installed(copy):
-    """The copy with its data made, and with commands that only say what they were asked to do."""
+    """The copy with data, and with launchers that only print their command lines."""
     (copy / "launch" / "install.sh").write_text("")
     for split in ("train", "validation"):
         manifest = copy / "runs" / "data" / "python-stdlib" / split / "manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.touch()
-    # GPUS stands for what torch finds.
+    # GPUS is the number of GPUs that torch finds.
     program(copy, "python", f'case "$*" in *torch.cuda*) echo "$GPUS" ;; *) exec "{sys.executable}" "$@" ;; esac')
     for name in ("deepspeed", "torchrun"):
         program(copy, name, f'echo "{name} $*, visible: ${{CUDA_VISIBLE_DEVICES-unset}}"')
@@ -97,7 +97,7 @@ TRAIN = "launch/train.py configs/quickstart.yaml run.name=quickstart"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "visible", "words", "command"),
+    ("gpus", "visible", "arguments", "command"),
     [
         (0, None, [], f"deepspeed --quiet --num_accelerators 2 {TRAIN}, visible: unset"),
         (0, "", [], f"deepspeed --quiet --num_accelerators 2 {TRAIN}, visible: "),
@@ -110,9 +110,9 @@ TRAIN = "launch/train.py configs/quickstart.yaml run.name=quickstart"
         (1, "GPU-a", [], f"torchrun --standalone --nproc-per-node 1 {TRAIN} train.precision=bf16, visible: GPU-a"),
     ],
 )
-def test_the_run_gets_the_processes_and_gpus_it_may_use(installed, gpus, visible, words, command):
+def test_the_run_gets_the_processes_and_gpus_it_may_use(installed, gpus, visible, arguments, command):
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    code, out, err = quickstart(installed, *words, GPUS=str(gpus), **variables)
+    code, out, err = quickstart(installed, *arguments, GPUS=str(gpus), **variables)
     assert (code, err) == (0, "")
     assert command in out
     assert "tensorboard --logdir runs" in out
@@ -124,24 +124,24 @@ def test_more_processes_than_gpus(installed):
     assert "error: --processes 3, but there are 2 GPUs" in err
 
 
-@pytest.mark.parametrize("words", [[], ["train.steps=7", "data.train=a b"]])
-def test_a_complete_run_says_which_settings_were_not_used(installed, words):
-    run = installed / "runs" / "twin"
+@pytest.mark.parametrize("arguments", [[], ["train.steps=7", "data.train=a b"]])
+def test_a_complete_run_prints_which_settings_were_ignored(installed, arguments):
+    run = installed / "runs" / "baseline"
     run.mkdir()
     summary = {"completed": True, "steps": 5, "tokens": 5, "train_seconds": 5.0, "last_checkpoint": "step-00000005"}
     nothing = dict.fromkeys(("first_loss", "validation_loss", "sample"))
-    (run / "summary.json").write_text(json.dumps({**summary, **nothing}))
-    code, out, _ = quickstart(installed, "--name", "twin", *words, GPUS="0")
+    (run / "summary.json").write_text(json.dumps({**summary, **nothing, "skipped_shards": 0}))
+    code, out, _ = quickstart(installed, "--name", "baseline", *arguments, GPUS="0")
     assert code == 0
-    assert "runs/twin is complete:" in out
+    assert "runs/baseline is complete:" in out
     assert "deepspeed" not in out
-    assert ("Not used, as the run is complete: train.steps=7 data.train=a b\n" in out) == bool(words)
-    again = " ".join(["bash launch/quickstart.sh --name twin --new", *[w.replace(" ", "\\ ") for w in words]])
+    assert ("Ignored, because the run is complete: train.steps=7 data.train=a b\n" in out) == bool(arguments)
+    again = " ".join(["bash launch/quickstart.sh --name baseline --new", *[a.replace(" ", "\\ ") for a in arguments]])
     assert f"Start another run with: {again}\n" in out
 
 
-def test_a_signal_reaches_the_run_and_the_way_on_is_told(installed):
-    # Like DeepSpeed: a command that waits for a launcher, and only the launcher looks at signals.
+def test_a_signal_reaches_the_run_and_the_output_names_the_checkpoint(installed):
+    # Like DeepSpeed: a command that waits for a launcher, and only the launcher handles signals.
     worker = installed / "worker.py"
     worker.write_text(
         "import pathlib, signal, sys, time\n"
@@ -164,4 +164,4 @@ def test_a_signal_reaches_the_run_and_the_way_on_is_told(installed):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (75, "")
-    assert out.endswith("The same command goes on from runs/quickstart/checkpoints/step-00000005.\n")
+    assert out.endswith("The same command resumes from runs/quickstart/checkpoints/step-00000005.\n")

@@ -1,4 +1,4 @@
-"""Loss of a text by a sliding window, against the model asked for one token at a time."""
+"""Loss of a text with a sliding window, compared with predicting one token at a time."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from dcscale.data import ByteTokenizer, DataError
 from dcscale.evaluation import evaluate_text, read_text
-from dcscale.testing.models import lively_model, tiny_config
+from dcscale.testing.models import random_model, tiny_config
 
 TEXT = "Köpfe werden gemischt, und "
 IDS = list(TEXT.encode())
@@ -15,7 +15,7 @@ IDS = list(TEXT.encode())
 
 @pytest.fixture(scope="module")
 def model():
-    return lively_model(tiny_config(vocab_size=257))
+    return random_model(tiny_config(vocab_size=257))
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def one_by_one(model, context, stride):
         window = 0
         while window * stride + context < token:
             window += 1
-        given = IDS[window * stride : token]
-        assert len(given) >= (context - stride + 1 if window else 1)
+        context_ids = IDS[window * stride : token]
+        assert len(context_ids) >= (context - stride + 1 if window else 1)
         with torch.no_grad():
-            logits = model(torch.tensor([given]))[0, -1]
+            logits = model(torch.tensor([context_ids]))[0, -1]
         total -= float(logits.log_softmax(-1)[IDS[token]])
     return total / (len(IDS) - 1)
 
@@ -43,16 +43,16 @@ def one_by_one(model, context, stride):
 @pytest.mark.parametrize(("context", "stride"), [(9, 4), (9, 9), (9, 1), (8, 3), (27, 5), (26, 5), (100, 50), (1, 1)])
 def test_each_token_is_predicted_once(model, path, context, stride, batch_size):
     text = read_text(path, ByteTokenizer(), vocab_size=257, context=context, stride=stride)
-    told = []
-    found = evaluate_text(model, text, batch_size=batch_size, told=lambda *done: told.append(done))
+    progress = []
+    found = evaluate_text(model, text, batch_size=batch_size, on_progress=lambda *done: progress.append(done))
     assert found.tokens == len(IDS) - 1
     assert found.loss == pytest.approx(one_by_one(model, context, stride), rel=1e-12)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))  # a byte is a token
-    assert (told[0], told[-1]) == ((0, len(IDS) - 1), (len(IDS) - 1, len(IDS) - 1))
+    assert (progress[0], progress[-1]) == ((0, len(IDS) - 1), (len(IDS) - 1, len(IDS) - 1))
 
 
-def test_texts_that_are_refused(path, tmp_path):
+def test_texts_that_are_rejected(path, tmp_path):
     def read(path, vocab_size=257, context=8, stride=4):
         return read_text(path, ByteTokenizer(), vocab_size=vocab_size, context=context, stride=stride)
 
@@ -67,7 +67,7 @@ def test_texts_that_are_refused(path, tmp_path):
     with pytest.raises(DataError, match=r"text\.txt: cannot be read as UTF-8 text: .*0xff"):
         read(path)
     path.write_text("a")
-    with pytest.raises(DataError, match=r"text\.txt: has 1 tokens, but one is needed beside the first"):
+    with pytest.raises(DataError, match=r"text\.txt: has 1 tokens, but needs one more than the first"):
         read(path)
 
 
@@ -84,8 +84,8 @@ def test_a_token_before_the_text(model, path):
 
 
 @pytest.mark.parametrize(("scale", "loss"), [(math.nan, "nan"), (1e9, r"\d+.*")])
-def test_a_broken_model_is_told(path, scale, loss):
-    model = lively_model(tiny_config(vocab_size=257))
+def test_a_broken_model_is_an_error(path, scale, loss):
+    model = random_model(tiny_config(vocab_size=257))
     model.norm.weight.data.mul_(scale)
     text = read_text(path, ByteTokenizer(), vocab_size=257, context=8, stride=4)
     with pytest.raises(FloatingPointError, match=rf"text\.txt: the loss is {loss} nats/token: the model's weights"):

@@ -1,4 +1,4 @@
-"""A model in memory from any folder: the same as of its conversion, and with which tokenizer."""
+"""Loading a model from any folder gives the same as converting it first; and its tokenizer."""
 
 import shutil
 
@@ -16,15 +16,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def upstream(tmp_path):
-    """An upstream folder of a tiny model."""
-    convert(write_checkpoint(tmp_path / "source", tiny_config(vocab_size=257)), tmp_path / "theirs", "upstream")
-    return UpstreamFolder(tmp_path / "theirs")
+    """An upstream folder with a tiny model."""
+    convert(write_checkpoint(tmp_path / "source", tiny_config(vocab_size=257)), tmp_path / "upstream", "upstream")
+    return UpstreamFolder(tmp_path / "upstream")
 
 
-def test_a_folder_is_loaded_as_its_conversion_would_be(tmp_path, upstream):
-    convert(upstream.folder, tmp_path / "ours", "dcscale", gelu="erf", local_keys=3)
+def test_a_folder_is_loaded_like_its_conversion(tmp_path, upstream):
+    convert(upstream.folder, tmp_path / "converted", "dcscale", gelu="erf", local_keys=3)
     trained = open_trained(upstream.folder, gelu="erf", local_keys=3)
-    direct, converted = trained.load(CPU), open_trained(tmp_path / "ours").load(CPU)
+    direct, converted = trained.load(CPU), open_trained(tmp_path / "converted").load(CPU)
     assert direct.config == converted.config
     assert (direct.config.compose.gelu, direct.config.windows) == ("erf", [3, None])
     state = converted.state_dict()
@@ -42,16 +42,16 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]]))).all()
 
 
-def test_what_it_is(tmp_path, upstream):
+def test_description(tmp_path, upstream):
     trained = open_trained(upstream.folder)
     assert trained.description[0] == f"upstream DCFormer folder {upstream.folder}"
     assert trained.description[1].startswith("note: trained tensors of compose: original")
     assert trained.step is None
-    ours = open_trained(tmp_path / "source")
-    assert ours.description == [f"dcscale model folder {tmp_path / 'source'} (step 7)"]
+    model_folder = open_trained(tmp_path / "source")
+    assert model_folder.description == [f"dcscale model folder {tmp_path / 'source'} (step 7)"]
 
 
-def test_values_that_a_conversion_refuses_are_refused(upstream):
+def test_values_that_a_conversion_rejects_are_rejected(upstream):
     upstream.tensors["norm.weight"][3] = torch.nan
     with pytest.raises(ConversionError, match=r"norm\.weight  <-  norm\.weight: 1 NaN and 0 infinite of 32"):
         open_trained(upstream.write()).load(CPU)
@@ -72,7 +72,7 @@ def test_the_tokenizer(tmp_path, upstream):
         assert open_trained(upstream.folder).tokenizer
     assert isinstance(open_trained(upstream.folder, tokenizer="byte").tokenizer, ByteTokenizer)
 
-    # One that lies beside the model, with and without a word of the config on its end of document.
+    # A tokenizer next to the model, with and without an end-of-document token in the config.
     shutil.copy(tmp_path / "named.json", upstream.folder / "tokenizer.json")
     upstream.settings["eos_token_id"] = 0
     assert open_trained(upstream.write()).tokenizer.eos_id == 0

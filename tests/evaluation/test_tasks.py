@@ -1,4 +1,4 @@
-"""Accuracy on marked answers, against the model asked text by text and token by token."""
+"""Accuracy on marked answers, compared with predicting text by text and token by token."""
 
 import json
 
@@ -7,13 +7,13 @@ import torch
 
 from dcscale.data import DataError
 from dcscale.evaluation import Accuracy, evaluate_tasks, read_tasks
-from dcscale.testing.models import lively_model, tiny_config
+from dcscale.testing.models import random_model, tiny_config
 
 
 class Letters:
-    """Tokens that are letters: enough of a tokenizer for this."""
+    """A tokenizer with one token per character."""
 
-    def encode_with_places(self, text):
+    def encode_with_offsets(self, text):
         return [ord(letter) - 0x4E00 for letter in text], [(i, i + 1) for i in range(len(text))]
 
 
@@ -23,21 +23,21 @@ def letters(*ids):
 
 @pytest.fixture(scope="module")
 def model():
-    return lively_model(tiny_config(), dtype=torch.float32)
+    return random_model(tiny_config(), dtype=torch.float32)
 
 
-def likeliest(model, ids):
+def most_likely(model, ids):
     with torch.no_grad():
         return int(model(torch.tensor([ids]))[0, -1].argmax())
 
 
 def text_with_answers(model, begin, pattern):
-    """A marked text, ids 0 to 60; ``pattern``: for each answer which of its tokens the model gets right."""
+    """A marked text with ids 0 to 60. ``pattern``: for each answer, which of its tokens the model predicts right."""
     ids, marked = list(begin), letters(*begin)
     for answer in pattern:
         own = []
         for right in answer:
-            best = likeliest(model, ids + own)
+            best = most_likely(model, ids + own)
             own.append(best if right else (best + 1) % 61)
         ids += [*own, 7]
         marked += f"[ {letters(*own)} ]{letters(7)}"
@@ -64,13 +64,13 @@ def tasks(model, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 10])
 def test_counts_of_texts_of_different_lengths(model, tasks, batch_size):
-    told = []
+    progress = []
     texts = read_tasks(tasks, Letters(), vocab_size=61, context=100)
-    found = evaluate_tasks(model, texts, batch_size=batch_size, told=lambda *done: told.append(done))
+    found = evaluate_tasks(model, texts, batch_size=batch_size, on_progress=lambda *done: progress.append(done))
     assert list(found.items()) == list(EXPECTED.items())
-    assert (told[0], told[-1]) == ((0, 5), (5, 5))
-    whole = sum(found.values(), Accuracy())
-    assert (whole.answer_accuracy, whole.token_accuracy) == (4 / 8, 9 / 13)
+    assert (progress[0], progress[-1]) == ((0, 5), (5, 5))
+    total = sum(found.values(), Accuracy())
+    assert (total.answer_accuracy, total.token_accuracy) == (4 / 8, 9 / 13)
 
 
 def test_a_token_before_each_text(model, tmp_path):
@@ -80,15 +80,15 @@ def test_a_token_before_each_text(model, tmp_path):
     assert evaluate_tasks(model, texts, batch_size=1)["t"].tokens_right == 3
 
 
-def test_texts_that_are_refused(tasks):
-    with pytest.raises(DataError, match=r"tasks.jsonl, line 3: takes 14 tokens up to its last answer, but the context"):
+def test_texts_that_are_rejected(tasks):
+    with pytest.raises(DataError, match=r"tasks.jsonl, line 3: needs 14 tokens up to its last answer, but the context"):
         read_tasks(tasks, Letters(), vocab_size=61, context=13)
     with pytest.raises(DataError, match=r"tasks.jsonl, line 1: the tokenizer gives token \d+, but the model has 5 tok"):
         read_tasks(tasks, Letters(), vocab_size=5, context=100)
 
 
-def test_a_broken_model_is_told(tasks):
-    model = lively_model(tiny_config(), dtype=torch.float32)
+def test_a_broken_model_is_an_error(tasks):
+    model = random_model(tiny_config(), dtype=torch.float32)
     model.norm.weight.data.fill_(torch.inf)
     texts = read_tasks(tasks, Letters(), vocab_size=61, context=100)
     with pytest.raises(FloatingPointError, match="logits are not finite"):

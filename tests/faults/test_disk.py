@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: the error says so, what was there stays, and the run stops or goes on as told."""
+"""A full or read-only disk: the error names it, existing checkpoints stay, the run stops or continues as configured."""
 
 import os
 import shutil
@@ -12,34 +12,29 @@ from dcscale.checkpoint.layout import corrupt_reason
 from dcscale.observe import Console, read_metrics
 from dcscale.parallel import discover, start_distributed
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config
+from dcscale.testing.runs import tiny_config
 from dcscale.train import build_trainer
 from dcscale.train.hooks import Hook
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder whose checkpoints are on a disk of 1 MiB: one fits, two do not."""
+    """A run folder with its checkpoints on a disk of 1 MiB, which has room for one checkpoint, not for two."""
     disk = tmp_path / "run" / "checkpoints"
     disk.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no right to mount a small disk: {made.stderr.strip()}")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no permission to mount a small disk: {mounted.stderr.strip()}")
     yield tmp_path / "run"
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-class Meddle(Hook):
-    """Does something to the disk after a step."""
+class ChangeDisk(Hook):
+    """Changes the disk after a step."""
 
-    name = "meddle"
+    name = "change_disk"
 
     def __init__(self, call, step):
         self._call, self._step = call, step
@@ -49,8 +44,8 @@ class Meddle(Hook):
             self._call(trainer.run / "checkpoints")
 
 
-def remount(disk, how):
-    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+def remount(disk, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
 def enlarge(disk):
@@ -65,14 +60,14 @@ def make_writable(disk):
     remount(disk, "rw")
 
 
-def _train(config, meddles, hide_what_is_free):
-    """What training fails with, the last step done, and what was said at the terminal."""
-    if hide_what_is_free:
+def _train(config, changes, hide_disk_usage):
+    """Returns the error of training, the last finished step and the printed warnings."""
+    if hide_disk_usage:
         checkpointer.shutil.disk_usage = lambda folder: namedtuple("usage", "free")(1 << 40)
     environment = discover()
     start_distributed(environment, 1)
     trainer = build_trainer(config, environment, Console(enabled=False))
-    trainer.hooks = [*(Meddle(call, step) for call, step in meddles), *trainer.hooks]
+    trainer.hooks = [*(ChangeDisk(call, step) for call, step in changes), *trainer.hooks]
     warnings = []
     trainer._reporter.warn = warnings.append
     failure = ""
@@ -84,40 +79,40 @@ def _train(config, meddles, hide_what_is_free):
     return failure, trainer.state.step, warnings
 
 
-def train(run, shards, *overrides, meddles=(), hide_what_is_free=False):
+def train(run, shards, *overrides, changes=(), hide_disk_usage=False):
     config = tiny_config(run, shards, "checkpoint.interval=2", "validation.interval=0", *overrides)
-    return run_distributed(_train, 1, config, meddles, hide_what_is_free)[0]
+    return run_distributed(_train, 1, config, changes, hide_disk_usage)[0]
 
 
 FULL = {False: "bytes free, but the checkpoint takes", True: "No space left on device"}
 
 
-@pytest.mark.parametrize("hide_what_is_free", FULL)
-def test_a_full_disk_stops_the_run(run, shards, hide_what_is_free):
-    failure, step, warnings = train(run, shards, hide_what_is_free=hide_what_is_free)
+@pytest.mark.parametrize("hide_disk_usage", FULL)
+def test_a_full_disk_stops_the_run(run, shards, hide_disk_usage):
+    failure, step, warnings = train(run, shards, hide_disk_usage=hide_disk_usage)
     assert f"checkpoint {run}/checkpoints/step-00000004 was not written: rank 0: " in failure
-    assert FULL[hide_what_is_free] in failure
+    assert FULL[hide_disk_usage] in failure
     assert 4 <= step < 8
     assert warnings == []
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
     assert corrupt_reason(find_checkpoint(run)) is None
 
 
-@pytest.mark.parametrize("hide_what_is_free", FULL)
-def test_a_full_disk_is_reported_and_training_goes_on_until_there_is_room(run, shards, hide_what_is_free):
+@pytest.mark.parametrize("hide_disk_usage", FULL)
+def test_a_full_disk_is_reported_and_training_continues_until_there_is_room(run, shards, hide_disk_usage):
     failure, step, warnings = train(
         run,
         shards,
         "checkpoint.on_error=warn",
         "checkpoint.background=false",
-        meddles=[(enlarge, 7)],
-        hide_what_is_free=hide_what_is_free,
+        changes=[(enlarge, 7)],
+        hide_disk_usage=hide_disk_usage,
     )
     assert (failure, step, len(warnings)) == ("", 8, 2)
     for warning, name in zip(warnings, ("step-00000004", "step-00000006")):
         assert f"{name} was not written: rank 0: " in warning
-        assert FULL[hide_what_is_free] in warning
-        assert warning.endswith("Training goes on (checkpoint.on_error=warn)")
+        assert FULL[hide_disk_usage] in warning
+        assert warning.endswith("Training continues (checkpoint.on_error=warn)")
     assert [p.name for p in checkpoints_of(run)] == ["step-00000002", "step-00000008"]
     failures = {r["step"]: r["checkpoint_failures"] for r in read_metrics(run / "metrics.jsonl")}
     assert failures == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 2, 8: 2}
@@ -131,24 +126,24 @@ def test_the_last_checkpoint_must_be_written_whatever_the_policy(run, shards):
 
 @pytest.mark.parametrize("policy", ["fail", "warn"])
 def test_a_read_only_folder(run, shards, policy):
-    meddles = [(enlarge, 1), (make_read_only, 4), (make_writable, 7)]
+    changes = [(enlarge, 1), (make_read_only, 4), (make_writable, 7)]
     failure, step, warnings = train(
-        run, shards, f"checkpoint.on_error={policy}", "checkpoint.background=false", meddles=meddles
+        run, shards, f"checkpoint.on_error={policy}", "checkpoint.background=false", changes=changes
     )
-    said = "step-00000004 was not written: rank 0: OSError: [Errno 30] Read-only file system: "
+    message = "step-00000004 was not written: rank 0: OSError: [Errno 30] Read-only file system: "
     if policy == "fail":
-        assert said in failure
+        assert message in failure
         assert step == 4
     else:
         assert failure == ""
-        assert said in warnings[0]
+        assert message in warnings[0]
         assert (step, len(warnings)) == (8, 2)
     names = ["step-00000002"] if policy == "fail" else ["step-00000002", "step-00000008"]
     assert [p.name for p in checkpoints_of(run)] == names
     assert (run / "checkpoints" / "latest").read_text() == names[-1] + "\n"
 
 
-def test_a_folder_that_nothing_can_be_written_into_is_refused_at_the_start(run, shards):
+def test_a_folder_that_is_read_only_from_the_start(run, shards):
     make_read_only(run / "checkpoints")
     failure, step, _ = train(run, shards, "checkpoint.background=false")
     assert "step-00000002 was not written: rank 0: OSError: [Errno 30] Read-only file system" in failure

@@ -1,5 +1,6 @@
-"""SIGKILL at every single step on disk of a save: before each open for writing, fsync, rename, removal, and in the
-middle of each file. Whatever the point, a whole checkpoint is there, and the next save goes through and cleans up.
+"""SIGKILL before every disk operation of a save (open, fsync, rename, removal) and in the middle of each file.
+
+After every kill there is a complete checkpoint, and the next save succeeds and cleans up.
 """
 
 import os
@@ -10,7 +11,7 @@ from itertools import count
 
 import torch
 
-from dcscale.checkpoint import Checkpoints, find_checkpoint, training_state, weights
+from dcscale.checkpoint import Checkpointer, find_checkpoint, training_state, weights
 from dcscale.checkpoint.layout import corrupt_reason, step_of
 from dcscale.config import CheckpointConfig
 from dcscale.testing.distributed import on_threads, run_distributed
@@ -19,30 +20,30 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.tru
 
 
 def save(run, step):
-    """Two ranks save; the checkpoint before goes."""
+    """Two ranks save a checkpoint, which removes the previous one."""
 
     def each(engine):
-        checkpoints = Checkpoints(engine, run, CheckpointConfig(keep_last=1))
+        checkpointer = Checkpointer(engine, run, CheckpointConfig(keep_last=1))
         engine.step = step
-        checkpoints.save(step, {"format": 1, "step": step}, {"config.yaml": b"a: 1\n"})
-        checkpoints.wait()
-        checkpoints.close()
+        checkpointer.save(step, {"format": 1, "step": step}, {"config.yaml": b"a: 1\n"})
+        checkpointer.wait()
+        checkpointer.close()
 
     on_threads(2, each)
 
 
 def save_and_die(run, step, last_operation):
-    """Saves in a process that is killed before its operation of this number; returns whether it was."""
+    """Saves in a process that is killed before the operation with this number; returns whether it was killed."""
     process = os.fork()
     if process == 0:
-        torch.set_num_threads(1)  # renews torch's pool after the fork, which two threads at once could not
+        torch.set_num_threads(1)  # recreates torch's thread pool after the fork, before two threads use it
         done = count(1)
 
         def operate():
             if next(done) == last_operation:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        def hear(event, arguments):
+        def audit(event, arguments):
             if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
                 operate()
 
@@ -55,11 +56,11 @@ def save_and_die(run, step, last_operation):
         def save_file_or_die(tensors, path, **more):
             save_file(tensors, path, **more)
             content = path.read_bytes()
-            path.write_bytes(content[: len(content) // 2])  # one operation, and then it is half written
+            path.write_bytes(content[: len(content) // 2])  # killed in the next operation, the file is half written
             operate()
             path.write_bytes(content)
 
-        sys.addaudithook(hear)
+        sys.addaudithook(audit)
         os.fsync, training_state.save_file, weights.save_file = fsync_or_die, save_file_or_die, save_file_or_die
         save(run, step)
         os._exit(0)
@@ -69,7 +70,7 @@ def save_and_die(run, step, last_operation):
 
 
 def _die_everywhere(folder):
-    """By number of the operation: the step of the newest checkpoint that was whole after the kill before it."""
+    """For each operation: the step of the newest complete checkpoint after a kill before this operation."""
     run, start = folder / "run", folder / "start"
     save(start, 1)
     found = []
@@ -91,7 +92,7 @@ def _die_everywhere(folder):
 
 def test_a_kill_at_every_operation_of_a_save(tmp_path):
     (found,) = run_distributed(_die_everywhere, 1, tmp_path)
-    # Until the folder has its name the old one is the newest; then there are latest, and the removal of the old.
+    # The old checkpoint is the newest until the folder is renamed. Then latest is updated and the old one removed.
     assert found == sorted(found)
     assert found.count(1) > 40
     assert found.count(2) > 10

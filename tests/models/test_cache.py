@@ -1,29 +1,28 @@
-"""Decoding with a cache: equal to the full forward pass at every position, in bounded memory."""
+"""Decoding with a cache gives the same logits as the full forward pass, in bounded memory."""
 
 import pytest
 import torch
 
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
-from dcscale.models import cache as cache_module
-from dcscale.models.cache import LEAST_ROOM, LayerCache
+from dcscale.models.cache import MIN_SPARE, LayerCache
 from dcscale.ops import ComposeWeights
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 PYTHIA = {"ffn": "gelu", "norm": "layernorm", "bias": True, "parallel_residual": True, "rope_fraction": 0.5}
 MODELS = {
     "dcformer": {},
     "reference": {"backend": "reference"},
-    "windows of one and more than the text": {"layers": 3, "windows": [1, 100, 2]},
+    "windows of one and longer than the text": {"layers": 3, "windows": [1, 100, 2]},
     "pythia": PYTHIA,
     "stretched frequencies": {"rope_scaling": RopeScalingConfig("llama3", 4.0, original_length=16)},
     "grouped queries": {"kv_heads": 2, "multi_gate": 8, "qk_norm": False},
-    "twin": {"attention": "mha"},
-    "twin with grouped queries": {"attention": "mha", "kv_heads": 1, "tied_embeddings": True},
-    "before the softmax": {"compose": ComposeConfig(post=False)},
-    "after the softmax": {"compose": ComposeConfig(pre=False)},
-    "by query": {"compose": ComposeConfig(key_wise=False)},
-    "by key": {"compose": ComposeConfig(query_wise=False)},
-    "gates": {"compose": ComposeConfig(low_rank=False)},
+    "mha": {"attention": "mha"},
+    "mha with grouped queries": {"attention": "mha", "kv_heads": 1, "tied_embeddings": True},
+    "pre only": {"compose": ComposeConfig(post=False)},
+    "post only": {"compose": ComposeConfig(pre=False)},
+    "query side only": {"compose": ComposeConfig(key_wise=False)},
+    "key side only": {"compose": ComposeConfig(query_wise=False)},
+    "gates only": {"compose": ComposeConfig(low_rank=False)},
     "no gates": {"compose": ComposeConfig(gates=False, rank=3)},
 }
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -31,9 +30,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 @torch.no_grad()
-def decoded(model, ids_BT, sizes, padding=None):
-    """The logits at every position, from calls with ``sizes`` tokens and then with one."""
-    cache, parts, begin = model.new_cache(padding), [], 0
+def decoded(model, ids_BT, sizes, padding=None, **options):
+    """The logits at every position, from calls with ``sizes`` tokens, then one token at a time."""
+    cache, parts, begin = model.new_cache(padding, **options), [], 0
     while begin < ids_BT.shape[1]:
         size = sizes[len(parts)] if len(parts) < len(sizes) else 1
         parts.append(model(ids_BT[:, begin : begin + size], cache=cache))
@@ -46,59 +45,55 @@ def assert_close(got, expected):
     torch.testing.assert_close(got, expected, atol=TOLERANCE[expected.dtype], rtol=0)
 
 
-@pytest.fixture
-def little_room(monkeypatch):
-    """Buffers that are made anew every few tokens, so that short texts are enough."""
-    monkeypatch.setattr(cache_module, "LEAST_ROOM", 2)
+SMALL_BUFFERS = {"min_spare": 2}
+"""New buffers are needed every few tokens, so that short texts test them."""
 
 
-@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_every_position_is_that_of_the_full_forward_pass(changes, dtype):
-    model = lively_model(tiny_config(**changes), dtype=dtype)
+def test_every_position_equals_the_full_forward_pass(changes, dtype):
+    model = random_model(tiny_config(**changes), dtype=dtype)
     ids = random_ids(model.config, 2, 26)
     with torch.no_grad():
         expected = model(ids)
     for sizes in ([], [3, 9, 1, 1, 6]):
-        assert_close(decoded(model, ids, sizes), expected)
+        assert_close(decoded(model, ids, sizes, **SMALL_BUFFERS), expected)
 
 
 def test_a_long_text():
-    model = lively_model(tiny_config(windows=[70, None]))
+    model = random_model(tiny_config(windows=[70, None]))
     ids = random_ids(model.config, 1, 300)
     with torch.no_grad():
         assert_close(decoded(model, ids, [150]), model(ids))
 
 
-@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_rows_of_different_lengths_are_as_each_alone(changes, dtype):
-    model = lively_model(tiny_config(**changes), dtype=dtype)
+def test_rows_of_different_lengths_equal_each_alone(changes, dtype):
+    model = random_model(tiny_config(**changes), dtype=dtype)
     ids, padding = random_ids(model.config, 4, 24), [0, 9, 17, 3]
-    padded = decoded(model, ids, [18], padding)
+    padded = decoded(model, ids, [18], padding, **SMALL_BUFFERS)
     for row, left in enumerate(padding):
         with torch.no_grad():
             assert_close(padded[row, left:], model(ids[row : row + 1, left:])[0])
 
 
 def test_padding_would_change_the_logits_if_it_were_seen():
-    model = lively_model(tiny_config())
+    model = random_model(tiny_config())
     ids = random_ids(model.config, 2, 12)
     assert (decoded(model, ids, [9], [0, 5]) - decoded(model, ids, [9]))[1, 5:].abs().amin(0).max() > 0.1
 
 
 def test_a_row_may_be_padding_for_several_calls():
-    model = lively_model(tiny_config())
+    model = random_model(tiny_config())
     ids, padding = random_ids(model.config, 2, 20), [0, 11]
     with torch.no_grad():
         assert_close(decoded(model, ids, [4, 4, 2], padding)[1, 11:], model(ids[1:, 11:])[0])
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_full_forward_pass():
-    exact = lively_model(tiny_config(), dtype=torch.float32)
-    model = lively_model(tiny_config(), dtype=torch.float32).bfloat16()
+    exact = random_model(tiny_config(), dtype=torch.float32)
+    model = random_model(tiny_config(), dtype=torch.float32).bfloat16()
     ids = random_ids(model.config, 2, 24)
     with torch.no_grad():
         expected = exact(ids)
@@ -108,7 +103,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_full_forward_pass():
 
 @torch.no_grad()
 def test_the_last_logits_and_the_loss_of_new_tokens():
-    model = lively_model(tiny_config())
+    model = random_model(tiny_config())
     ids = random_ids(model.config, 2, 12)
     targets = ids.roll(-1, 1)
     cache = model.new_cache()
@@ -122,8 +117,8 @@ def test_the_last_logits_and_the_loss_of_new_tokens():
 
 
 @torch.no_grad()
-def test_a_layer_with_a_window_keeps_its_window_only():
-    model = lively_model(tiny_config(windows=[5, None]), dtype=torch.float32)
+def test_a_layer_with_a_window_keeps_only_its_window():
+    model = random_model(tiny_config(windows=[5, None]), dtype=torch.float32)
     cache = model.new_cache()
     model(random_ids(model.config, 2, 1000), cache=cache)
     for _ in range(200):
@@ -131,7 +126,7 @@ def test_a_layer_with_a_window_keeps_its_window_only():
     # k and v [B, S, 4, 8]; pre and post each k1, k2 [B, S, 2, 4] and kg [B, S, 4], in float32.
     position = 2 * 4 * (2 * 4 * 8 + 2 * (2 * 2 * 4 + 4))
     local, everything = (layer.bytes / position for layer in cache.layers)
-    assert local == 4 + LEAST_ROOM
+    assert local == 4 + MIN_SPARE
     assert 1200 <= everything <= 1.25 * 1200
     assert cache.bytes == sum(layer.bytes for layer in cache.layers)
 
@@ -148,7 +143,7 @@ def test_copies_grow_with_the_length_and_not_with_its_square():
     assert made < 6 * 20_000
 
 
-def test_weights_by_query_are_not_kept():
+def test_query_side_weights_are_not_kept():
     layer, x = LayerCache(3), torch.ones(1, 2, 2, 4)
     weights = ComposeWeights(q1=x, q2=x, qg=x[:, :, 0])
     for _ in range(2):
@@ -156,7 +151,7 @@ def test_weights_by_query_are_not_kept():
         assert post is None
         assert pre.tensors().keys() == {"q1", "q2", "qg"}
         assert pre.q1 is x
-    assert layer.bytes == 2 * (2 + LEAST_ROOM) * 2 * 4 * 4
+    assert layer.bytes == 2 * (2 + MIN_SPARE) * 2 * 4 * 4
 
 
 # -- wrong arguments -------------------------------------------------------------------------------------------
@@ -164,20 +159,20 @@ def test_weights_by_query_are_not_kept():
 
 @pytest.mark.parametrize("padding", [[], [0, -1]])
 def test_wrong_padding_is_refused(padding):
-    with pytest.raises(ValueError, match=r"padding is \[.*\], but must have a number of 0 or more for each row"):
-        lively_model(tiny_config()).new_cache(padding)
+    with pytest.raises(ValueError, match=r"padding is \[.*\], but must list an integer of at least 0 for each row"):
+        random_model(tiny_config()).new_cache(padding)
 
 
 @torch.no_grad()
-def test_what_does_not_go_together_is_refused():
-    model = lively_model(tiny_config())
+def test_arguments_that_exclude_one_another_are_refused():
+    model = random_model(tiny_config())
     ids = random_ids(model.config, 2, 4)
     with pytest.raises(ValueError, match=r"cache has padding for 3 rows, but input_ids has 2 rows"):
         model(ids, cache=model.new_cache([0, 1, 2]))
     with pytest.raises(ValueError, match="cache and document_ids were both given"):
         model(ids, None, torch.zeros_like(ids), cache=model.new_cache())
-    with pytest.raises(ValueError, match="cache has 2 layers, but the model 3"):
-        lively_model(tiny_config(layers=3))(ids, cache=model.new_cache())
+    with pytest.raises(ValueError, match="cache has 2 layers, but the model has 3"):
+        random_model(tiny_config(layers=3))(ids, cache=model.new_cache())
     with torch.enable_grad(), pytest.raises(ValueError, match=r"while gradients are recorded.*use torch.no_grad\(\)"):
         model(ids, cache=model.new_cache())
 
@@ -186,26 +181,34 @@ def test_what_does_not_go_together_is_refused():
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
-        ({}, 1, r"k \[2, S, 4, 8\] torch.float64 on cpu.*go on with k \[1, S, 4, 8\] torch.float64 on cpu"),
-        ({"kv_heads": 2}, 2, r"go on with k \[2, S, 2, 8\]"),
-        ({"attention": "mha"}, 2, r"holds.* pre.k1 \[2, S, 2, 4\].* go on with k [^:]*, v \[2, S, 4, 8\] [a-z0-9. ]*:"),
+        (
+            {},
+            1,
+            r"k \[2, S, 4, 8\] torch.float64 on cpu.*new tensors are k \[1, S, 4, 8\] torch.float64 on cpu",
+        ),
+        ({"kv_heads": 2}, 2, r"new tensors are k \[2, S, 2, 8\]"),
+        (
+            {"attention": "mha"},
+            2,
+            r"holds.* pre.k1 \[2, S, 2, 4\].* new tensors are k [^:]*, v \[2, S, 4, 8\] [a-z0-9. ]*:",
+        ),
     ],
 )
 def test_another_batch_or_model_is_refused(changes, rows, message):
-    model = lively_model(tiny_config())
+    model = random_model(tiny_config())
     ids, cache = random_ids(model.config, 2, 4), model.new_cache()
     model(ids, cache=cache)
-    with pytest.raises(ValueError, match=message + ".*make a new one"):
-        lively_model(tiny_config(**changes))(ids[:rows], cache=cache)
+    with pytest.raises(ValueError, match=message + ".*create a new"):
+        random_model(tiny_config(**changes))(ids[:rows], cache=cache)
 
 
 @torch.no_grad()
-def test_a_cache_is_not_used_after_a_call_failed_halfway():
-    model = lively_model(tiny_config())
+def test_a_cache_cannot_be_used_after_a_failed_call():
+    model = random_model(tiny_config())
     ids, cache = random_ids(model.config, 2, 4), model.new_cache()
     handle = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(ids, cache=cache)
     handle.remove()
-    with pytest.raises(RuntimeError, match=r"layers have seen \[0, 4\] positions.*make a new one"):
+    with pytest.raises(RuntimeError, match=r"layers have seen \[0, 4\] positions.*create a new"):
         model(ids, cache=cache)

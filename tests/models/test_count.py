@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcscale.config.load import load_config
 from dcscale.config.schema import ComposeConfig
 from dcscale.models import DCFormer, count_flops, count_parameters
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 PRESETS = Path(__file__).parents[2] / "configs" / "model"
 PUBLISHED = {  # layers, dim, heads, ffn_dim, multi_gate
@@ -35,8 +35,8 @@ def test_parameters_of_the_published_sizes(preset):
     assert count.norm == layers * block_norms + (2 if pythia else 1) * dim
     assert count.total == count.embedding + count.attention + count.compose + count.ffn + count.norm + count.output
 
-    twin = count_parameters(replace(config, attention="mha"))
-    assert twin == replace(count, compose=0)
+    plain = count_parameters(replace(config, attention="mha"))
+    assert plain == replace(count, compose=0)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_parameters_equal_those_of_a_built_model(changes):
     assert count_parameters(config).total == sum(parameter.numel() for parameter in DCFormer(config).parameters())
 
 
-def test_a_tied_output_counts_once_as_parameters_and_in_full_as_flops():
+def test_a_tied_output_has_no_parameters_but_flops():
     tied, untied = tiny_config(tied_embeddings=True), tiny_config()
     assert count_parameters(tied).output == 0
     assert count_parameters(untied).output == 61 * 32
@@ -65,7 +65,7 @@ def test_a_tied_output_counts_once_as_parameters_and_in_full_as_flops():
 def test_matrix_products_agree_with_torchs_counter(changes):
     batch, tokens = 2, 6
     config = tiny_config(windows=[None], backend="reference", **changes)
-    model = lively_model(config)
+    model = random_model(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(random_ids(config, batch, tokens))
     counted = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
@@ -84,9 +84,9 @@ def test_scores_agree_with_torchs_counter():
     batch, tokens = 2, 7
     config = tiny_config(attention="mha", windows=[None], backend="reference")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        lively_model(config)(random_ids(config, batch, tokens))
+        random_model(config)(random_ids(config, batch, tokens))
     flops = count_flops(config, tokens)
-    # The reference computes all tokens * tokens scores; a causal query sees (tokens + 1) / 2 keys on average.
+    # The reference computes all tokens * tokens scores. A causal query sees (tokens + 1) / 2 keys on average.
     dense = flops.total + flops.scores * (2 * tokens / (tokens + 1) - 1)
     assert dense * batch * tokens / 3 == pytest.approx(counter.get_total_flops())
 
@@ -103,11 +103,11 @@ def test_scores_agree_with_torchs_counter():
         ({"low_rank": False, "gates": False}, 0),
     ],
 )
-def test_compose_mixing(compose, per_pair):
+def test_compose_apply(compose, per_pair):
     config = tiny_config(windows=[3, None], compose=ComposeConfig(**compose))
     tokens = 11
     pairs = sum(min(t + 1, 3) + (t + 1) for t in range(tokens))
-    assert count_flops(config, tokens).compose_mixing == pytest.approx(3 * per_pair * 4 * pairs / tokens)
+    assert count_flops(config, tokens).compose_apply == pytest.approx(3 * per_pair * 4 * pairs / tokens)
 
 
 @pytest.mark.parametrize("window", [1, 5, 11, 12, 1000, None])
@@ -118,10 +118,10 @@ def test_scores_of_a_window(window):
     assert count_flops(config, tokens).scores == pytest.approx(3 * 4 * 32 * pairs / tokens)
 
 
-def test_the_twin_costs_the_same_without_compose():
+def test_mha_costs_the_same_without_compose():
     composed, plain = (count_flops(tiny_config(attention=attention), 9) for attention in ("dcmha", "mha"))
-    assert plain.compose_projection == plain.compose_mixing == 0
-    assert composed.total - composed.compose_projection - composed.compose_mixing == pytest.approx(plain.total)
+    assert plain.compose_projection == plain.compose_apply == 0
+    assert composed.total - composed.compose_projection - composed.compose_apply == pytest.approx(plain.total)
 
 
 def test_a_length_below_one_is_refused():

@@ -1,4 +1,4 @@
-"""The model as a whole: what sees what, the loss, recomputation, compose distances, wrong inputs."""
+"""The complete model: visibility, loss, recomputation, compose distances, invalid inputs."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
 from dcscale.models import DCFormer, initialize
 from dcscale.ops import identity_distance
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 PYTHIA = {
     "ffn": "gelu",
@@ -61,14 +61,14 @@ def test_parameter_names_of_pythia():
 
 
 @pytest.mark.parametrize("changes", [{}, PYTHIA, {"kv_heads": 2, "multi_gate": 8}], ids=["dcformer", "pythia", "gqa"])
-def test_the_twin_differs_by_compose_only(changes):
+def test_mha_differs_only_by_compose(changes):
     model = DCFormer(tiny_config(**changes))
-    twin = DCFormer(tiny_config(attention="mha", **changes))
+    plain = DCFormer(tiny_config(attention="mha", **changes))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    twin_shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    plain_shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
     compose = {name for name in shapes if ".compose." in name}
     assert len(compose) == 3 * 2
-    assert twin_shapes == {name: shape for name, shape in shapes.items() if name not in compose}
+    assert plain_shapes == {name: shape for name, shape in shapes.items() if name not in compose}
 
 
 def test_no_buffers():
@@ -77,11 +77,11 @@ def test_no_buffers():
 
 def test_tied_embeddings_are_one_parameter():
     config = tiny_config(tied_embeddings=True)
-    model = lively_model(config)
+    model = random_model(config)
     assert model.output.weight is model.embedding.weight
     assert "output.weight" not in dict(model.named_parameters())
 
-    untied = lively_model(tiny_config())
+    untied = random_model(tiny_config())
     untied.load_state_dict(model.state_dict())
     ids = random_ids(config, 2, 7)
     assert torch.equal(model(ids), untied(ids))
@@ -90,18 +90,18 @@ def test_tied_embeddings_are_one_parameter():
     torch.testing.assert_close(model.embedding.weight.grad, untied.embedding.weight.grad + untied.output.weight.grad)
 
 
-# -- what sees what --------------------------------------------------------------------------------------------
+# -- visibility ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_causality(backend):
-    model = lively_model(tiny_config(backend=backend))
+    model = random_model(tiny_config(backend=backend))
     assert changed_positions(model, tokens=12, position=4) == list(range(4, 12))
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_a_window_counts_the_query_itself(backend):
-    model = lively_model(tiny_config(backend=backend, layers=1, windows=[3]))
+    model = random_model(tiny_config(backend=backend, layers=1, windows=[3]))
     assert changed_positions(model, tokens=12, position=4) == [4, 5, 6]
 
 
@@ -112,7 +112,7 @@ def test_windows_repeat_over_the_layers():
 
 @pytest.mark.parametrize("attention", ["dcmha", "mha"])
 def test_documents_do_not_see_each_other(attention):
-    model = lively_model(tiny_config(attention=attention))
+    model = random_model(tiny_config(attention=attention))
     ids = random_ids(model.config, 1, 14)
     documents = torch.tensor([[0] * 6 + [1] * 8], dtype=torch.int32)
     targets = targets_of(ids)
@@ -127,7 +127,7 @@ def test_documents_do_not_see_each_other(attention):
         changed[0, :6] = (changed[0, :6] + 7) % model.config.vocab_size
         assert model(changed, second, documents).item() == pytest.approx(loss_of_second.item(), rel=1e-12)
         assert model(changed, second).item() != pytest.approx(loss_of_second.item(), rel=1e-3)
-        # Alone the second document starts at position 0: only the rotary table's rounding tells the two apart.
+        # Alone, the second document starts at position 0: the results differ only by rounding of the rotary table.
         alone = model(ids[:, 6:], targets[:, 6:])
         assert loss_of_second.item() == pytest.approx(alone.item(), rel=1e-6)
         assert model(ids, first, documents).item() == pytest.approx(model(ids[:, :6], targets[:, :6]).item(), rel=1e-6)
@@ -139,15 +139,15 @@ def test_documents_do_not_see_each_other(attention):
 def test_sequential_and_parallel_residual():
     x = torch.randn(1, 4, 32, dtype=torch.float64)
     for parallel in (False, True):
-        block = lively_model(tiny_config(parallel_residual=parallel)).blocks[0]
+        block = random_model(tiny_config(parallel_residual=parallel)).blocks[0]
         rope = (torch.ones(4, 4), torch.zeros(4, 4))
         attended = block.attention(block.attention_norm(x), rope)
         fed = block.ffn(block.ffn_norm(x if parallel else x + attended))
         torch.testing.assert_close(block(x, rope), x + attended + fed)
 
 
-def test_multi_gate_weighs_equal_parts():
-    ffn = lively_model(tiny_config(multi_gate=8)).blocks[0].ffn
+def test_multi_gate_scales_equal_parts():
+    ffn = random_model(tiny_config(multi_gate=8)).blocks[0].ffn
     x = torch.randn(3, 2, 32, dtype=torch.float64)
     hidden = F.silu(ffn.gate(x)) * ffn.up(x)
     gates = ffn.multi_gate(x).softmax(-1)
@@ -166,7 +166,7 @@ def test_multi_gate_softmax_of_bfloat16_is_computed_in_float32():
 
 @pytest.mark.parametrize("loss_chunk", [0, 5, 4096])
 def test_the_loss_is_the_sum_over_targets(loss_chunk):
-    model = lively_model(tiny_config(), loss_chunk=loss_chunk)
+    model = random_model(tiny_config(), loss_chunk=loss_chunk)
     ids = random_ids(model.config, 3, 7)
     targets = targets_of(ids)
     targets[1, 2:5] = -100
@@ -176,7 +176,7 @@ def test_the_loss_is_the_sum_over_targets(loss_chunk):
 
 
 def test_logits_at_chosen_positions():
-    model = lively_model(tiny_config())
+    model = random_model(tiny_config())
     ids = random_ids(model.config, 3, 7)
     at = torch.tensor([6, 0, 3])
     torch.testing.assert_close(model(ids, logits_at_B=at), model(ids)[torch.arange(3), at])
@@ -186,7 +186,7 @@ def test_logits_at_chosen_positions():
 
 def test_bfloat16_model_gives_float32_logits_and_loss_close_to_float32():
     config = tiny_config()
-    model = lively_model(config, dtype=torch.float32)
+    model = random_model(config, dtype=torch.float32)
     ids = random_ids(config, 2, 40)
     logits, loss = model(ids), model(ids, targets_of(ids))
     model.bfloat16()
@@ -197,7 +197,7 @@ def test_bfloat16_model_gives_float32_logits_and_loss_close_to_float32():
 
 
 @pytest.mark.parametrize("attention", ["dcmha", "mha"])
-def test_a_fresh_model_knows_nothing(attention):
+def test_the_initial_loss_is_that_of_a_uniform_distribution(attention):
     config = tiny_config(attention=attention, vocab_size=251)
     model = DCFormer(config)
     initialize(model, config, seed=0)
@@ -207,7 +207,7 @@ def test_a_fresh_model_knows_nothing(attention):
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention": "mha"}, {**PYTHIA, "tied_embeddings": True}])
-def test_it_learns_a_few_sequences_by_heart(changes):
+def test_it_overfits_a_few_sequences(changes):
     config = tiny_config(**changes)
     model = DCFormer(config)
     initialize(model, config, seed=0)
@@ -226,9 +226,9 @@ def test_it_learns_a_few_sequences_by_heart(changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputation_changes_no_bit(dtype):
+def test_recomputation_is_bit_equal(dtype):
     config = tiny_config()
-    kept, recomputed = (lively_model(config, dtype=dtype, recompute=recompute) for recompute in ("none", "block"))
+    kept, recomputed = (random_model(config, dtype=dtype, recompute=recompute) for recompute in ("none", "block"))
     runs = []
     recomputed.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
     ids = random_ids(config, 2, 20)
@@ -249,7 +249,7 @@ def test_recomputation_changes_no_bit(dtype):
 
 
 def test_compose_distances():
-    model = lively_model(tiny_config(layers=3))
+    model = random_model(tiny_config(layers=3))
     ids = random_ids(model.config, 2, 9)
     documents = torch.zeros(2, 9, dtype=torch.int32)
     distances = model.compose_distances(ids.int(), documents)
@@ -264,13 +264,13 @@ def test_compose_distances():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_compose_distances_of_what_is_switched_on():
-    model = lively_model(tiny_config(compose=ComposeConfig(post=False)))
+def test_compose_distances_of_parts_of_compose():
+    model = random_model(tiny_config(compose=ComposeConfig(post=False)))
     assert list(model.compose_distances(random_ids(model.config, 1, 5))) == ["pre/layer_00", "pre/layer_01"]
-    assert lively_model(tiny_config(attention="mha")).compose_distances(random_ids(model.config, 1, 5)) == {}
+    assert random_model(tiny_config(attention="mha")).compose_distances(random_ids(model.config, 1, 5)) == {}
 
 
-def test_a_fresh_compose_is_near_the_identity():
+def test_initial_compose_is_near_the_identity():
     config = tiny_config(dim=128, heads=8)
     model = DCFormer(config)
     initialize(model, config, seed=0)
@@ -278,17 +278,17 @@ def test_a_fresh_compose_is_near_the_identity():
 
 
 def test_compose_distances_of_compiled_blocks():
-    model = lively_model(tiny_config())
+    model = random_model(tiny_config())
     ids = random_ids(model.config, 1, 5)
     expected = model.compose_distances(ids)
     for block in model.blocks:
         block.compile(backend="eager")
     with torch.no_grad():
-        model(ids)  # now there is a compiled block for exactly this call, without hooks
+        model(ids)  # compiles the blocks for this call, without hooks
     assert model.compose_distances(ids) == expected
 
 
-# -- wrong inputs ----------------------------------------------------------------------------------------------
+# -- invalid inputs --------------------------------------------------------------------------------------------
 
 IDS = torch.zeros(2, 5, dtype=torch.int64)
 
@@ -309,7 +309,7 @@ IDS = torch.zeros(2, 5, dtype=torch.int64)
         ({"logits_at_B": IDS[:, 0].int()}, r"logits_at must be torch.int64 .* is torch.int32"),
     ],
 )
-def test_wrong_inputs_are_refused(inputs, message):
+def test_invalid_inputs_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         DCFormer(tiny_config())(**{"input_ids_BT": IDS, **inputs})
 
@@ -330,7 +330,7 @@ def test_wrong_inputs_are_refused(inputs, message):
         ({"multi_gate": 8, "ffn": "gelu"}, "multi_gate 8 needs ffn swiglu"),
     ],
 )
-def test_impossible_settings_are_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         DCFormer(tiny_config(**changes))
 
@@ -342,6 +342,6 @@ def test_impossible_settings_are_refused(changes, message):
         ({"loss_chunk": -1}, "train.loss_chunk is -1"),
     ],
 )
-def test_impossible_arguments_are_refused(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCFormer(tiny_config(), **arguments)

@@ -1,4 +1,4 @@
-"""The compose projection and the attention layer around it."""
+"""The compose projection and the attention layer."""
 
 import math
 
@@ -9,7 +9,7 @@ from dcscale.config.schema import ComposeConfig
 from dcscale.models.blocks import Attention
 from dcscale.models.dcmha import ComposeProjection, active_branches
 from dcscale.ops import ComposeWeights, rope_table
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 DIM, HEADS = 24, 4
 ALL = (("pre", "query"), ("pre", "key"), ("post", "query"), ("post", "key"))
@@ -47,8 +47,8 @@ def test_weights_follow_the_definition(gelu, rank):
         w1, w2 = w[:rank], w[rank:]
         w1 = w1 / (w1.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         gates = torch.tanh(x[b, t] @ module.dd[:, c * HEADS : (c + 1) * HEADS])
-        for piece, expected in (("1", w1), ("2", w2), ("g", gates)):
-            found = getattr(weights[stage], side[0] + piece)
+        for kind, expected in (("1", w1), ("2", w2), ("g", gates)):
+            found = getattr(weights[stage], side[0] + kind)
             assert found.shape == (2, 5, *expected.shape)
             torch.testing.assert_close(found[b, t], expected, rtol=1e-12, atol=1e-12)
 
@@ -67,7 +67,7 @@ def test_weights_follow_the_definition(gelu, rank):
     ],
     ids=lambda off: "-".join(off),
 )
-def test_what_is_switched_off_has_neither_parameters_nor_weights(off):
+def test_parts_that_are_switched_off_have_neither_parameters_nor_weights(off):
     full, part = projection(), projection(**off)
     kept = [ALL.index(branch) for branch in active_branches(ComposeConfig(**off))]
     with torch.no_grad():
@@ -94,25 +94,25 @@ def test_what_is_switched_off_has_neither_parameters_nor_weights(off):
 )
 def test_with_everything_switched_off_it_is_plain_attention(off):
     config = tiny_config(compose=ComposeConfig(**off))
-    model, twin = lively_model(config), lively_model(tiny_config(attention="mha"))
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in twin.named_parameters()]
-    twin.load_state_dict(model.state_dict())
+    model, plain = random_model(config), random_model(tiny_config(attention="mha"))
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    plain.load_state_dict(model.state_dict())
     ids = random_ids(config, 2, 9)
-    assert torch.equal(model(ids), twin(ids))
+    assert torch.equal(model(ids), plain(ids))
     with pytest.raises(ValueError, match="every part of compose is switched off"):
         ComposeProjection(DIM, HEADS, config.compose)
 
 
 def test_zero_gates_and_zero_w2_are_plain_attention():
-    model, twin = lively_model(tiny_config()), lively_model(tiny_config(attention="mha"))
-    twin.load_state_dict({name: value for name, value in model.state_dict().items() if ".compose." not in name})
+    model, plain = random_model(tiny_config()), random_model(tiny_config(attention="mha"))
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".compose." not in name})
     ids = random_ids(model.config, 2, 9)
-    assert (model(ids) - twin(ids)).abs().max() > 0.1
+    assert (model(ids) - plain(ids)).abs().max() > 0.1
     with torch.no_grad():
         for block in model.blocks:
             block.attention.compose.dd.zero_()
             block.attention.compose.qkw[:, :, 2:].zero_()
-    torch.testing.assert_close(model(ids), twin(ids), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(ids), plain(ids), rtol=1e-10, atol=1e-10)
 
 
 def test_bfloat16_weights_are_bfloat16_and_w1_is_normalised_in_float32():
@@ -129,12 +129,12 @@ def test_bfloat16_weights_are_bfloat16_and_w1_is_normalised_in_float32():
 
 
 def plain_attention_by_hand(layer: Attention, x, rope, window, document_ids=None):
-    """Query by query, head by head, for a layer without compose."""
+    """Attention of a layer without compose, computed for each query and head separately."""
     cos, sin = rope
     heads = layer.q.out_features // layer.head_dim
     kv_heads = layer.k.out_features // layer.head_dim
 
-    def turned(vector, position, norm):
+    def rotated(vector, position, norm):
         if norm is not None:
             vector = vector / (vector.square().mean() + norm.eps).sqrt() * norm.weight
         half = cos.shape[1]
@@ -158,8 +158,8 @@ def plain_attention_by_hand(layer: Attention, x, rope, window, document_ids=None
                     if (window is None or t - s < window)
                     and (document_ids is None or document_ids[b, s] == document_ids[b, t])
                 ]
-                query = turned(q[t, h], t, layer.q_norm)
-                keys = torch.stack([turned(k[s, g], s, layer.k_norm) for s in seen])
+                query = rotated(q[t, h], t, layer.q_norm)
+                keys = torch.stack([rotated(k[s, g], s, layer.k_norm) for s in seen])
                 weights = (keys @ query / math.sqrt(layer.head_dim)).softmax(0)
                 out.append(weights @ v[seen, g])
             rows.append(layer.out(torch.cat(out)))
@@ -179,7 +179,7 @@ def plain_attention_by_hand(layer: Attention, x, rope, window, document_ids=None
 )
 def test_plain_attention_follows_the_definition(changes, backend):
     config = tiny_config(attention="mha", backend=backend, **changes)
-    layer = lively_model(config).blocks[0].attention
+    layer = random_model(config).blocks[0].attention
     rope_dim = int(config.rope_fraction * layer.head_dim)
     x = torch.randn(2, 8, config.dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     documents = torch.tensor([[0] * 8, [0] * 3 + [1] * 5])
@@ -200,7 +200,7 @@ def test_plain_attention_follows_the_definition(changes, backend):
         ({"compose": ComposeConfig(rank=0)}, "rank is 0"),
     ],
 )
-def test_impossible_settings_are_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Attention(tiny_config(**changes), window=None)
 
@@ -220,12 +220,12 @@ def test_shapes_are_those_of_the_weights(off):
         assert of_stage is None or of_stage.tensors().keys() == like.tensors().keys()
 
 
-def test_what_runs_and_why():
-    composed, plain = lively_model(tiny_config()), lively_model(tiny_config(attention="mha"))
+def test_implementations_and_their_reasons():
+    composed, plain = random_model(tiny_config()), random_model(tiny_config(attention="mha"))
     ((name, why),) = composed.implementations(torch.device("cpu"))
     assert (name, why.split(";")[0]) == ("chunked", "not triton: it needs an NVIDIA GPU")
     ((name, why),) = plain.implementations(torch.device("cpu"))
     assert (name, why.split(";")[0]) == ("sdpa", "without compose weights this is plain attention")
-    assert lively_model(tiny_config(backend="reference")).implementations(torch.device("cpu")) == [
+    assert random_model(tiny_config(backend="reference")).implementations(torch.device("cpu")) == [
         ("reference", "requested")
     ]

@@ -1,18 +1,18 @@
-"""Generation: greedy and sampled, independent of the batch, deterministic, leaving no trace."""
+"""Generation: greedy and sampled, independent of the batch, deterministic, without side effects."""
 
 import pytest
 import torch
 
 from dcscale.models import generate
 from dcscale.models.generation import _generators, sample
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 PROMPTS = [[5, 9, 3, 7, 20, 11, 2], [8], [1, 2, 3]]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return lively_model(tiny_config(), dtype=torch.float32)
+    return random_model(tiny_config(), dtype=torch.float32)
 
 
 def greedy(model, prompts, new_tokens=8, **arguments):
@@ -49,12 +49,12 @@ def test_the_model_reads_every_token_once(model):
     assert shapes == [(3, 7)] + 4 * [(3, 1)]
 
 
-def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
+def test_prompts_of_different_lengths_do_not_affect_each_other(model):
     assert greedy(model, PROMPTS) == [greedy(model, [prompt])[0] for prompt in PROMPTS]
     assert sampled(model, PROMPTS) == [sampled(model, [prompt])[0] for prompt in PROMPTS]
 
 
-def test_the_seed_decides(model):
+def test_samples_depend_on_the_seed(model):
     assert sampled(model, PROMPTS, seed=1) == sampled(model, PROMPTS, seed=1)
     assert sampled(model, PROMPTS, seed=1) != sampled(model, PROMPTS, seed=2)
 
@@ -65,9 +65,9 @@ def test_a_repeated_prompt_gets_several_continuations(model):
 
 
 def test_it_ends_before_the_stop_token(model):
-    whole = greedy(model, PROMPTS)
-    stop = whole[0][3]
-    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
+    complete = greedy(model, PROMPTS)
+    stop = complete[0][3]
+    expected = [row[: row.index(stop)] if stop in row else row for row in complete]
     assert greedy(model, PROMPTS, stop_id=stop) == expected
     assert len({len(row) for row in expected}) > 1
 
@@ -80,7 +80,7 @@ def count_runs(model, **arguments) -> int:
     return len(runs)
 
 
-def test_it_runs_equally_often_on_every_rank_of_a_process_group(model):
+def test_it_runs_the_same_number_of_times_on_every_rank(model):
     stop = greedy(model, PROMPTS[:1])[0][2]
     assert count_runs(model, stop_id=stop) <= 3
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -91,7 +91,7 @@ def test_it_runs_equally_often_on_every_rank_of_a_process_group(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_it_leaves_no_trace(model, training):
+def test_it_has_no_side_effects(model, training):
     model.train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -103,9 +103,9 @@ def test_it_leaves_no_trace(model, training):
     assert torch.is_grad_enabled()
 
 
-def test_compiled_blocks_are_not_compiled_again_for_every_length(model):
+def test_compiled_blocks_are_not_recompiled_for_every_length(model):
     expected = greedy(model, PROMPTS)
-    compiled = lively_model(model.config, dtype=torch.float32)
+    compiled = random_model(model.config, dtype=torch.float32)
     graphs = []
 
     def backend(graph, inputs):
@@ -157,16 +157,16 @@ def test_temperature_sharpens():
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([[3e4, -3e4, 2.9e4], [0.0, 5.0, 1.0]])
-    for temperature in (1e-30, 1e-45, 1e-300):  # the last two are no normal numbers of float32
+    for temperature in (1e-30, 1e-45, 1e-300):  # the last two are not normal numbers of float32
         assert sample(logits, temperature, 1.0, torch.tensor([0.99, 0.99])).tolist() == [0, 1]
 
 
-# -- wrong arguments -------------------------------------------------------------------------------------------
+# -- invalid arguments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_reported(temperature):
-    model = lively_model(tiny_config(), dtype=torch.float32)
+    model = random_model(tiny_config(), dtype=torch.float32)
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match="logits are not finite"):
@@ -186,7 +186,7 @@ def test_logits_that_are_not_finite_are_reported(temperature):
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )
-def test_wrong_arguments_are_refused(model, changes, message):
+def test_invalid_arguments_are_refused(model, changes, message):
     arguments = {"prompt_ids": PROMPTS, "new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0, **changes}
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)

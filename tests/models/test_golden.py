@@ -1,4 +1,4 @@
-"""The model against what the official code computed (tests/golden/models/README.md)."""
+"""The model against outputs of the official code (tests/golden/models/README.md)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,12 @@ from dcscale.testing.models import GoldenCase, load_attention_case, load_model_c
 
 DATA = Path(__file__).parents[1] / "golden" / "models"
 
-CASES = {  # what each case's README states: keys that a local layer's query sees, GELU of the compose projection
+CASES = {  # as stated in each case's README: keys that a local layer's query sees, GELU of the compose projection
     "dcformer_train_LGLL_jax": {"visible_keys": 16, "gelu": "tanh"},
     "dcformer_train_LGLL_mgate": {"visible_keys": 17, "gelu": "erf"},
     "dcpythia_train_repaired": {"visible_keys": 16, "gelu": "erf"},
 }
-# In float64 what remains is the error of upstream's own float32: up to 8.1e-5 in logits and 5.6e-5 in gradients.
+# In float64 the difference is the error of upstream's float32: up to 8.1e-5 in logits and 5.6e-5 in gradients.
 LOGITS_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-4}
 """Largest absolute error; logits are of the order 1."""
 GRADIENT_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-4}
@@ -94,7 +94,7 @@ def test_gradients_cover_every_kind_of_parameter(name):
         ("dcpythia_train_repaired", {"visible_keys": 16, "gelu": "tanh"}),
     ],
 )
-def test_the_cases_tell_windows_and_gelu_apart(name, wrong):
+def test_wrong_windows_and_gelu_change_the_logits(name, wrong):
     case = load_model_case(DATA / name, **wrong)
     with torch.no_grad():
         logits = build(case, torch.float64)(case.values["input_ids"])

@@ -21,28 +21,28 @@ def fresh(seed: int = 0, **changes) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_values_depend_on_seed_name_and_shape_only():
+def test_values_depend_only_on_seed_name_and_shape():
     torch.manual_seed(1)
     values = fresh()
     torch.manual_seed(2)
     more_layers = fresh(layers=5)
     for name, value in values.items():
         assert torch.equal(value, more_layers[name]), name
-    twin = fresh(attention="mha")
-    for name, value in twin.items():
+    plain = fresh(attention="mha")
+    for name, value in plain.items():
         assert torch.equal(value, values[name]), name
     other_seed = fresh(seed=1)
     for name, value in values.items():
         assert torch.equal(value, other_seed[name]) == (value.dim() == 1), name
 
 
-def test_equal_shapes_get_different_values():
+def test_parameters_of_equal_shape_have_different_values():
     values = fresh()
     assert not torch.equal(values["blocks.0.attention.q.weight"], values["blocks.0.attention.k.weight"])
     assert not torch.equal(values["blocks.0.attention.q.weight"], values["blocks.1.attention.q.weight"])
 
 
-def test_the_random_state_is_left_alone():
+def test_the_global_random_state_is_unchanged():
     config = tiny_config()
     model = DCFormer(config)
     before = torch.get_rng_state()
@@ -93,34 +93,34 @@ def test_values_are_drawn_in_float32_whatever_the_type():
         assert torch.equal(model.get_parameter(name), value.bfloat16()), name
 
 
-def test_gather_makes_partitioned_parameters_whole():
-    """As under ZeRO-3: a parameter is empty except in the context."""
+def test_gather_collects_partitioned_parameters():
+    """As with ZeRO-3: a parameter is empty except in the context."""
     config = tiny_config()
     model = DCFormer(config)
-    whole = {parameter: torch.empty_like(parameter) for parameter in model.parameters()}
+    full = {parameter: torch.empty_like(parameter) for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.data = torch.empty(0)
 
     @contextmanager
     def gather(parameters):
         for parameter in parameters:
-            parameter.data = whole[parameter]
+            parameter.data = full[parameter]
         yield
         for parameter in parameters:
             parameter.data = torch.empty(0)
 
-    with pytest.raises(ValueError, match=r"embedding.weight .* holds no data to initialize"):
+    with pytest.raises(ValueError, match=r"embedding.weight .* has no data to initialize"):
         initialize(model, config, seed=0)
     initialize(model, config, seed=0, gather=gather)
     for name, value in fresh().items():
-        assert torch.equal(whole[model.get_parameter(name)], value), name
+        assert torch.equal(full[model.get_parameter(name)], value), name
 
 
 def test_a_meta_model_is_refused():
     config = tiny_config()
     with torch.device("meta"):
         model = DCFormer(config)
-    with pytest.raises(ValueError, match=r"on meta\) holds no data to initialize: build the model on a real device"):
+    with pytest.raises(ValueError, match=r"on meta\) has no data to initialize: build the model on a real device"):
         initialize(model, config, seed=0)
 
 

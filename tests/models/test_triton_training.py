@@ -1,9 +1,9 @@
-"""Training with the fused backend follows training with the chunked one."""
+"""The loss curve of training with the triton backend equals that of the chunked backend."""
 
 import pytest
 import torch
 
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -13,7 +13,7 @@ STEPS = 4
 
 def losses(backend, dtype):
     config = tiny_config(backend=backend, kv_heads=2)
-    model = lively_model(config, dtype=dtype).to(DEVICE)
+    model = random_model(config, dtype=dtype).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     ids = random_ids(config, 1, 14).to(DEVICE)
     documents = (torch.arange(13, device=DEVICE)[None] > 7).int()
@@ -28,7 +28,7 @@ def losses(backend, dtype):
 
 
 def test_loss_curves_are_the_same():
-    """As near to the curve in float64 as the chunked backend is in float32, but for luck."""
+    """The error against float64 is at most 3 times that of the chunked backend in float32."""
     truth, chunked, fused = (
         losses("chunked", torch.float64),
         losses("chunked", torch.float32),

@@ -1,4 +1,4 @@
-"""What a person sees at the terminal."""
+"""Lines and progress on the terminal."""
 
 import io
 import re
@@ -15,13 +15,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_only_where_enabled(capsys):
+def test_lines_only_if_enabled(capsys):
     Console(enabled=True).line("seen")
     Console(enabled=False).line("not seen")
     assert capsys.readouterr().out == "seen\n"
 
 
-def test_without_a_terminal_progress_is_lines_with_facts_and_time_left(capsys):
+def test_without_a_terminal_progress_is_lines_with_values_and_time_left(capsys):
     progress = Console().progress(total=10, done=4, unit="step")
     progress.show(5, {"loss": "2.5"})
     progress.show(6, {"loss": "2.4"})  # too soon after the last line
@@ -34,26 +34,26 @@ def test_without_a_terminal_progress_is_lines_with_facts_and_time_left(capsys):
     assert lines[1].startswith("step 10/10 | loss 2.0 | 00:00 left")
 
 
-def test_the_lines_go_where_they_are_wanted(capsys):
+def test_the_lines_go_to_the_given_file(capsys):
     Progress(total=10, done=0, unit="token", file=sys.stderr).show(10, {})
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("token 10/10 | ")
 
 
-def test_a_terminal_shows_a_bar_with_facts_and_time_left(monkeypatch, capsys):
+def test_a_terminal_shows_a_bar_with_values_and_time_left(monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     progress = Console().progress(total=1000, done=4, unit="step")
-    time.sleep(0.15)  # the bar is drawn ten times a second at most
+    time.sleep(0.15)  # the bar is drawn at most ten times per second
     progress.show(5, {"loss": "2.5000", "tok/s": "1,234"})
     progress.close()
     shown = terminal.getvalue()
-    assert "| 4/1000 [00:00<?, ?step/s]" in shown  # nothing is known yet of the time left
+    assert "| 4/1000 [00:00<?, ?step/s]" in shown  # the time left is not known yet
     bar = re.search(r"\| 5/1000 \[00:0\d<((?:\d+:)?\d\d:\d\d), .*, loss=2\.5000, tok/s=1,234\]", shown)
     assert bar
     assert bar[1] > "02:00"  # 995 steps of at least 0.15 s
-    assert capsys.readouterr().out == ""  # no lines beside the bar
+    assert capsys.readouterr().out == ""  # no lines besides the bar
 
 
 def test_a_line_goes_above_the_bar(monkeypatch, capsys):
@@ -64,7 +64,7 @@ def test_a_line_goes_above_the_bar(monkeypatch, capsys):
     console.line("step 4: validation loss")
     progress.close()
     assert capsys.readouterr().out == "step 4: validation loss\n"
-    assert terminal.getvalue().count("4/10") == 3  # at first, again under the line, and left standing at the end
+    assert terminal.getvalue().count("4/10") == 3  # at the start, below the line, and at the end
 
 
 @pytest.mark.parametrize("terminal", [io.StringIO, Terminal])

@@ -1,4 +1,4 @@
-"""metrics.jsonl over crashes and resumes."""
+"""metrics.jsonl after crashes and resumes."""
 
 import json
 
@@ -11,7 +11,7 @@ def steps(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_going_on_drops_what_lies_beyond(tmp_path):
+def test_a_resume_removes_records_of_later_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path, last_step=0)
     for step in range(1, 6):
@@ -24,14 +24,14 @@ def test_going_on_drops_what_lies_beyond(tmp_path):
     assert steps(path) == [1, 2, 3, 4]
 
 
-def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
+def test_a_line_truncated_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     MetricsFile(path, last_step=10).close()
     assert steps(path) == [1]
 
 
-def test_bytes_that_a_crash_has_left_are_dropped(tmp_path):
+def test_garbage_left_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 1.0}\n\xff\x00\n')
     MetricsFile(path, last_step=10).close()
@@ -39,10 +39,10 @@ def test_bytes_that_a_crash_has_left_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("line", ['{"epoch": 1}', '{"step": "one"}', "[1]"])
-def test_a_file_of_something_else_is_left_alone(tmp_path, line):
+def test_a_file_of_something_else_is_left_unchanged(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(ValueError, match="metrics.jsonl, line 1: is no record of a run, as it has no step"):
+    with pytest.raises(ValueError, match="metrics.jsonl, line 1: is not a record of a run: it has no integer"):
         MetricsFile(path, last_step=0)
     assert path.read_text() == line + "\n"
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard and the terminal."""
+"""Records of a run in metrics.jsonl, TensorBoard and the terminal."""
 
 import json
 
@@ -22,17 +22,17 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def board(run):
+def tensorboard(run):
     accumulator = EventAccumulator(str(run / "tensorboard"))
     accumulator.Reload()
     return accumulator
 
 
 def points(run, tag):
-    return [(event.step, pytest.approx(event.value)) for event in board(run).Scalars(tag)]
+    return [(event.step, pytest.approx(event.value)) for event in tensorboard(run).Scalars(tag)]
 
 
-def test_a_run_in_file_board_and_terminal(tmp_path, capsys):
+def test_a_run_in_file_tensorboard_and_terminal(tmp_path, capsys):
     training = record_of(1, 2.5, mfu=0.4, **{"compose/pre/layer_00": 0.1, "compose/post/layer_00": 0.2})
     validation = {"step": 1, "validation_loss": 2.25, "bits_per_byte": 3.125}
     report = reporter(tmp_path)
@@ -48,24 +48,24 @@ def test_a_run_in_file_board_and_terminal(tmp_path, capsys):
     assert points(tmp_path, "speed/mfu") == [(1, 0.4)]
     assert points(tmp_path, "weights/compose/pre/layer_00") == [(1, 0.1)]
     assert points(tmp_path, "weights/compose/post/layer_00") == [(1, 0.2)]
-    (text,) = board(tmp_path).Tensors("samples/prompt_0/text_summary")
+    (text,) = tensorboard(tmp_path).Tensors("samples/prompt_0/text_summary")
     assert (text.step, text.tensor_proto.string_val) == (1, [b"<pre>heads are</pre>"])
     assert capsys.readouterr().out == "step 1: validation loss 2.2500 nats/token, 3.1250 bits/byte\n"
 
 
-def test_what_is_unknown_is_null_in_the_file_and_absent_from_board_and_terminal(tmp_path, capsys):
+def test_unknown_values_are_null_in_the_file_and_absent_from_tensorboard_and_terminal(tmp_path, capsys):
     report = reporter(tmp_path)
     report.record(record_of(1, 2.5))
     report.record({"step": 1, "validation_loss": 2.25})
     report.close()
     assert metrics(tmp_path)[0]["mfu"] is None
-    assert "speed/mfu" not in board(tmp_path).Tags()["scalars"]
+    assert "speed/mfu" not in tensorboard(tmp_path).Tags()["scalars"]
     assert capsys.readouterr().out == "step 1: validation loss 2.2500 nats/token\n"
 
 
 def test_charts_of_several_curves(tmp_path):
     reporter(tmp_path).close()
-    (event,) = board(tmp_path).Tensors("custom_scalars__config__")
+    (event,) = tensorboard(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {
         (group.title, chart.title): list(chart.multiline.tag) for group in layout.category for chart in group.chart
@@ -87,7 +87,7 @@ def test_progress_shows_loss_speed_and_mfu_where_it_is_known(tmp_path, capsys):
     assert last.startswith("step 5/5 | loss 2.0000 | tok/s 1,234 | mfu 40.0% | ")
 
 
-def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     report = reporter(tmp_path, is_main=False, progress=True)
     report.record(record_of(1, 2.5))
     report.record({"step": 1, "validation_loss": 2.25})
@@ -97,7 +97,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_going_on_from_an_earlier_step_leaves_every_step_once(tmp_path):
+def test_after_a_resume_from_an_earlier_step_every_step_is_there_once(tmp_path):
     report = reporter(tmp_path)
     for step in range(1, 6):
         report.record(record_of(step, float(step)))

@@ -1,4 +1,4 @@
-"""Plain attention against the dense definition, and the calls it makes of scaled_dot_product_attention."""
+"""Plain attention against the dense definition, and how it calls scaled_dot_product_attention."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ def test_equals_the_reference_in_float64(options):
     assert torch.equal(inputs.run("auto")["out"], inputs.run_function(plain)["out"])
 
 
-# With one key a query, the gradients of q and k are zero, and torch's kernel is off by rounding: no yardstick for that.
+# With one key per query the gradients of q and k are zero, and those of torch's kernel are rounding noise: no baseline.
 SEVERAL_KEYS = {name: options for name, options in PLAIN_CALLS.items() if name not in ("one query", "window of one")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", SEVERAL_KEYS.values(), ids=SEVERAL_KEYS)
-def test_error_in_the_type_of_training(options, dtype):
+def test_error_in_the_dtypes_of_training(options, dtype):
     inputs = random_inputs(**{**options, "batch": 8}, absent=WEIGHTS)
     narrow = inputs.to(dtype)
     check_results(narrow.run_function(plain), narrow.run_function(unfused_attention), inputs.run("reference"))
@@ -55,7 +55,7 @@ def test_full_causal_attention_is_one_call_without_a_mask(options, calls):
     assert made["attn_mask"] is None
 
 
-def test_a_window_costs_its_width(calls):
+def test_the_cost_of_a_window_is_its_width(calls):
     queries, window = 1024, 64
     random_inputs(batch=1, queries=queries, window=window, absent=WEIGHTS).run_function(plain)
     scores = sum(q.shape[2] * k.shape[2] for q, k, _ in calls)
@@ -67,7 +67,7 @@ def test_masks_do_not_grow_with_the_square_of_the_length(calls):
     assert max(made["attn_mask"].numel() for _, _, made in calls) <= 512 * 1200
 
 
-def test_keys_that_no_query_sees_are_not_touched():
+def test_keys_that_no_query_sees_are_not_accessed():
     """Positions 0..4 are before every window, 15..19 after every query."""
     inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5, absent=WEIGHTS)
     expected = inputs.run_function(plain)
@@ -80,7 +80,7 @@ def test_keys_that_no_query_sees_are_not_touched():
         assert torch.equal(result, expected[name]), name
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_match_finite_differences():
     inputs = random_inputs(queries=4, keys=6, heads=4, kv_heads=2, head_dim=2, window=3, documents=4, absent=WEIGHTS)
     leaves = [tensor.requires_grad_() for tensor in inputs.tensors.values()]
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, **inputs.options), leaves)

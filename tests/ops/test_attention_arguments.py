@@ -1,4 +1,4 @@
-"""Every argument that does not fit gets a ValueError that names it, what it is, and what was expected."""
+"""Every invalid argument raises a ValueError with its name, its value or shape, and what was expected."""
 
 import re
 
@@ -28,15 +28,15 @@ SHARED = {
         {},
         "k has 3 heads (shape (2, 5, 3, 6)), expected a divisor",
     ),
-    "k of another type": ({"k": shaped(2, 5, 2, 6).float()}, {}, "k (2, 5, 2, 6) is torch.float32, expected q's type"),
+    "k of another type": ({"k": shaped(2, 5, 2, 6).float()}, {}, "k (2, 5, 2, 6) is torch.float32, expected q's dtype"),
     "v of another shape": ({"v": shaped(2, 4, 2, 6)}, {}, "v has shape (2, 4, 2, 6), expected (2, 5, 2, 6)"),
-    "v of another type": ({"v": shaped(2, 5, 2, 6).half()}, {}, "v (2, 5, 2, 6) is torch.float16, expected q's type"),
+    "v of another type": ({"v": shaped(2, 5, 2, 6).half()}, {}, "v (2, 5, 2, 6) is torch.float16, expected q's dtype"),
     "v elsewhere": ({"v": shaped(2, 5, 2, 6).to("meta")}, {}, "v (2, 5, 2, 6) is on meta, expected q's device, cpu"),
     "more queries than keys": ({"q": shaped(2, 6, 4, 6)}, {}, "q has 6 queries for 5 keys"),
     "negative offset": ({}, {"query_offset": -1}, "query_offset is -1, expected 0 <= query_offset <= S - T = 2"),
     "offset beyond the keys": ({}, {"query_offset": 3}, "query_offset is 3, expected 0 <= query_offset <= S - T = 2"),
-    "empty window": ({}, {"window": 0}, "window is 0, expected a whole number from 1"),
-    "half a window": ({}, {"window": 2.5}, "window is 2.5, expected a whole number from 1"),
+    "empty window": ({}, {"window": 0}, "window is 0, expected an integer >= 1"),
+    "half a window": ({}, {"window": 2.5}, "window is 2.5, expected an integer >= 1"),
     "documents of the queries": (
         {},
         {"document_ids": torch.zeros(2, 3, dtype=torch.int32)},
@@ -100,27 +100,27 @@ COMPOSE = {
 @pytest.mark.parametrize(
     ("tensors", "options", "message"), [*SHARED.values(), *COMPOSE.values()], ids=[*SHARED, *COMPOSE]
 )
-def test_compose_attention_refuses(tensors, options, message):
+def test_compose_attention_rejects(tensors, options, message):
     inputs = random_inputs(**CALL).with_tensors(**tensors)
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         compose_attention(*arguments(inputs.tensors), **options)
 
 
 @pytest.mark.parametrize(("tensors", "options", "message"), SHARED.values(), ids=SHARED)
-def test_attention_refuses(tensors, options, message):
+def test_attention_rejects(tensors, options, message):
     inputs = random_inputs(**CALL).with_tensors(**tensors)
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         attention(*arguments(inputs.tensors)[:3], **options)
 
 
-def test_weights_in_another_container_are_refused():
+def test_weights_in_another_container_are_rejected():
     q, k, v, pre, post = arguments(random_inputs(**CALL).tensors)
     with pytest.raises(ValueError, match="post is a tuple, expected ComposeWeights, or None"):
         compose_attention(q, k, v, pre, tuple(post))
 
 
-def test_what_is_refused_is_otherwise_right():
-    """The call that the cases above are made from is accepted."""
+def test_the_unmodified_call_is_valid():
+    """The call that the cases above modify."""
     inputs = random_inputs(**CALL)
     assert compose_attention(*arguments(inputs.tensors)).shape == (2, 3, 4, 6)
     assert attention(*arguments(inputs.tensors)[:3]).shape == (2, 3, 4, 6)
@@ -130,7 +130,7 @@ def test_choice_of_backend():
     q, _, _, pre, post = arguments(random_inputs(**CALL).tensors)
     assert choose_backend("auto", q, pre, post)[0] == "chunked"
     assert choose_backend("auto", q, None, post)[0] == "chunked"
-    why = "without compose weights this is plain attention; not flash-attn: it needs an NVIDIA GPU, and q is on cpu"
+    why = "without compose weights this is plain attention; not flash-attn: it needs an NVIDIA GPU, but q is on cpu"
     assert choose_backend("auto", q) == ("sdpa", why)
     assert choose_backend("reference", q, pre, post) == ("reference", "requested")
     assert choose_backend("chunked", q) == ("chunked", "requested")

@@ -1,7 +1,7 @@
-"""Plain attention through flash-attn: what is asked of the package, when it is asked, and, where it runs, its results.
+"""Plain attention through flash-attn: how the package is called, when it is called and, on a GPU, its results.
 
-Without a GPU a stand-in takes the package's place. It has the signatures of flash-attn 2.7 and 2.8, keeps to their
-documentation and is dense.
+Without a GPU a dense fake replaces the package. It has the signatures and the documented behavior of flash-attn 2.7 and
+2.8.
 """
 
 import re
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops import attention, choose_backend, compose_attention, flash
 from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, check_results, random_inputs, unfused_attention
-from dcscale.testing.models import lively_model, random_ids, tiny_config
+from dcscale.testing.models import random_ids, random_model, tiny_config
 
 
 def flash_attn_func(
@@ -32,7 +32,7 @@ def flash_attn_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Query i is at key i + S - T, and sees ``window_size`` keys to its left and right; -1 stands for all."""
+    """Query i is at key i + S - T, and sees ``window_size`` keys to its left and right; -1 means all."""
     assert (dropout_p, softcap, alibi_slopes, return_attn_probs, deterministic) == (0.0, 0.0, None, False, True)
     left, right = window_size
     queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
@@ -63,7 +63,7 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Sequences one after the other; what lies beyond ``max_seqlen`` in one is never computed."""
+    """Packed sequences; the output of one that is longer than ``max_seqlen`` stays NaN."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert (cu_seqlens_q[0], cu_seqlens_k[0], block_table) == (0, 0, None)
     out = q.new_full(q.shape, torch.nan)
@@ -79,7 +79,7 @@ def flash_attn_varlen_func(
 
 
 def recorder(function, made):
-    """The function, whose calls are added to ``made`` as (name, arguments, options)."""
+    """Wraps the function so that its calls are appended to ``made`` as (name, arguments, options)."""
 
     def called(*arguments, **options):
         made.append((function.__name__, arguments, options))
@@ -88,17 +88,17 @@ def recorder(function, made):
     return called
 
 
-STAND_IN = ModuleType("flash_attn")
-STAND_IN.flash_attn_func, STAND_IN.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+FAKE = ModuleType("flash_attn")
+FAKE.flash_attn_func, FAKE.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The stand-in is installed and takes every call; their names and arguments."""
+    """Installs the fake for every call; returns the recorded calls."""
     made = []
     for function in (flash_attn_func, flash_attn_varlen_func):
-        monkeypatch.setattr(STAND_IN, function.__name__, recorder(function, made))
-    monkeypatch.setitem(sys.modules, "flash_attn", STAND_IN)
+        monkeypatch.setattr(FAKE, function.__name__, recorder(function, made))
+    monkeypatch.setitem(sys.modules, "flash_attn", FAKE)
     monkeypatch.setattr(flash, "unavailable_reason", lambda q: None)
     return made
 
@@ -108,7 +108,7 @@ def plain(q, k, v, pre, post, **options):
     return attention(q, k, v, **options)
 
 
-# -- what is asked of the package ------------------------------------------------------------------------------
+# -- how the package is called ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", PLAIN_CALLS.values(), ids=PLAIN_CALLS)
@@ -128,7 +128,7 @@ def test_equals_the_reference(options, calls):
 
 
 def documents_call(ids, calls, dtype=torch.int64, **options):
-    """attention() with these document ids is right; returns the calls it made."""
+    """Checks attention() with these document ids; returns the calls of flash-attn."""
     inputs = random_inputs(batch=len(ids), queries=len(ids[0]), absent=WEIGHTS, **options)
     inputs.options["document_ids"] = torch.tensor(ids, dtype=dtype)
     expected = inputs.run("reference")
@@ -137,8 +137,8 @@ def documents_call(ids, calls, dtype=torch.int64, **options):
     return [(arguments, options) for _, arguments, options in calls]
 
 
-def test_documents_are_sequences(calls):
-    """Also where a row's first document has the id of the last one above."""
+def test_documents_become_packed_sequences(calls):
+    """Even if a row's first document has the same id as the previous row's last one."""
     (((q, k, v, *bounds_and_longest), options),) = documents_call([[4, 4, 4, 7, 7], [7, 8, 9, 9, 9]], calls, window=2)
     assert [x.shape for x in (q, k, v)] == [(10, 4, 8)] * 3
     *bounds, longest_q, longest_k = bounds_and_longest
@@ -149,28 +149,35 @@ def test_documents_are_sequences(calls):
 
 
 @pytest.mark.parametrize("ids", [[[0, 0, 1, 1, 0]], [[2, 2, 1, 1, 1]], [[0, 0, 0, 0, 0], [0, 1, 1, 0, 0]]])
-def test_documents_that_might_come_back_take_another_way(ids, calls):
+def test_documents_that_may_reappear_use_sdpa(ids, calls):
     assert documents_call(ids, calls) == []
 
 
 def test_documents_of_any_integers(calls):
-    """The largest steps there can be: their difference is not an int8."""
+    """The difference of these ids overflows int8."""
     assert len(documents_call([[-128, -128, 127, 127]], calls, dtype=torch.int8)) == 1
 
 
-def test_more_documents_than_a_grid_is_long_take_another_way(calls, monkeypatch):
-    monkeypatch.setattr(flash, "_MOST_DOCUMENTS", 3)
-    assert len(documents_call([[0, 1, 2, 2]], calls)) == 1
+def test_more_documents_than_the_grid_allows_are_left_to_sdpa(calls):
+    inputs = random_inputs(batch=1, queries=4, absent=WEIGHTS, document_ids=torch.tensor([[0, 1, 2, 2]]))
+    tensors = [inputs.tensors[name] for name in "qkv"]
+    options = {"window": None, "scale": 8**-0.5, "query_offset": 0, "max_documents": 3}
+    out = flash.flash_attention(*tensors, document_ids_BS=inputs.options["document_ids"], **options)
+    torch.testing.assert_close(out, inputs.run("reference")["out"])
     calls.clear()
-    assert documents_call([[0, 1, 2, 3]], calls) == []
+    assert flash.flash_attention(*tensors, document_ids_BS=torch.tensor([[0, 1, 2, 3]]), **options) is None
+    assert calls == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.compile keeps the first flash_attn that it meets")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.compile caches the first flash_attn that it imports")
 @pytest.mark.parametrize("documents", [None, 4])
 def test_under_compile_and_recomputation(calls, monkeypatch, documents):
-    """Without documents there is no break in the graph; with them one, where their number is read."""
-    for function in (flash_attn_func, flash_attn_varlen_func):  # without the record, which would be a break itself
-        monkeypatch.setattr(STAND_IN, function.__name__, function)
+    """Without documents the graph has no break; with documents one, where their number is read."""
+    for function in (
+        flash_attn_func,
+        flash_attn_varlen_func,
+    ):  # not the recorders: they break the graph
+        monkeypatch.setattr(FAKE, function.__name__, function)
     inputs = random_inputs(queries=12, kv_heads=2, window=7, documents=documents, absent=WEIGHTS)
 
     def recomputed(*arguments, **options):
@@ -184,9 +191,9 @@ def test_under_compile_and_recomputation(calls, monkeypatch, documents):
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_transformer_trains_through_it(calls, monkeypatch, documents):
+def test_a_transformer_trains_with_it(calls, monkeypatch, documents):
     config = tiny_config(attention="mha", kv_heads=2)
-    model = lively_model(config, recompute="block")
+    model = random_model(config, recompute="block")
     ids = random_ids(config, 2, 12)
     document_ids = (torch.arange(11) // 4).expand(2, -1) if documents else None
 
@@ -203,19 +210,19 @@ def test_a_transformer_trains_through_it(calls, monkeypatch, documents):
     assert len(calls) == 2 * config.layers
 
 
-# -- when it is asked ------------------------------------------------------------------------------------------
+# -- when it is called -----------------------------------------------------------------------------------------
 
 
 class OnGPU:
-    """As much of a tensor as the choice looks at."""
+    """The attributes of a tensor that choose_backend reads."""
 
     device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (2, 9, 4, 64)
 
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """A GPU, and flash-attn installed with this version and module text; None for not installed."""
-    flash._package_obstacle.cache_clear()
+    """Fakes a GPU; the returned function installs a flash-attn of a version with the given module source."""
+    flash._package_unavailable_reason.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
@@ -228,7 +235,7 @@ def install(monkeypatch, tmp_path):
         monkeypatch.syspath_prepend(tmp_path)
 
     yield installed
-    flash._package_obstacle.cache_clear()
+    flash._package_unavailable_reason.cache_clear()
     sys.modules.pop("flash_attn", None)
 
 
@@ -260,13 +267,13 @@ UNDEFINED_SYMBOL = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _
 @pytest.mark.parametrize(
     ("version", "text", "problem"),
     [
-        ("2.6.3", "raise AssertionError('not to be imported')", "flash-attn 2.6.3 is installed, and 2.7 or newer"),
+        ("2.6.3", "raise AssertionError('not to be imported')", "flash-attn 2.6.3 is installed, but 2.7 or newer"),
         ("2.8.3", UNDEFINED_SYMBOL, "importing it fails: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10"),
         ("2.8.3", "raise OSError('libcudart.so.11.0')", "importing it fails: OSError: libcudart.so.11.0"),
         ("2.8.3", "", "importing it fails: ImportError: cannot import name 'flash_attn_func'"),
     ],
 )
-def test_a_package_that_cannot_be_used_is_named_once(install, version, text, problem):
+def test_an_unusable_package_is_reported_once(install, version, text, problem):
     install(version, text)
     with pytest.warns(
         UserWarning, match=rf"{problem}.*scaled_dot_product_attention instead.*Build flash-attn for this PyTorch"
@@ -280,37 +287,37 @@ def test_a_package_that_cannot_be_used_is_named_once(install, version, text, pro
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("device", torch.device("cpu"), "it needs an NVIDIA GPU, and q is on cpu"),
-        ("dtype", torch.float32, "it takes bfloat16 and float16, and q is torch.float32"),
-        ("shape", (2, 9, 4, 320), r"it takes heads up to 256 wide, and q has shape (2, 9, 4, 320)"),
+        ("device", torch.device("cpu"), "it needs an NVIDIA GPU, but q is on cpu"),
+        ("dtype", torch.float32, "it supports bfloat16 and float16, but q is torch.float32"),
+        ("shape", (2, 9, 4, 320), r"it supports head dims up to 256, but q has shape (2, 9, 4, 320)"),
     ],
 )
-def test_calls_that_it_cannot_take(install, monkeypatch, name, value, problem):
-    """Nothing is imported for them, so that nothing is said of a package that would not be used anyway."""
+def test_calls_that_it_does_not_support(install, monkeypatch, name, value, problem):
+    """The package is not imported for them, so there is no warning about a package that would not be used anyway."""
     install("2.8.3", UNDEFINED_SYMBOL)
     monkeypatch.setattr(OnGPU, name, value)
     assert reason() == problem
 
 
-def test_gpus_that_it_cannot_use(install, monkeypatch):
+def test_gpus_that_it_does_not_support(install, monkeypatch):
     install("2.8.3", UNDEFINED_SYMBOL)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert reason() == "it needs compute capability 8.0, and the GPU has 7.5"
+    assert reason() == "it needs compute capability 8.0, but the GPU has 7.5"
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert reason() == "it is used on NVIDIA GPUs only"
+    assert reason() == "it is used on NVIDIA GPUs only, and this torch is built for ROCm"
 
 
-def test_the_version_that_is_asked_for_is_the_one_that_is_declared():
+def test_the_required_version_is_that_of_pyproject():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert re.findall(r'"flash-attn(.*)"', project) == [f">={flash.OLDEST_VERSION}"]
 
 
-# -- its results, wherever it runs -----------------------------------------------------------------------------
+# -- its results, on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def package(monkeypatch):
-    """The calls of the installed package's functions: their names and arguments."""
+    """The recorded calls of the installed package."""
     if not torch.cuda.is_available():
         pytest.skip("flash-attn needs a GPU")
     problem = flash.unavailable_reason(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda"))
@@ -330,7 +337,7 @@ def test_error_on_a_gpu(package, options, dtype):
     inputs = random_inputs(**{**options, "batch": 8, "head_dim": 64}, absent=WEIGHTS).to(torch.float64, "cuda")
     narrow, expected = inputs.to(dtype), inputs.run("reference")
     results, unfused = narrow.run_function(plain), narrow.run_function(unfused_attention)
-    if options["queries"] == options.get("keys", 1) or options.get("window") == 1:  # q and k do not matter
+    if options["queries"] == options.get("keys", 1) or options.get("window") == 1:  # q, k have no effect
         expected, results, unfused = ({name: x[name] for name in ("out", "v")} for x in (expected, results, unfused))
     check_results(results, unfused, expected)
     assert bool(package) == ("documents" not in options or options.get("query_offset") == 0 or "keys" not in options)
@@ -342,7 +349,7 @@ LONG = {"batch": 2, "queries": 1500, "heads": 8, "kv_heads": 2, "head_dim": 128}
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"window": 256}, {"documents": 200}, {"window": 256, "documents": 200}])
 def test_long_rows_on_a_gpu(package, monkeypatch, options):
-    """Many blocks of keys: as near to the truth as the other way, and the same bits every time, compiled too."""
+    """Many blocks of keys: as precise as the reference in bfloat16, and the same bits in every run, compiled too."""
     inputs = random_inputs(**LONG, **options, absent=WEIGHTS).to(torch.float64, "cuda")
     narrow = inputs.to(torch.bfloat16)
     results = narrow.run_function(plain)
@@ -350,7 +357,7 @@ def test_long_rows_on_a_gpu(package, monkeypatch, options):
     assert {name for name, _, _ in package} == {
         "flash_attn_varlen_func" if "documents" in options else "flash_attn_func"
     }
-    monkeypatch.undo()  # the record would be a break in the graph
+    monkeypatch.undo()  # the recorder would break the graph
     for function in [plain] * 5 + [torch.compile(plain, fullgraph="documents" not in options)]:
         for name, again in narrow.run_function(function).items():
             assert torch.equal(again, results[name]), name

@@ -30,7 +30,7 @@ def test_equals_cross_entropy(chunk):
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
-def test_nothing_to_predict_is_zero(chunk):
+def test_no_targets_give_a_loss_of_zero(chunk):
     hidden, weight, targets = random_arguments(ignored=1.1)
     loss = cross_entropy_sum(hidden, weight, targets, chunk)
     assert loss == 0
@@ -61,17 +61,17 @@ def test_logits_of_one_chunk_only_are_kept():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((2, 3, 4), (9, 5), (2, 3)), r"hidden \(2, 3, 4\), weight \(9, 5\) and targets \(2, 3\) do not fit"),
-        (((2, 3, 4), (9, 4), (2, 4)), r"targets \(2, 4\) do not fit: expected \[B, T, E\], \[V, E\] and \[B, T\]"),
+        (((2, 3, 4), (9, 5), (2, 3)), r"hidden \(2, 3, 4\), weight \(9, 5\) and targets \(2, 3\) do not match"),
+        (((2, 3, 4), (9, 4), (2, 4)), r"targets \(2, 4\) do not match: expected \[B, T, E\], \[V, E\] and \[B, T\]"),
         (((2, 3, 4), (1, 9, 4), (2, 3)), r"weight \(1, 9, 4\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(shapes, message):
+def test_shapes_that_do_not_match_are_rejected(shapes, message):
     hidden, weight, targets = shapes
     with pytest.raises(ValueError, match=message):
         cross_entropy_sum(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.long), 0)
 
 
-def test_a_negative_chunk_is_refused():
+def test_a_negative_chunk_is_rejected():
     with pytest.raises(ValueError, match="chunk is -1, expected a number of tokens, or 0"):
         cross_entropy_sum(*random_arguments(), chunk=-1)

@@ -10,7 +10,7 @@ RANGES = [(range(10), range(10)), (range(4, 7), range(10)), (range(9, 10), range
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("window", [None, 1, 3, 10, 99])
 @pytest.mark.parametrize(("queries", "keys"), RANGES)
-def test_a_query_sees_what_the_definition_says(queries, keys, window, documents):
+def test_the_mask_equals_the_definition(queries, keys, window, documents):
     rows = range(1 if documents is None else 2)
     expected = torch.zeros(len(rows), len(queries), len(keys), dtype=torch.bool)
     for row in rows:
@@ -26,13 +26,13 @@ def test_a_query_sees_what_the_definition_says(queries, keys, window, documents)
         assert torch.equal(seen.expand_as(expected), expected)
 
 
-def test_there_is_no_mask_where_all_is_seen():
+def test_there_is_no_mask_if_all_keys_are_visible():
     assert visible_keys(range(9, 10), range(10), None, None, torch.device("cpu")) is None
     assert visible_keys(range(9, 10), range(7, 10), 3, None, torch.device("cpu")) is None
     assert visible_keys(range(9, 10), range(6, 10), 3, None, torch.device("cpu")) is not None
 
 
-def test_key_range_is_the_smallest_that_holds_all():
+def test_key_range_is_the_smallest_with_all_visible_keys():
     assert key_range(5, 8, None) == (0, 9)
     assert key_range(5, 8, 1) == (5, 9)
     assert key_range(5, 8, 3) == (3, 9)
@@ -40,6 +40,6 @@ def test_key_range_is_the_smallest_that_holds_all():
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 10, 99])
-def test_pairs_are_those_of_the_mask(window):
+def test_visible_pairs_counts_the_mask(window):
     seen = visible_keys(range(10), range(10), window, None, torch.device("cpu"))
     assert visible_pairs(10, window) == seen.sum()

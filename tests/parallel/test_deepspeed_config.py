@@ -1,4 +1,4 @@
-"""The DeepSpeed config that ours generates."""
+"""The DeepSpeed config generated from dcscale's config."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Who a process is, from the variables of each launcher."""
+"""Rank, world size and device of a process, from the variables of each launcher."""
 
 import pytest
 import torch
@@ -94,9 +94,9 @@ def test_a_gpu_for_every_local_rank(monkeypatch, variables):
 @pytest.mark.parametrize(
     ("variables", "gpus", "message"),
     [
-        (TORCHRUN, 1, "torchrun started 2 processes on this node.* 1 can be seen; start at most 1 a node"),
+        (TORCHRUN, 1, "torchrun started 2 processes on this node.* 1 are visible; start at most 1 per node"),
         ({**TORCHRUN, "LOCAL_RANK": "0"}, 1, "torchrun started 2 processes"),
-        (SRUN, 2, "srun started 4 processes on this node.* 2 can be seen"),
+        (SRUN, 2, "srun started 4 processes on this node.* 2 are visible"),
     ],
 )
 def test_more_processes_than_gpus_are_refused_on_every_rank(monkeypatch, variables, gpus, message):
@@ -110,7 +110,7 @@ def test_the_batch_shell_of_slurm_is_not_a_step():
     assert discover({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
 
 
-def test_alone_makes_its_own_rendezvous():
+def test_a_single_process_makes_its_own_rendezvous():
     variables: dict[str, str] = {}
     environment = discover(variables)
     assert environment == Environment(0, 0, 1, 1, environment.device)
@@ -119,7 +119,7 @@ def test_alone_makes_its_own_rendezvous():
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_half_a_launcher_is_refused(missing):
+def test_missing_variables_are_refused(missing):
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     del variables[missing]
     with pytest.raises(LaunchError, match=f"{missing} is None.*torchrun"):
@@ -147,10 +147,10 @@ def test_rank_beyond_world_size():
         ({"OMP_NUM_THREADS": "5"}, 1),
         ({"OMP_NUM_THREADS": "1"}, 1),
         ({"OMP_NUM_THREADS": "5", "TORCHELASTIC_RUN_ID": "none"}, 1),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 2),  # torchrun's word, not the user's
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 2),  # set by torchrun, not by the user
     ],
 )
-def test_cores_are_shared_unless_told_otherwise(monkeypatch, variables, threads):
+def test_cores_are_shared_unless_the_user_sets_the_threads(monkeypatch, variables, threads):
     before = torch.get_num_threads()
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     try:

@@ -1,4 +1,4 @@
-"""train.compile changes how blocks are run, not what they compute."""
+"""train.compile does not change what blocks compute."""
 
 from functools import partialmethod
 
@@ -8,15 +8,15 @@ from torch import nn
 
 from dcscale.observe import read_metrics
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import make_shards, tiny_config, train_here
+from dcscale.testing.runs import tiny_config, train_here
 
 pytestmark = pytest.mark.distributed
 
 
 def train_and_count_graphs(configs):
-    """Trains one config after the other; returns for each how many graphs had been compiled when it was done."""
-    # Tracing and the graphs of forward and backward are those of the default backend, which would take half a
-    # minute to turn them into machine code.
+    """Trains each config; returns the number of compiled graphs after each of them."""
+    # aot_eager traces the same forward and backward graphs as the default backend, without half a minute of code
+    # generation.
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     counts = []
     for config in configs:
@@ -25,8 +25,7 @@ def train_and_count_graphs(configs):
     return counts
 
 
-def test_compiled_blocks_train_as_eager_ones(tmp_path):
-    shards = make_shards(tmp_path / "shards")
+def test_compiled_blocks_train_like_eager_blocks(tmp_path, shards):
     common = ["train.steps=3", "validation.interval=0", "log.compose_interval=1"]
     eager = tiny_config(tmp_path / "eager", shards, *common)
     compiled = tiny_config(tmp_path / "compiled", shards, *common, "train.compile=true")

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the exceptions."""
+"""Weight decay by default, and rules by parameter name."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_only_matrices_decay_and_not_the_embedding():
     }
 
 
-def test_the_first_matching_rule_counts():
+def test_the_first_matching_rule_applies():
     found = settings(
         OptimizerRule("dw1", lr_scale=0.5),
         OptimizerRule("*.weight", weight_decay=0.3),
@@ -45,8 +45,8 @@ def test_the_first_matching_rule_counts():
     assert found["embedding.weight"] == (1.0, 0.3)
 
 
-def test_a_rule_that_decides_nothing_is_refused():
-    with pytest.raises(RuleError, match=r"'blocks\.\*' decides for no parameter; names look like 'dw1'|'embedding"):
+def test_a_rule_that_applies_to_no_parameter_is_rejected():
+    with pytest.raises(RuleError, match=r"'blocks\.\*' applies to no parameter. Names look like 'dw1'|'embedding"):
         settings(OptimizerRule("blocks.*", lr_scale=0.5))
     with pytest.raises(RuleError, match="'q.weight'"):
         settings(OptimizerRule("q.*"), OptimizerRule("q.weight", lr_scale=0.5))

@@ -1,4 +1,4 @@
-"""Learning rates, written out by hand."""
+"""Learning rates, compared with values worked out by hand."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_warm_up_stable_decay():
     assert r[-1] == pytest.approx(0.0)
 
 
-def test_the_decay_defaults_to_a_fifth_and_can_be_absent():
+def test_the_wsd_decay_defaults_to_a_fifth_of_the_run_and_can_be_absent():
     assert rates(warmup_steps=0, kind="wsd", final_ratio=0.5)[79:82] == pytest.approx([2.0, 1.95, 1.9])
     assert set(rates(warmup_steps=0, kind="wsd", decay_steps=0)) == {2.0}
 

@@ -1,4 +1,4 @@
-"""A signal asks; it does not interrupt."""
+"""Signals request a stop; they do not interrupt."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from dcscale.train.signals import STOP_SIGNALS, StopSignals
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_sets_the_flag_and_handlers_are_put_back(number):
+def test_a_signal_sets_the_flag_and_handlers_are_restored(number):
     before = [signal.getsignal(n) for n in STOP_SIGNALS]
     with StopSignals() as signals:
         assert signals.received is None
@@ -20,13 +20,13 @@ def test_a_signal_sets_the_flag_and_handlers_are_put_back(number):
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
-def test_what_waits_elsewhere_is_called_once_from_a_thread():
+def test_the_callback_is_called_once_from_a_thread():
     called = []
     with StopSignals() as signals:
-        with signals.calling(lambda: called.append(threading.current_thread().name)):
+        with signals.call_on_stop(lambda: called.append(threading.current_thread().name)):
             assert threading.active_count() > 1
         assert called == []
-        with signals.calling(lambda: called.append(threading.current_thread().name)):
+        with signals.call_on_stop(lambda: called.append(threading.current_thread().name)):
             os.kill(os.getpid(), signal.SIGUSR1)
             stop = time.monotonic() + 10
             while not called and time.monotonic() < stop:

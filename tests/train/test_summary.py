@@ -1,4 +1,4 @@
-"""A run's result as a person reads it at the terminal."""
+"""The summary of a run as printed to the terminal."""
 
 import pytest
 
@@ -23,23 +23,23 @@ SUMMARY = {
     "sample": "def f():\n    return",
 }
 BASE = [
-    "steps      400 of 102,400 tokens in 50 s",
-    "loss       5.5000 at first, 2.2500 now (nats/token), 2,048 tokens/s",
+    "steps      400, 102,400 tokens in 50 s",
+    "loss       5.5000 first, 2.2500 last (nats/token), 2,048 tokens/s",
 ]
 CHECKPOINT = ["checkpoint runs/a/checkpoints/step-00000400"]
-SAMPLE = ["it writes", "  | def f():", "  |     return"]
+SAMPLE = ["sample", "  | def f():", "  |     return"]
 
 
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({}, [*BASE, "held out   2.5000 nats/token, 3.6067 bits/byte", *CHECKPOINT, *SAMPLE]),
-        ({"bits_per_byte": None}, [*BASE, "held out   2.5000 nats/token", *CHECKPOINT, *SAMPLE]),
+        ({}, [*BASE, "validation 2.5000 nats/token, 3.6067 bits/byte", *CHECKPOINT, *SAMPLE]),
+        ({"bits_per_byte": None}, [*BASE, "validation 2.5000 nats/token", *CHECKPOINT, *SAMPLE]),
         ({"validation_loss": None, "bits_per_byte": None}, [*BASE, *CHECKPOINT, *SAMPLE]),
         ({"validation_loss": None, "sample": None}, [*BASE, *CHECKPOINT]),
         (
             {"skipped_shards": 2, "skipped_tokens": 12345, "validation_loss": None, "sample": None},
-            [*BASE, "lost       2 shards of 12,345 tokens", *CHECKPOINT],
+            [*BASE, "skipped    2 shards with 12,345 tokens", *CHECKPOINT],
         ),
     ],
 )
@@ -51,9 +51,9 @@ def test_a_run_stopped_before_its_first_record():
     nothing = {"steps": 0, "tokens": 0, "train_seconds": 0.0, "first_loss": None, "last_loss": None}
     unknown = {"validation_loss": None, "tokens_per_second": None, "last_checkpoint": None, "sample": None}
     lines = summary_lines({**SUMMARY, **nothing, **unknown})
-    assert lines == ["steps      0 of 0 tokens in 0 s", "checkpoint None"]
+    assert lines == ["steps      0, 0 tokens in 0 s", "checkpoint None"]
 
 
-def test_the_models_text_cannot_steer_the_terminal():
+def test_sampled_text_cannot_control_the_terminal():
     lines = summary_lines({**SUMMARY, "sample": "a\x1b[2Jb\x07\rc\x0bd\te\nf"})
-    assert lines[-3:] == ["it writes", "  | a\\x1b[2Jb\\x07\\rc\\x0bd\te", "  | f"]
+    assert lines[-3:] == ["sample", "  | a\\x1b[2Jb\\x07\\rc\\x0bd\te", "  | f"]

@@ -1,4 +1,4 @@
-"""What is compared: shapes, and implementations of compose and plain attention."""
+"""What the benchmark compares: cases (shapes and dtypes), and implementations of compose and plain attention."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dcscale.bench.attention import DTYPE_NAMES, FUSED_BACKENDS
 from dcscale.ops import attention, choose_backend, compose_attention, flash
-from dcscale.ops.compose.api import BACKENDS
 from dcscale.ops.masks import visible_pairs
 from dcscale.testing.attention import AttentionInputs, arguments, random_inputs, unfused_attention
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(DTYPE_NAMES, (torch.float32, torch.bfloat16, torch.float16)))
 PASSES = ("forward", "forward_backward")
 Row = dict[str, Any]
-"""JSON of one implementation in one case."""
+"""JSON object with the results of one implementation in one case."""
 BACKWARD_FLOPS = 2.5
-"""Of backward, in those of forward: five products of the size T x S x D instead of two."""
+"""FLOPs of backward relative to forward: five products of size T x S x D instead of two."""
 
-CENTRE = {"cuda": (4096, 32, 128), "cpu": (4096, 16, 64)}
-"""Length, heads and head width that the targets are for."""
+TARGET_SHAPE = {"cuda": (4096, 32, 128), "cpu": (4096, 16, 64)}
+"""Length, heads and head dim that the targets are stated for."""
 _LENGTHS = {"cuda": (1024, 2048, 4096, 8192, 16384, 32768), "cpu": (1024, 4096)}
 _HEAD_SHAPES = {"cuda": tuple(product((32, 16), (128, 64, 80)))[1:], "cpu": ()}
 _DTYPES = {"cuda": ("bf16",), "cpu": ("fp32", "bf16")}
-_LONGEST_DENSE_ON_CPU = 1024
-_LENGTH_OF_CHECKS, _LARGEST_WINDOW_OF_CHECKS = 321, 256
+_MAX_DENSE_LENGTH_ON_CPU = 1024
+_CHECK_LENGTH, _MAX_CHECK_WINDOW = 321, 256
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention; a window of None is none."""
+    """One call of attention, with as many keys as queries; a window of None means no window."""
 
     dtype: str
     batch: int
@@ -52,20 +52,20 @@ class Case:
         return f"{self.dtype}, B={self.batch}, T={self.length}, H={self.heads}, D={self.head_dim}, {window}"
 
     def forward_flops(self, windowed: bool) -> int:
-        """Of the two matrix products, for the pairs of query and key that are visible: 4 D a pair and head.
+        """FLOPs of the two matrix products over visible (query, key) pairs: 4 D per pair and head.
 
-        This is how flash-attention counts. Mixing heads, softmax and what is computed again count nothing.
+        This is flash-attention's convention: compose, softmax and recomputation are not counted.
         """
         pairs = visible_pairs(self.length, self.window if windowed else None)
         return 4 * self.batch * self.heads * self.head_dim * pairs
 
     def for_checks(self) -> Case:
-        """The short case whose errors stand for this one's, as odd as they come, with a window that still bites."""
-        window = None if self.window is None else min(self.window, _LARGEST_WINDOW_OF_CHECKS)
-        return replace(self, batch=1, length=_LENGTH_OF_CHECKS, window=window)
+        """The short case, of an odd length and beyond its window, whose errors are checked instead of this one's."""
+        window = None if self.window is None else min(self.window, _MAX_CHECK_WINDOW)
+        return replace(self, batch=1, length=_CHECK_LENGTH, window=window)
 
     def draw(self, device: str) -> AttentionInputs:
-        """Random inputs in float64, which the case's type holds exactly."""
+        """Random inputs in float64, with values that the case's dtype holds exactly."""
         return random_inputs(
             self.batch,
             self.length,
@@ -89,47 +89,44 @@ def make_cases(
     rank: int = 2,
     quick: bool = False,
 ) -> list[Case]:
-    """All combinations of what is given. Where no shape is, all lengths at the centre, and all heads at its length."""
-    length, *head_shape = CENTRE[device]
+    """All combinations of the given values.
+
+    Without lengths, heads and head dims: all default lengths with the heads of :data:`TARGET_SHAPE`, and all default
+    heads and head dims at its length.
+    """
+    length, *head_shape = TARGET_SHAPE[device]
     if lengths or heads or head_dims:
         shapes = list(product(lengths or [length], heads or head_shape[:1], head_dims or head_shape[1:]))
     elif quick and device == "cuda":
-        shapes = [CENTRE[device]]
+        shapes = [TARGET_SHAPE[device]]
     else:
         shapes = [(each, *head_shape) for each in _LENGTHS[device]]
         shapes += [(length, *other) for other in _HEAD_SHAPES[device]]
+    # Dtypes vary fastest, so that cases with the same shape and window are neighbours.
     combinations = product(shapes, windows or (None, 256), dtypes or _DTYPES[device])
     cases = [Case(dtype, batch, *shape, window, rank) for shape, window, dtype in combinations]
-    return list(dict.fromkeys(cases))  # what was given twice is measured once
+    return list(dict.fromkeys(cases))  # values that are given twice are measured once
 
 
 def too_slow(kind: str, case: Case, first: Case, device: str, quick: bool) -> str | None:
-    """Why an implementation is not run in this case unless it is asked for by name; None where it is."""
-    ask = f"(ask for it with --kinds {kind})"
-    if kind in DENSE and device == "cpu" and case.length > _LONGEST_DENSE_ON_CPU:
-        return f"too slow on a CPU above T={_LONGEST_DENSE_ON_CPU} {ask}"
+    """Why an implementation is skipped in this case unless --kinds requests it; None if it runs."""
+    hint = f"(request it with --kinds {kind})"
+    if kind in DENSE and device == "cpu" and case.length > _MAX_DENSE_LENGTH_ON_CPU:
+        return f"too slow on a CPU above T={_MAX_DENSE_LENGTH_ON_CPU} {hint}"
     if kind in DENSE and device == "cpu" and quick and case != first:
-        return f"too slow for --quick in more than the first case {ask}"
+        return f"too slow for --quick in more than the first case {hint}"
     if kind in COMPILED and (case.heads, case.head_dim) != (first.heads, first.head_dim):
-        return f"compiling takes long, so only with H={first.heads}, D={first.head_dim} {ask}"
-    if kind == "compiled" and (quick or (device == "cuda" and case.length != CENTRE[device][0])):
-        return f"compiling takes long {ask}"
+        return f"compilation is slow, so only with H={first.heads}, D={first.head_dim} {hint}"
+    if kind == "compiled" and (quick or (device == "cuda" and case.length != TARGET_SHAPE[device][0])):
+        return f"compilation is slow {hint}"
     return None
 
 
-FUSED_BACKENDS = tuple(name for name in BACKENDS if name not in ("auto", "reference"))
-KINDS = {
-    "dense": "compose attention, the dense formula in plain PyTorch, every step in the input's type",
-    "dense-compiled": "the same through torch.compile",
-    **{name: f"compose attention, backend {name!r}" for name in FUSED_BACKENDS},
-    "sdpa": "plain attention over all keys before a query, by every fused backend of scaled_dot_product_attention",
-    "flash-attn": "the same by the flash-attn package, with the deterministic backward pass that dcscale uses",
-    "windowed": "plain attention with the case's window: dcscale.ops.attention",
-}
 DENSE = ("dense", "dense-compiled")
 COMPILED = ("dense-compiled", "compiled")
-YARDSTICKS = ("dense-compiled", "sdpa", "flash-attn")
-"""Made by others: where they cannot run they are left out, while a failure of ours is a failure."""
+BASELINES = ("dense-compiled", "sdpa", "flash-attn")
+"""Kinds that rely on other projects' kernels and compilers. If they fail they are skipped; if dcscale's own fail, the
+benchmark fails."""
 
 _SDPA_BACKENDS = {
     "cuda": (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
@@ -139,7 +136,11 @@ _SDPA_BACKENDS = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """``function`` takes q, k, v, pre, post and, if ``windowed``, a window; plain attention gets None for pre, post."""
+    """An implementation of attention.
+
+    ``function`` takes q, k, v, pre, post and, if ``windowed``, a window. Plain attention (not ``composed``) gets None
+    for pre and post.
+    """
 
     name: str
     kind: str
@@ -149,7 +150,7 @@ class Implementation:
     note: str = ""
 
     def inputs(self, inputs: AttentionInputs) -> AttentionInputs:
-        """What of ``inputs`` this takes."""
+        """The part of ``inputs`` that the implementation takes."""
         tensors = inputs.tensors if self.composed else {name: inputs.tensors[name] for name in ("q", "k", "v")}
         return replace(inputs, tensors=tensors, options=inputs.options if self.windowed else {})
 
@@ -157,7 +158,7 @@ class Implementation:
 def implementations(
     kinds: Collection[str], example: AttentionInputs, device: str
 ) -> tuple[list[Implementation], dict[str, str]]:
-    """Those of ``kinds`` that can be tried on inputs like ``example``, and why others cannot, by name."""
+    """(the implementations of ``kinds`` that can run on inputs like ``example``, why others cannot, by name)."""
     q, k, v, pre, post = arguments(example.tensors)
     found, missing = [], {}
     if "dense" in kinds:
@@ -168,21 +169,24 @@ def implementations(
     for name in FUSED_BACKENDS:
         if name not in kinds:
             continue
+        # compose_attention would raise the same error at the first call.
         try:
             choose_backend(name, q, pre, post)
         except ValueError as error:
             missing[name] = str(error)
             continue
         if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            missing[name] = "TRITON_INTERPRET=1 is set, and the interpreter's speed means nothing"
+            missing[name] = "TRITON_INTERPRET=1 is set, and the interpreter's speed is meaningless"
             continue
         found.append(Implementation(name, name, partial(compose_attention, backend=name)))
     if "sdpa" in kinds:
+        # torch has no public function for the backend that SDPA selects.
         chosen = torch._fused_sdp_choice(*(x.transpose(1, 2).requires_grad_() for x in (q, k, v)), is_causal=True)
         for backend in _SDPA_BACKENDS[device]:
             name = f"sdpa {backend.name.partition('_')[0].lower()}"
-            note = "torch's own choice" if backend.value == chosen else ""
+            note = "torch's default" if backend.value == chosen else ""
             found.append(Implementation(name, "sdpa", partial(_sdpa, backend), False, False, note))
+    # The windowed kind always runs; without flash-attn dcscale.ops.attention falls back to SDPA.
     problem = flash.unavailable_reason(q)
     if "flash-attn" in kinds and problem is None:
         found.append(Implementation("flash-attn", "flash-attn", _flash_attn, False, False))

@@ -1,4 +1,4 @@
-"""The benchmark from end to end: the errors of all cases first, then time and memory, one case after the other."""
+"""The benchmark end to end: first the errors of all cases, then time and memory, case by case."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from dcscale.bench.attention.cases import (
     BACKWARD_FLOPS,
+    BASELINES,
     COMPILED,
     DENSE,
     DTYPES,
     PASSES,
-    YARDSTICKS,
     Case,
     Implementation,
     Row,
@@ -28,20 +28,21 @@ from dcscale.testing.attention import AttentionInputs, arguments, check_results,
 
 @dataclass
 class Checked:
-    """What the checks of one short case found."""
+    """Results of the error checks of one short case."""
 
     passed: list[dict[str, Any]] = field(default_factory=list)
-    """By implementation: the tensor whose error comes nearest to its bound, and which part of the bound it is."""
+    """For each implementation, the tensor whose error is closest to its bound, as a fraction of the bound."""
     failures: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    """Yardsticks that cannot run here, and why."""
+    """Baselines that cannot run here, and why."""
 
 
 def check_errors(case: Case, candidates: Iterable[Implementation], device: str) -> Checked:
-    """Every tensor of every implementation against float64, by the rule of :mod:`dcscale.testing.attention`."""
+    """Check every implementation's output and gradients by the error rule of :mod:`dcscale.testing.attention`."""
     inputs, dtype = case.draw(device), DTYPES[case.dtype]
     checked, expected = Checked(), {}
     for implementation in candidates:
+        # Implementations of the same formula share the expected results, in the case's dtype and in float64.
         formula = (implementation.composed, implementation.windowed)
         wide: AttentionInputs = implementation.inputs(inputs)
         narrow = wide.to(dtype)
@@ -49,64 +50,66 @@ def check_errors(case: Case, candidates: Iterable[Implementation], device: str) 
             expected[formula] = narrow.run_function(unfused_attention), wide.run_function(unfused_attention)
         try:
             results = narrow.run_function(implementation.function)
-        except Exception as error:  # a kernel that does not build or does not start fails in any way
-            if implementation.kind in YARDSTICKS:
+        except Exception as error:  # a kernel that fails to compile or launch can raise anything
+            if implementation.kind in BASELINES:
                 checked.missing[implementation.name] = first_line(error)
             else:
                 checked.failures.append(f"{implementation.name} ({case}): {first_line(error)}")
             continue
-        parts = {}
+        # One tensor at a time, to report all that are wrong.
+        fractions = {}
         for name in results:
             try:
-                parts |= check_results(*({name: x[name]} for x in (results, *expected[formula])))
+                fractions |= check_results(*({name: x[name]} for x in (results, *expected[formula])))
             except AssertionError as error:
                 checked.failures.append(f"{implementation.name} ({case}): {error}")
-        if len(parts) == len(results):
-            worst = max(parts, key=parts.__getitem__)
-            row = {"implementation": implementation.name, "tensors": len(parts), "worst": worst}
-            checked.passed.append({**asdict(case), **row, "part_of_bound": round(parts[worst], 3)})
+        if len(fractions) == len(results):
+            worst = max(fractions, key=fractions.__getitem__)
+            row = {"implementation": implementation.name, "tensors": len(fractions), "worst": worst}
+            checked.passed.append({**asdict(case), **row, "part_of_bound": round(fractions[worst], 3)})
     return checked
 
 
 Kinds = Mapping[str, "str | None"]
-"""Implementations by kind, with the reason why one is left out, or None."""
-_LENGTH_OF_PROBE = 512
+"""Kinds of implementations, each with the reason to skip it, or None."""
+_PROBE_LENGTH = 512
 _GIB = 2**30
 
 
 def candidates(case: Case, kinds: Kinds, device: str) -> tuple[list[Implementation], dict[str, str]]:
-    """(implementations to try in this case, why others are not tried, by name)."""
+    """(implementations to run in this case, why others are skipped, by name)."""
     example = case.for_checks().draw(device).to(DTYPES[case.dtype])
     found, missing = implementations([kind for kind, reason in kinds.items() if reason is None], example, device)
     return found, missing | {kind: reason for kind, reason in kinds.items() if reason is not None}
 
 
 class Prediction:
-    """What the dense formula will need, from what it needed in shorter cases: its memory grows with B H T S."""
+    """Predicts the memory of the dense formula from shorter cases: it grows with B H T S."""
 
     def __init__(self, device: str):
         self._device = device
         self._bytes_per_element: dict[tuple[str, str], float] = {}
 
-    def note(self, kind: str, case: Case, peak: int) -> None:
-        """Longer cases tell more; the last that is noted counts."""
-        self._bytes_per_element[kind, case.dtype] = peak / _map_elements(case)
+    def record(self, kind: str, case: Case, peak: int) -> None:
+        """Record the peak memory of a case. The latest counts: cases get longer, and longer ones predict better."""
+        self._bytes_per_element[kind, case.dtype] = peak / _score_elements(case)
 
     def unavailable_reason(self, kind: str, case: Case) -> str | None:
-        """Why the case is not to be tried."""
+        """Why the case would not fit into memory; None if it fits. Measures a short case if none is recorded."""
         known = self._bytes_per_element
+        # Without a figure for the compiled formula, predict it from the plain one.
         if (kind, case.dtype) not in known and ("dense", case.dtype) not in known:
-            probe = replace(case, length=min(case.length, _LENGTH_OF_PROBE))
+            probe = replace(case, length=min(case.length, _PROBE_LENGTH))
             inputs = probe.draw(self._device).to(DTYPES[case.dtype])
-            self.note("dense", probe, peak_bytes(lambda: inputs.run_function(unfused_attention), self._device))
+            self.record("dense", probe, peak_bytes(lambda: inputs.run_function(unfused_attention), self._device))
         source = kind if (kind, case.dtype) in known else "dense"
-        needed, free = known[source, case.dtype] * _map_elements(case), available_bytes(self._device)
+        needed, free = known[source, case.dtype] * _score_elements(case), available_bytes(self._device)
         if needed <= free:
             return None
-        return f"it would need {needed / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB are free"
+        return f"it would need {needed / _GIB:.1f} GiB, but only {free / _GIB:.1f} GiB are free"
 
 
-def _map_elements(case: Case) -> int:
+def _score_elements(case: Case) -> int:
     return case.batch * case.heads * case.length**2
 
 
@@ -119,42 +122,54 @@ def measure(
     deadline: float,
     prediction: Prediction,
 ) -> list[Row]:
-    """A row for every implementation, with figures or with the reason why there are none.
+    """Measure time and memory of one case.
 
-    broken: what cannot run here, by name. About ``seconds`` go into times, and nothing begins after ``deadline``.
+    Args:
+        case: what to measure.
+        kinds: which implementations, and why others are skipped.
+        broken: implementations that failed the error checks because they cannot run here, and why.
+        device: "cuda" or "cpu".
+        seconds: about how long to spend on timing.
+        deadline: a time of :func:`time.monotonic` after which nothing new starts.
+        prediction: of the dense formula's memory; it is updated.
+
+    Returns:
+        A row for every implementation, with its figures or the reason why there are none.
     """
-    torch.compiler.reset()
+    torch.compiler.reset()  # every case compiles for its own shapes
     found, missing = candidates(case, kinds, device)
     missing |= broken
     rows, runs = {}, {}
     try:
         inputs = case.draw(device).to(DTYPES[case.dtype])
     except Exception as error:
-        missing |= dict.fromkeys((each.name for each in found), _excuse(error))
+        missing |= dict.fromkeys((each.name for each in found), _skip_reason(error))
     for each in (each for each in found if each.name not in missing):
         if time.monotonic() >= deadline:
             missing[each.name] = "the time limit was reached (--minutes)"
             continue
         try:
-            unavailable_reason = prediction.unavailable_reason(each.kind, case) if each.kind in DENSE else None
-            if unavailable_reason is None:
+            reason = prediction.unavailable_reason(each.kind, case) if each.kind in DENSE else None
+            if reason is None:
                 passes = _passes(each, inputs)
                 rows[each.name] = _first_calls(case, each, passes["forward_backward"], device)
         except Exception as error:
-            unavailable_reason = _excuse(error, each.kind)
-        if unavailable_reason is not None:
-            missing[each.name] = unavailable_reason
+            reason = _skip_reason(error, each.kind)
+        if reason is not None:
+            missing[each.name] = reason
             continue
         if each.kind in DENSE:
-            prediction.note(each.kind, case, rows[each.name]["peak_bytes"])
+            prediction.record(each.kind, case, rows[each.name]["peak_bytes"])
         runs |= {(each.name, name): run for name, run in passes.items()}
 
+    # All implementations and both passes take turns.
     times, failures = time_in_turns(runs, device, seconds, deadline)
     missing |= {name: problem for (name, _), problem in failures.items()}
     measured = [row for name, row in rows.items() if name not in missing]
     for row in measured:
         for name, flops in row.pop("flops").items():
             row[name] = _summary(times[row["implementation"], name], flops)
+        # The first call compiles and runs once.
         first_call = row.pop("first_call_seconds")
         if row["kind"] in COMPILED:
             row["compile_seconds"] = first_call - row["forward_backward"]["ms"] / 1e3
@@ -162,17 +177,17 @@ def measure(
     return measured + [{**asdict(case), "implementation": name, "not_measured": why} for name, why in missing.items()]
 
 
-def _excuse(error: Exception, kind: str = "") -> str:
-    """What is said of an error that need not end the run; any other is raised."""
+def _skip_reason(error: Exception, kind: str = "") -> str:
+    """The reason to report for an error that only skips an implementation; other errors are raised again."""
     if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}"
-    if kind in YARDSTICKS:
+    if kind in BASELINES:
         return f"it fails: {first_line(error)}"
     raise error
 
 
 def _passes(implementation: Implementation, inputs: AttentionInputs) -> dict[str, Callable[[], object]]:
-    """The forward pass, which keeps what backward needs, and both, by their names in a row."""
+    """The forward pass (keeping what backward needs), and forward and backward, by their names in a row."""
     own = implementation.inputs(inputs)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in own.tensors.items()}
 
@@ -186,9 +201,9 @@ def _passes(implementation: Implementation, inputs: AttentionInputs) -> dict[str
 
 
 def _first_calls(case: Case, implementation: Implementation, run: Callable[[], object], device: str) -> Row:
-    """A row with what the first call tells, which may have to compile, and with the peak memory of another."""
+    """A row with the duration of the first call, which may compile, and the peak memory of a later one."""
     start = time.perf_counter()
-    if device == "cuda" or implementation.kind in COMPILED:  # all others are as slow in their first call as ever
+    if device == "cuda" or implementation.kind in COMPILED:  # on a CPU the others need no warm-up
         run()
     first_call = time.perf_counter() - start
     forward_flops = case.forward_flops(implementation.windowed)
@@ -215,19 +230,19 @@ def _summary(milliseconds: list[float], flops: float) -> dict[str, float]:
 
 
 def _add_ratios(rows: Sequence[Row]) -> None:
-    """Time by that of the case's fastest SDPA, and by that of plain attention with the case's window."""
+    """Add the ratios of times to the case's fastest SDPA, and to plain attention with the case's window."""
     sdpa = (row for row in rows if row["kind"] == "sdpa")
     fastest = min(sdpa, key=lambda row: row["forward_backward"]["ms"], default=None)
     windowed = next((row for row in rows if row["kind"] == "windowed"), None)
     for row in rows:
-        for ratio, yardstick in (("times_sdpa", fastest), ("times_windowed", windowed)):
-            if yardstick is not None:
-                row[ratio] = {each: row[each]["ms"] / yardstick[each]["ms"] for each in PASSES}
-                row[ratio]["of"] = yardstick["implementation"]
+        for ratio, baseline in (("times_sdpa", fastest), ("times_windowed", windowed)):
+            if baseline is not None:
+                row[ratio] = {each: row[each]["ms"] / baseline[each]["ms"] for each in PASSES}
+                row[ratio]["of"] = baseline["implementation"]
 
 
 class WrongResultsError(Exception):
-    """Some implementation's error is beyond its bound: what, where and by how much."""
+    """Errors exceed their bounds: of which implementations and tensors, and by how much."""
 
 
 def run_all(
@@ -238,34 +253,47 @@ def run_all(
     minutes: float,
     say: Callable[[str], None],
 ) -> tuple[list[Row], list[Row]]:
-    """(how near each implementation's errors come to their bounds, the rows of :func:`measure` for all cases).
+    """Check the errors of all cases, then measure them.
 
-    ``say`` gets progress and tables, line by line. Nothing new is begun after so many ``minutes``. Raises
-    WrongResultsError before anything is timed.
+    Args:
+        cases: what to measure.
+        kinds_of: which implementations to run in a case.
+        device: "cuda" or "cpu".
+        seconds: about how long to spend on timing each case.
+        minutes: after this time nothing new starts.
+        say: receives progress and tables, line by line.
+
+    Returns:
+        (how close each implementation's errors are to their bounds, the rows of :func:`measure` for all cases).
+
+    Raises:
+        WrongResultsError: an error exceeds its bound. Nothing is timed then.
     """
     started = time.monotonic()
 
-    def say_when(text: str) -> None:
+    def say_timed(text: str) -> None:
         passed = int(time.monotonic() - started)
         say(f"{passed // 60:02}:{passed % 60:02}  {text}")
 
-    checked = check_all(cases, kinds_of, device, say_when)
+    checked = check_all(cases, kinds_of, device, say_timed)
     failures = [failure for each in checked.values() for failure in each.failures]
     if failures:
         raise WrongResultsError("\n  ".join(["wrong results, so nothing is timed:", *failures]))
     errors = [row for each in checked.values() for row in each.passed]
     for row in sorted(errors, key=lambda row: row["part_of_bound"])[-1:]:
         place = f"{row['implementation']}, {row['worst']}, {row['dtype']}"
-        say_when(f"all errors are within their bounds; the nearest is at {row['part_of_bound']:.0%} ({place})")
+        say_timed(
+            f"all errors are within their bounds; the largest is {row['part_of_bound']:.0%} of its bound ({place})"
+        )
     say(LEGEND)
-    rows, said, prediction = [], set(), Prediction(device)
+    rows, printed, prediction = [], set(), Prediction(device)
     for number, case in enumerate(cases, start=1):
-        say_when(f"case {number}/{len(cases)}: {case}")
+        say_timed(f"case {number}/{len(cases)}: {case}")
         broken = checked[case.for_checks()].missing
         of_case = measure(case, kinds_of(case), broken, device, seconds, started + 60 * minutes, prediction)
-        for line in [*case_lines(of_case), *(line for line in missing_lines(of_case) if line not in said)]:
+        for line in [*case_lines(of_case), *(line for line in missing_lines(of_case) if line not in printed)]:
             say(line)
-        said.update(missing_lines(of_case))
+        printed.update(missing_lines(of_case))
         rows += of_case
     return errors, rows
 
@@ -273,7 +301,7 @@ def run_all(
 def check_all(
     cases: Sequence[Case], kinds_of: Callable[[Case], Kinds], device: str, say: Callable[[str], None]
 ) -> dict[Case, Checked]:
-    """The errors of every short case that stands for some of ``cases``, by the short case."""
+    """Check the errors of the short versions of all ``cases``, each of them once; by the short case."""
     kinds_of_check: dict[Case, dict[str, None]] = {}
     for case in cases:
         wanted = dict.fromkeys(kind for kind, reason in kinds_of(case).items() if reason is None)
@@ -281,6 +309,6 @@ def check_all(
     checked = {}
     for number, (case, kinds) in enumerate(kinds_of_check.items(), start=1):
         say(f"errors {number}/{len(kinds_of_check)}: {case}")
-        torch.compiler.reset()  # it would give up on a formula after a few shapes
+        torch.compiler.reset()  # it stops recompiling a function after a few shapes
         checked[case] = check_errors(case, candidates(case, kinds, device)[0], device)
     return checked

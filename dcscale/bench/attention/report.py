@@ -1,8 +1,6 @@
-"""A result in words: the table on the screen, the targets, and the tables of the README, all from the JSON.
+"""Reports of a result, all made from its JSON: tables for the screen and the README, the targets, and the plot.
 
-The speeds that this project wants to reach, and what a run says of them.
-
-A result as a picture: time by SDPA's, and peak memory, over the length. matplotlib is imported when it is drawn.
+matplotlib is imported only when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -12,20 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcscale.bench.attention.cases import CENTRE, KINDS, PASSES, Case, Row
+from dcscale.bench.attention import KINDS
+from dcscale.bench.attention.cases import PASSES, TARGET_SHAPE, Case, Row
 from dcscale.cli import ResultError, short
 
 _CASE = tuple(Case.__dataclass_fields__)
 _COLUMNS = ("", "forward ms", "fwd+bwd ms", "quartiles", "x SDPA", "x windowed", "TFLOP/s", "peak MiB", "")
 LEGEND = (
-    "of two figures in a cell the first is forward's, the second of forward and backward; x SDPA: the time by that of\n"
-    "the fastest SDPA without a window, x windowed: by that of dcscale.ops.attention; peak MiB: above the inputs"
+    "of two figures in a cell, the first is forward, the second forward+backward; x SDPA: time relative to the\n"
+    "fastest SDPA without a window; x windowed: relative to dcscale.ops.attention; peak MiB: above the inputs"
 )
 NOT_MEASURED = "not measured"
 
 
 def case_lines(rows: Sequence[Row]) -> list[str]:
-    """The table of one case: its implementations that were measured."""
+    """The table of one case, with the implementations that were measured."""
     cells = [_COLUMNS]
     for row in rows:
         if row["not_measured"] is not None:
@@ -48,6 +47,7 @@ def case_lines(rows: Sequence[Row]) -> list[str]:
                 "; ".join(notes),
             )
         )
+    # Names and notes are aligned to the left, figures to the right.
     widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
     lines = []
     for first, *others, last in cells:
@@ -57,12 +57,12 @@ def case_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def missing_lines(rows: Sequence[Row]) -> list[str]:
-    """Implementations that were not measured, with the reason."""
+    """A line for each implementation that was not measured, with the reason."""
     return [f"  {row['implementation']}: {NOT_MEASURED}: {row['not_measured']}" for row in rows if row["not_measured"]]
 
 
 def target_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a target."""
+    """A line for each target, from the result of :func:`judge`."""
     lines = []
     for each in verdicts:
         ratio = "" if each["ratio"] is None else f"{short(each['ratio'])} x, "
@@ -71,7 +71,11 @@ def target_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Of the JSON: where it was measured, forward+backward of every case, and the targets. Raises ResultError."""
+    """Format a result as Markdown: where it was measured, forward+backward of every case, and the targets.
+
+    Raises:
+        ResultError: the JSON is not a result of bench_attention.
+    """
     try:
         return "\n".join([*_origin(result), "", *_table(result["rows"]), "", *_targets(result["targets"])])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -85,7 +89,7 @@ def _origin(result: Mapping[str, Any]) -> list[str]:
     return [
         f"{place}; {', '.join(names)}; {result['date'][:10]}, commit {result['commit']}; `{result['command']}`",
         "",
-        "Forward and backward: median of a call in milliseconds, by the fastest SDPA without a window of the same case",
+        "Forward and backward: median of a call in ms, relative to the fastest SDPA without a window in the same case",
         "(x), and peak memory above the inputs.",
     ]
 
@@ -99,6 +103,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         cells = [dtype, batch, length, heads, head_dim, "-" if window is None else window]
         for kind in KINDS:
             timed = [row for row in of_case if row["not_measured"] is None and row["kind"] == kind]
+            # Of several SDPA backends, the fastest.
             best = min(timed, key=lambda row: row["forward_backward"]["ms"], default=None)
             if best is None:
                 cells.append("-" if kind == "windowed" and window is None else NOT_MEASURED)
@@ -132,40 +137,38 @@ def _ratios(row: Row, name: str) -> str:
 
 
 THREADS_ON_CPU = 2
-"""The times on a CPU are wanted with as many."""
+"""Threads that the targets of times on a CPU are stated for."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """``ours`` is at most ``limit`` times ``other`` in ``measure``, where H, D are the device's centre, B=1, rank 2.
-
-    measure: "time" of forward and backward, or "peak memory". ``other``: a kind, whose fastest counts; or "growth":
-    then the peak is compared with that at a length of ``other_length``.
-    """
+    """``kind`` takes at most ``limit`` times as much as ``baseline``, with TARGET_SHAPE's heads, B=1 and rank 2."""
 
     device: str
-    ours: str
+    kind: str
     limit: float
     measure: str
-    other: str
+    """"time" of forward and backward, or "peak memory"."""
+    baseline: str
+    """A kind, of which the best implementation counts; or "growth": ``kind`` itself at ``baseline_length``."""
     dtype: str
     window: int | None = None
     length: int = 4096
-    other_length: int = 4096
+    baseline_length: int = 4096
 
     def __str__(self) -> str:
-        _, heads, head_dim = CENTRE[self.device]
+        _, heads, head_dim = TARGET_SHAPE[self.device]
         window = "no window" if self.window is None else f"window {self.window}"
         place = f"{self.dtype}, T={self.length}, H={heads}, D={head_dim}, {window}"
         what = self.measure if self.measure != "time" else "forward+backward"
-        other = {
+        baseline = {
             "dense": "the dense formula's",
             "dense-compiled": "the compiled dense formula's",
             "sdpa": "SDPA's without a window",
-            "growth": f"that at T={self.other_length}",
-        }[self.other]
+            "growth": f"that at T={self.baseline_length}",
+        }[self.baseline]
         device = {"cuda": "GPU", "cpu": "CPU"}[self.device]
-        return f"{device}: {self.ours}, {what} at most {_number(self.limit)} x {other} ({place})"
+        return f"{device}: {self.kind}, {what} at most {_number(self.limit)} x {baseline} ({place})"
 
 
 TARGETS = (
@@ -175,15 +178,15 @@ TARGETS = (
     Target("cuda", "triton", 1 / 10, "time", "dense", "bf16"),
     Target("cuda", "triton", 1 / 8, "peak memory", "dense", "bf16"),
     *(
-        Target("cpu", ours, limit, "time", "sdpa", dtype, window)
-        for ours in ("chunked", "compiled")
+        Target("cpu", kind, limit, "time", "sdpa", dtype, window)
+        for kind in ("chunked", "compiled")
         for dtype in ("fp32", "bf16")
         for window, limit in ((None, 3), (256, 1))
     ),
-    # A map of T x S would grow by 16.
+    # From T=1024 to 4096 anything of size T x S grows by 16.
     *(
-        Target("cpu", ours, 4, "peak memory", "growth", dtype, window, other_length=1024)
-        for ours in ("chunked", "compiled")
+        Target("cpu", kind, 4, "peak memory", "growth", dtype, window, baseline_length=1024)
+        for kind in ("chunked", "compiled")
         for dtype in ("fp32", "bf16")
         for window in (None, 256)
     ),
@@ -191,26 +194,28 @@ TARGETS = (
 
 
 def judge(rows: Sequence[Row], machine: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each target with the ratio that was measured and "reached", "missed" or "not measured"."""
+    """The targets, each with the measured ratio and the verdict "reached", "missed" or "not measured"."""
     return [{"target": str(target), "limit": target.limit, **_verdict(target, rows, machine)} for target in TARGETS]
 
 
 def _verdict(target: Target, rows: Sequence[Row], machine: Mapping[str, Any]) -> dict[str, Any]:
     if machine["device"] != target.device:
         return _not_measured(f"this run was on {machine['device']}")
+    # Peak memory does not depend on the number of threads.
     if target.device == "cpu" and target.measure == "time" and machine["threads"] != THREADS_ON_CPU:
-        return _not_measured(f"the target is for {THREADS_ON_CPU} threads, and this run had {machine['threads']}")
-    ours = _best(target, rows, target.ours, target.length)
-    other = _best(target, rows, target.ours if target.other == "growth" else target.other, target.other_length)
-    for row, name in ((ours, target.ours), (other, target.other)):
-        if row is None:
+        return _not_measured(f"the target is for {THREADS_ON_CPU} threads, but this run had {machine['threads']}")
+    baseline_kind = target.kind if target.baseline == "growth" else target.baseline
+    row = _best(target, rows, target.kind, target.length)
+    baseline = _best(target, rows, baseline_kind, target.baseline_length)
+    for found, name in ((row, target.kind), (baseline, target.baseline)):
+        if found is None:
             return _not_measured(f"there is no figure for {name} in this case")
-    mine, theirs = (_value(row, target.measure) for row in (ours, other))
+    value, baseline_value = (_value(each, target.measure) for each in (row, baseline))
     unit = "ms" if target.measure == "time" else "MiB"
     return {
-        "verdict": "reached" if mine <= target.limit * theirs else "missed",
-        "ratio": mine / theirs,
-        "detail": f"{mine:.1f} {unit} and {theirs:.1f} {unit} ({other['implementation']})",
+        "verdict": "reached" if value <= target.limit * baseline_value else "missed",
+        "ratio": value / baseline_value,
+        "detail": f"{value:.1f} {unit} and {baseline_value:.1f} {unit} ({baseline['implementation']})",
     }
 
 
@@ -219,11 +224,12 @@ def _not_measured(why: str) -> dict[str, Any]:
 
 
 def _best(target: Target, rows: Sequence[Row], kind: str, length: int) -> Row | None:
-    _, heads, head_dim = CENTRE[target.device]
+    _, heads, head_dim = TARGET_SHAPE[target.device]
     case = {"dtype": target.dtype, "batch": 1, "length": length, "heads": heads, "head_dim": head_dim}
     case |= {"window": target.window, "rank": 2, "not_measured": None, "kind": kind}
-    fitting = [row for row in rows if all(row.get(key, "") == value for key, value in case.items())]
-    return min(fitting, key=lambda row: _value(row, target.measure), default=None)
+    # Rows that were not measured lack some keys.
+    matching = [row for row in rows if all(row.get(key, "") == value for key, value in case.items())]
+    return min(matching, key=lambda row: _value(row, target.measure), default=None)
 
 
 def _value(row: Row, measure: str) -> float:
@@ -234,7 +240,7 @@ def _number(limit: float) -> str:
     return f"{limit:g}" if limit >= 1 else f"1/{1 / limit:g}"
 
 
-COLOURS = {
+COLORS = {
     "dense": "tab:red",
     "dense-compiled": "tab:orange",
     "chunked": "tab:blue",
@@ -247,10 +253,16 @@ COLOURS = {
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Draws the cases with the heads of the first: a column for each type and window. Raises ModuleNotFoundError."""
+    """Plot time relative to SDPA, and peak memory, over the length: a column for each dtype and window.
+
+    Only the cases with the heads and head dim of the first case are drawn.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -273,10 +285,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             line = [
                 row for row in rows if (row["implementation"], row["dtype"], row["window"]) == (name, dtype, window)
             ]
+            # Cases may have been measured in any order.
             line.sort(key=lambda row: row["length"])
             if line:
                 handles[name] = _lines(above, below, line)
         for axis in (above, below):
+            # Log scales with plain numbers at the ticks: 1k, 2k, ... and 1, 2, 5, 10, ...
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.margins(x=0.12)
@@ -298,9 +312,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _lines(above: Any, below: Any, rows: list[Row]) -> Any:
-    """An implementation's two lines."""
+    """Plot the two lines of an implementation; returns the handle for the legend."""
     lengths = [row["length"] for row in rows]
-    style = {"color": COLOURS[rows[0]["kind"]], "marker": "o", "markersize": 4}
+    style = {"color": COLORS[rows[0]["kind"]], "marker": "o", "markersize": 4}
     if rows[0]["kind"] == "sdpa":
         style["linestyle"] = {"cudnn": "--", "efficient": ":"}.get(rows[0]["implementation"].split()[1], "-")
     below.plot(lengths, [row["peak_bytes"] / 2**20 for row in rows], **style)

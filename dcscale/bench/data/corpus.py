@@ -1,6 +1,6 @@
-"""The data that every reader gets: documents of random tokens, decided by a seed.
+"""The data that every reader gets: random documents, determined by a seed, and how to write them as token shards.
 
-The corpus as token shards, which dcscale and webdataset both read.
+Axes in names: S shards, T tokens of a shard.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from dcscale.data.tokenizers import ByteTokenizer
 VOCAB_SIZE = 50_000
 EOS_ID = VOCAB_SIZE - 1
 MEAN_LOG, SPREAD_LOG = np.log(491.0), 1.0
-"""Lengths of documents are lognormal, with a median of 491 tokens and a mean of about 810, as of web text."""
+"""Document lengths are lognormal as in web text, with a median of 491 tokens and a mean of about 810."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Shards of equal size, which end with a document and with a row: so no format has to leave anything out."""
+    """Shards of equal size. Each ends with the end of a document and of a row, so that no format has to drop tokens."""
 
     tokens_ST: np.ndarray
-    """uint16 [S shards, T tokens of one]; every document ends with EOS_ID, which is nowhere else."""
+    """uint16 [S, T]; every document ends with EOS_ID, which occurs only there."""
 
     ends: list[np.ndarray]
-    """Of each shard, the end of every document in it."""
+    """For each shard, the end positions of its documents."""
 
     row_tokens: int
-    """Divides T."""
+    """Tokens of a row; divides T."""
 
     def documents(self, shard: int) -> list[np.ndarray]:
+        """The documents of a shard."""
         return np.split(self.tokens_ST[shard], self.ends[shard][:-1])
 
     def rows(self, shard: int) -> np.ndarray:
-        """Tokens of a shard in rows, uint16 [rows, row_tokens]."""
+        """The rows of a shard, uint16 [rows, row_tokens]."""
         return self.tokens_ST[shard].reshape(-1, self.row_tokens)
 
     def histogram(self) -> np.ndarray:
@@ -50,13 +51,18 @@ class Corpus:
 
 
 def make_corpus(shards: int, shard_tokens: int, row_tokens: int, seed: int = 0) -> Corpus:
-    """Random documents; ``shard_tokens`` must be a multiple of ``row_tokens``."""
+    """Random documents.
+
+    Raises:
+        ValueError: ``shard_tokens`` is not a multiple of ``row_tokens``.
+    """
     if shard_tokens % row_tokens:
         raise ValueError(f"shard_tokens is {shard_tokens}, but must be a multiple of row_tokens, {row_tokens}")
     generator = np.random.default_rng(seed)
     tokens_ST = generator.integers(0, EOS_ID, (shards, shard_tokens), dtype=np.uint16)
     ends = []
     for tokens_T in tokens_ST:
+        # The last document is cut at the end of the shard.
         ends_of_shard = np.array(list(_ends(generator, shard_tokens)))
         tokens_T[ends_of_shard - 1] = EOS_ID
         ends.append(ends_of_shard)
@@ -71,13 +77,13 @@ def _ends(generator: np.random.Generator, tokens: int) -> Iterator[int]:
 
 
 BUNDLE_TOKENS = 1 << 16
-"""As tools/make_shards.py makes them."""
+"""Tokens of a bundle, as tools/make_shards.py writes them."""
 
 _TOKENIZER = TokenizerInfo("byte", ByteTokenizer.fingerprint, VOCAB_SIZE, EOS_ID)
 
 
 def write_bundles(corpus: Corpus, folder: Path) -> None:
-    """Samples of many documents, in dcscale's format."""
+    """Write the corpus in dcscale's format: samples of many documents."""
     infos = []
     for shard in range(len(corpus.ends)):
         bundles, held = [[]], 0
@@ -87,13 +93,14 @@ def write_bundles(corpus: Corpus, folder: Path) -> None:
                 held = 0
             bundles[-1].append(document)
             held += len(document)
+        # Sample keys sort in the order of the corpus.
         keyed = [(f"{shard:05d}-{number:05d}", bundle) for number, bundle in enumerate(bundles)]
         infos.append(write_shard(folder, f"shard-{shard:05d}.tar", keyed, dtype="uint16", text_bytes=0))
     _write_manifest(folder, infos)
 
 
 def write_documents(corpus: Corpus, folder: Path) -> None:
-    """A sample for each document, as WebDataset's users write them, and dcscale's manifest."""
+    """Write one sample per document, as is common with WebDataset, and dcscale's manifest."""
     infos = []
     for shard in range(len(corpus.ends)):
         documents, buffer = corpus.documents(shard), io.BytesIO()

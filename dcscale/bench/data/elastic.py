@@ -1,7 +1,8 @@
-"""Runs that are stopped and taken up by other numbers of ranks and workers: what is lost, what comes twice.
+"""Runs that resume with other numbers of ranks and workers: which rows are lost, and which are repeated.
 
-The uninterrupted run is read to the end of an epoch. The other one is stopped after some steps, its state goes through
-JSON, and new processes read on from it to the end. Every row has a name, so both are compared as sets and step by step.
+One run reads an epoch without interruption. Another one stops after some steps, its state is serialized to JSON, and
+new processes resume from it to the end of the epoch. Rows are identified by their hashes; all rows and the rows of each
+step are compared.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from dcscale.bench.data.reader import Settings
 
 KINDS = ("dcscale", "mosaic", "litdata", "torchdata")
 BEFORE, AFTER = (2, 2), ((2, 2), (2, 3), (3, 2), (1, 2))
-"""(ranks, workers of each) before the stop and after it."""
+"""(ranks, workers of each rank) before the stop and after it."""
 
 GLOBAL_BATCH, STOP = 12, 7
-"""Rows a step over all ranks, which 1, 2 and 3 divide; steps before the stop."""
+"""Rows of a step over all ranks, divisible by 1, 2 and 3; steps before the stop."""
 
 LENGTH, SHARDS, ROWS = 64, 12, 20
-"""Tokens a row; shards, and rows of each: 20 steps an epoch."""
+"""Tokens of a row; shards; rows of a shard: 20 steps per epoch."""
 
 Steps = list[Counter]
-"""Of each step, the rows that all ranks together got."""
+"""For each step, the hashes of the rows on all ranks."""
 
 
 def corpus() -> Corpus:
+    """The data of these checks."""
     return make_corpus(SHARDS, ROWS * LENGTH, LENGTH)
 
 
@@ -44,28 +46,30 @@ def check(
     after: Iterable[tuple[int, int]] = AFTER,
     timeout: float = 120,
 ) -> list[dict[str, Any]]:
-    """Stop a reader and take it up in each way; ``folder`` gets the data."""
+    """Stop a reader and resume it with each of ``after``; the data is written to ``folder``."""
     root = written(kind, corpus(), folder)
     rows = []
     try:
-        whole, _ = run(kind, root, before, timeout)
-        begun, states = run(kind, root, before, timeout, steps=STOP)
+        uninterrupted, _ = run(kind, root, before, timeout)
+        started, states = run(kind, root, before, timeout, steps=STOP)
     except probe.ProbeError as error:
+        # Without the two runs to compare with, no restart can be judged.
         return [cell(kind, before, to) | {"outcome": "not run", "error": str(error)} for to in after]
     for to in after:
         row = cell(kind, before, to)
         try:
-            rest, _ = run(kind, root, to, timeout, states=states)
+            resumed, _ = run(kind, root, to, timeout, states=states)
         except probe.ProbeError as error:
             row |= {"outcome": "refused", "error": str(error)}
         else:
-            row |= compare(whole, begun, rest)
+            row |= compare(uninterrupted, started, resumed)
         rows.append(row)
         say(f"  {kind} {before} -> {to}: {row['outcome']}")
     return rows
 
 
 def cell(kind: str, before: tuple[int, int], after: tuple[int, int]) -> dict[str, Any]:
+    """The part of a result that identifies it."""
     return {"kind": kind, "before": list(before), "after": list(after)}
 
 
@@ -78,55 +82,69 @@ def run(
     steps: int | None = None,
     states: Sequence[Any] | None = None,
 ) -> tuple[Steps, list[Any]]:
-    """(the rows of each step, the states of the ranks) of one run of so many (ranks, workers).
+    """Run all ranks at the same time.
 
-    With ``states`` a rank goes on from that of the same rank before, or of rank 0 where there was none; see
-    :func:`state_for`.
+    Args:
+        kind: of the reader.
+        root: its data.
+        shape: (ranks, workers of each rank).
+        timeout: seconds to wait for each rank.
+        steps: number of steps; None for the rest of the epoch.
+        states: of the ranks of an earlier run, to resume from; see :func:`state_for`.
+
+    Returns:
+        (the rows of each step, the states of the ranks).
+
+    Raises:
+        ProbeError: a rank failed.
     """
     ranks, workers = shape
     settings = Settings(str(root), LENGTH, GLOBAL_BATCH // ranks, workers=workers, world_size=ranks, slots=12)
-    port = _free_port()
+    port = _free_port()  # where the ranks of one run find each other
     processes = []
     for rank in range(ranks):
         more = {} if states is None else {"restore": True, "state": state_for(kind, states, rank)}
-        mine = replace(settings, rank=rank)
-        processes.append(probe.start("rows", kind, mine, port=port, steps=steps, **more))
+        processes.append(probe.start("rows", kind, replace(settings, rank=rank), port=port, steps=steps, **more))
     results, errors = [], []
     for process in processes:
         try:
             results.append(probe.finish(process, timeout))
         except probe.ProbeError as error:
             errors.append(error)
-            timeout = 5  # the others wait for it in vain
+            timeout = 5  # the other ranks may wait for this one forever
     if errors:
         raise errors[0]
     return join([result["rows"] for result in results]), [result["state"] for result in results]
 
 
 def state_for(kind: str, states: Sequence[Any], rank: int) -> Any:
-    """The state that a rank goes on from, as each library's documentation has it: torchdata's is of one rank, so that
-    a new rank gets that of the last; those of the others are the same on all ranks and are written by rank 0."""
+    """The state that a rank resumes from, according to each library's documentation.
+
+    torchdata's states differ by rank; a rank that did not exist before gets the last rank's. The others' states are the
+    same on all ranks, and rank 0 saves them.
+    """
     return states[min(rank, len(states) - 1)] if kind == "torchdata" else states[0]
 
 
-def join(of_ranks: Sequence[Sequence[Sequence[str]]]) -> Steps:
-    """The rows of each step over all ranks; ranks may have unlike numbers of steps at the end."""
-    most = max(len(steps) for steps in of_ranks)
-    return [Counter(row for steps in of_ranks if n < len(steps) for row in steps[n]) for n in range(most)]
+def join(ranks: Sequence[Sequence[Sequence[str]]]) -> Steps:
+    """The rows of each step over all ranks, which may differ in their number of steps."""
+    count = max(len(steps) for steps in ranks)
+    return [Counter(row for steps in ranks if n < len(steps) for row in steps[n]) for n in range(count)]
 
 
-def compare(whole: Steps, begun: Steps, rest: Steps) -> dict[str, Any]:
-    """What became of the rows of the uninterrupted run in one that was stopped and taken up."""
-    wanted, found = sum(whole, Counter()), sum(begun + rest, Counter())
-    lost, repeated = (wanted - found).total(), (found - wanted).total()
-    same = begun + rest == whole
+def compare(uninterrupted: Steps, started: Steps, resumed: Steps) -> dict[str, Any]:
+    """Which rows of the uninterrupted run were lost or repeated in the run that was stopped and resumed."""
+    expected, found = sum(uninterrupted, Counter()), sum(started + resumed, Counter())
+    lost, repeated = (expected - found).total(), (found - expected).total()
+    same = started + resumed == uninterrupted
     if lost or repeated:
         outcome = f"{lost} lost, {repeated} repeated"
     else:
+        # All rows once; the stricter question is whether each step has the same ones.
         outcome = "same batches" if same else "exact, in other batches"
     return {
         "outcome": outcome,
-        "rows": wanted.total(),
+        "rows": expected.total(),
         "lost": lost,
         "repeated": repeated,
         "same_batches": same,

@@ -1,4 +1,4 @@
-"""Defects of one shard file, and whether a reader notices them."""
+"""Defects of one data file, and whether a reader detects them."""
 
 from __future__ import annotations
 
@@ -17,84 +17,86 @@ from dcscale.bench.data.probe import written
 from dcscale.bench.data.reader import Settings
 
 KINDS = ("dcscale", "webdataset", "torchdata", "mosaic", "mosaic-hashed", "litdata", "flat")
-_NO_SHARDS = ("manifest.json", "index.json")
-_MAGIC = 257
-"""Where a tar's header says what it is."""
+_METADATA_FILES = ("manifest.json", "index.json")
+_MAGIC_OFFSET = 257
+"""Offset of the magic number in a tar header."""
 
 
 class DoesNotApplyError(Exception):
-    """A defect that the format cannot have."""
+    """The format cannot have this defect."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is to be damaged."""
+class Target:
+    """The file that gets a defect, and where."""
 
     file: Path
     row: bytes
-    """Tokens in the file's middle."""
+    """Some tokens in the middle of the data."""
 
     rows: list[bytes]
-    """All tokens, row by row."""
+    """All rows of the data."""
 
     other: Path | None
-    """Another file of the same kind."""
+    """Another file of the same type, or None."""
 
     @property
     def is_tar(self) -> bool:
+        """Whether the file is a tar."""
         return self.file.suffix == ".tar"
 
     def read(self) -> tuple[bytearray, int]:
-        """(the file's bytes, where in them the tokens lie)."""
+        """(the file's bytes, the offset of ``row`` in them)."""
         data = bytearray(self.file.read_bytes())
         return data, data.find(self.row)
 
 
-def bit_flip(place: Place) -> None:
-    """One bit of a token."""
-    data, at = place.read()
+def bit_flip(target: Target) -> None:
+    """Flip one bit of a token."""
+    data, at = target.read()
     data[at] ^= 1
-    place.file.write_bytes(data)
+    target.file.write_bytes(data)
 
 
-def cut_between(place: Place) -> None:
-    """The file ends where a member, or else a row, ended."""
-    data, at = place.read()
-    place.file.write_bytes(data[: _header(data, at) if place.is_tar else _begin_of_row(place, data, at)])
+def cut_between(target: Target) -> None:
+    """Truncate the file at the end of a tar member, or of a row."""
+    data, at = target.read()
+    target.file.write_bytes(data[: _header_offset(data, at) if target.is_tar else _row_offset(target, data, at)])
 
 
-def cut_within(place: Place) -> None:
-    """The file ends inside a sample's tokens."""
-    data, at = place.read()
-    place.file.write_bytes(data[:at])
+def cut_within(target: Target) -> None:
+    """Truncate the file inside a sample's tokens."""
+    data, at = target.read()
+    target.file.write_bytes(data[:at])
 
 
-def missing(place: Place) -> None:
-    """The file is gone."""
-    place.file.unlink()
+def missing(target: Target) -> None:
+    """Delete the file."""
+    target.file.unlink()
 
 
-def swapped(place: Place) -> None:
-    """The file holds what another one should."""
-    if place.other is None:
-        raise DoesNotApplyError("there is one file only")
-    shutil.copyfile(place.other, place.file)
+def swapped(target: Target) -> None:
+    """Replace the file by a copy of another one."""
+    if target.other is None:
+        raise DoesNotApplyError("there is only one file")
+    shutil.copyfile(target.other, target.file)
 
 
-def zeroed_header(place: Place) -> None:
-    """Zeros over the header of a tar's member, or else over all that comes before the first row."""
-    data, at = place.read()
-    begin, stop = 0, min(found for row in place.rows if (found := data.find(row)) >= 0) if not place.is_tar else 0
-    if place.is_tar:
-        begin = _header(data, at)
-        stop = begin + tarfile.BLOCKSIZE
+def zeroed_header(target: Target) -> None:
+    """Zero the header of a tar member, or everything before the first row."""
+    data, at = target.read()
+    start, stop = 0, min(found for row in target.rows if (found := data.find(row)) >= 0) if not target.is_tar else 0
+    if target.is_tar:
+        start = _header_offset(data, at)
+        stop = start + tarfile.BLOCKSIZE
+    # A file that starts with its first row, like the flat one, has no header.
     if stop == 0:
         raise DoesNotApplyError("it has no header")
-    data[begin:stop] = bytes(stop - begin)
-    place.file.write_bytes(data)
+    data[start:stop] = bytes(stop - start)
+    target.file.write_bytes(data)
 
 
-DEFECTS: Mapping[str, Callable[[Place], None]] = {
+DEFECTS: Mapping[str, Callable[[Target], None]] = {
     "bit flip": bit_flip,
     "cut between samples": cut_between,
     "cut within a sample": cut_within,
@@ -107,21 +109,22 @@ DEFECTS: Mapping[str, Callable[[Place], None]] = {
 def check(
     kind: str, say: Callable[[str], None], defects: Iterable[str] = tuple(DEFECTS), timeout: float = 60
 ) -> list[dict[str, Any]]:
-    """Read an epoch with each defect in the middle shard, on one rank without workers."""
+    """Read an epoch with each defect in the middle shard, on one rank without workers; returns a row for each."""
     corpus, rows = elastic.corpus(), []
     with tempfile.TemporaryDirectory() as temporary:
-        sound = written(kind, corpus, Path(temporary, "sound"))
+        intact = written(kind, corpus, Path(temporary, "intact"))
         try:
-            expected, _ = read(kind, sound, timeout)
+            expected, _ = read(kind, intact, timeout)
         except probe.ProbeError as error:
             return [{"kind": kind, "defect": defect, "outcome": "not run", "error": str(error)} for defect in defects]
+        # Each defect gets its own copy of the intact data.
         for defect in defects:
             row = {"kind": kind, "defect": defect}
-            damaged = Path(temporary, defect.replace(" ", "-"))
-            shutil.copytree(sound, damaged)
+            corrupt = Path(temporary, defect.replace(" ", "-"))
+            shutil.copytree(intact, corrupt)
             try:
-                damage(defect, damaged, corpus)
-                found, logged = read(kind, damaged, timeout)
+                inject(defect, corrupt, corpus)
+                found, logged = read(kind, corrupt, timeout)
             except DoesNotApplyError as error:
                 row |= {"outcome": "does not apply", "error": str(error)}
             except probe.ProbeError as error:
@@ -134,45 +137,46 @@ def check(
 
 
 def compare(expected: Counter, found: Counter, logged: str | None = None) -> dict[str, Any]:
-    """What a reader that raised nothing has handed over: so many rows fewer, and so many that it should not have.
+    """Compare the rows of an epoch without an exception with the expected ones.
 
-    It is not silent if some thread of it has written an error; but who reads from it sees the epoch end as ever.
+    The outcome is "no harm"; "silent": rows are missing or wrong; or "logged only": the same, but an error was printed,
+    for example by a thread, which the training loop does not notice.
     """
     fewer, other = expected.total() - found.total(), (found - expected).total()
     outcome = "no harm" if found == expected else "logged only" if logged else "silent"
     return {"outcome": outcome, "rows": expected.total(), "fewer": fewer, "other": other}
 
 
-def damage(defect: str, folder: Path, corpus: Corpus) -> None:
-    """Damage the file that holds the middle of the data, at the middle of it."""
+def inject(defect: str, folder: Path, corpus: Corpus) -> None:
+    """Apply a defect to the file with the middle of the data, at that position."""
     middle = corpus.rows(len(corpus.ends) // 2)[elastic.ROWS // 2]
-    # Not its ends: a reader that packs may have them in other documents, and so in other members.
+    # Without the ends of the row: in formats with one document per member they may be in other members.
     row = middle[len(middle) // 4 : len(middle) // 2].tobytes()
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _NO_SHARDS)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _METADATA_FILES)
+    # A defect must hit exactly one file, so the row must be unique.
     holders = [path for path in files if path.read_bytes().find(row) >= 0]
     if len(holders) != 1:
-        raise RuntimeError(f"{folder}: {len(holders)} files hold the row that is to be damaged, but one must")
+        raise RuntimeError(f"{folder}: {len(holders)} files contain the row for the defect, expected 1")
     others = [path for path in files if path != holders[0] and path.suffix == holders[0].suffix]
     rows = [each.tobytes() for shard in range(len(corpus.ends)) for each in corpus.rows(shard)]
-    DEFECTS[defect](Place(holders[0], row, rows, others[0] if others else None))
+    DEFECTS[defect](Target(holders[0], row, rows, others[0] if others else None))
 
 
 def read(kind: str, folder: Path, timeout: float) -> tuple[Counter, str | None]:
-    """The rows of an epoch, and an error that was logged and not raised.
+    """The rows of an epoch, and the last error that was printed but not raised.
 
-    They are read in the order of the data, where the reader can be asked for that; a reader that packs gives other rows
-    from a defect on.
+    Without shuffling, if the reader supports it. A reader that packs yields different rows after a defect.
     """
     settings = Settings(str(folder), elastic.LENGTH, elastic.GLOBAL_BATCH, slots=12, shuffle=False)
     result = probe.run("rows", kind, settings, timeout=timeout)
     return sum(elastic.join([result["rows"]]), Counter()), result["logged"]
 
 
-def _begin_of_row(place: Place, data: bytearray, at: int) -> int:
-    """Where the whole row begins that the place is in."""
-    return next(data.find(row) for row in place.rows if place.row in row)
+def _row_offset(target: Target, data: bytearray, at: int) -> int:
+    """Offset of the complete row that contains ``target.row``."""
+    return next(data.find(row) for row in target.rows if target.row in row)
 
 
-def _header(data: bytearray, at: int) -> int:
-    """Where the header of the tar's member begins that holds byte ``at``."""
-    return data.rfind(b"ustar", 0, at) - _MAGIC
+def _header_offset(data: bytearray, at: int) -> int:
+    """Offset of the header of the tar member that contains byte ``at``."""
+    return data.rfind(b"ustar", 0, at) - _MAGIC_OFFSET

@@ -1,10 +1,9 @@
-"""What a probe does: read and time epochs, start anew, or list the rows that one rank gets.
-
-One measurement in a process of its own, so that no library meets what another has left behind.
+"""Measurements that run in a process of their own (probes), so that libraries cannot affect each other.
 
     python -m dcscale.bench.data.probe '{"task": "rate", ...}'
 
-A probe ends its output with a line of JSON; :func:`run` starts one, and :func:`start` and :func:`finish` several.
+The tasks are in :data:`TASKS`. The last line that a probe prints is its result as JSON. :func:`run` runs one probe,
+:func:`start` and :func:`finish` several at the same time.
 """
 
 from __future__ import annotations
@@ -27,16 +26,25 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dcscale.bench import meter
+from dcscale.bench.data import KINDS
 from dcscale.bench.data.corpus import EOS_ID, VOCAB_SIZE
 from dcscale.bench.data.order import planning
-from dcscale.bench.data.reader import KINDS, Reader, Settings
+from dcscale.bench.data.reader import Reader, Settings
 
 
 def rate(kind: str, settings: Settings, histogram: str, epochs: int) -> dict[str, Any]:
-    """Read one epoch and compare its tokens with the corpus; then time each of the next ones.
+    """Read one epoch and compare its tokens with the corpus, then time more epochs.
 
-    These find processes started and files in the machine's memory. ``histogram`` is a file of how often each
-    token is in the corpus.
+    The first epoch warms up: it starts worker processes and brings files into the page cache.
+
+    Args:
+        kind: of the reader.
+        settings: of the reader.
+        histogram: .npy file with :meth:`Corpus.histogram`.
+        epochs: number of epochs to time.
+
+    Returns:
+        ``first_batch_seconds``; ``wrong``, how the tokens differ, or None; and ``epochs``, if nothing is wrong.
     """
     reader = _open(kind, settings)
     expected, found = np.load(histogram), np.zeros(VOCAB_SIZE, np.int64)
@@ -61,23 +69,27 @@ def _timed(reader: Reader) -> dict[str, float]:
 
 
 def difference(expected: np.ndarray, found: np.ndarray, length: int, rows: int) -> str | None:
-    """How an epoch's tokens differ from those of the corpus; None where they do not.
+    """How an epoch's tokens differ from those of the corpus; None if they do not.
 
-    A reader that packs by itself may end with a row whose last token is only a target: then that token is missing, and
-    a token of padding, which is the end-of-document token, is in its place. So one token may be exchanged for it.
+    Args:
+        expected: histogram of the corpus.
+        found: histogram of the epoch.
+        length: tokens of a row.
+        rows: number of rows in the epoch.
     """
     total = int(expected.sum())
     if rows * length != total:
         return f"{rows * length:,} tokens in an epoch instead of {total:,}"
+    # In a reader that packs, the last token of the last row may be used as a target only; padding with EOS replaces it.
     surplus = found - expected
     if np.abs(surplus).sum() == 0 or (surplus[EOS_ID] == 1 and np.abs(surplus).sum() == 2):
         return None
-    return f"{int(np.maximum(surplus, 0).sum()):,} of {total:,} tokens are not those of the data"
+    return f"{int(np.maximum(surplus, 0).sum()):,} of {total:,} tokens differ from the data"
 
 
 def first_batch(kind: str, settings: Settings, state: Any = None, batches: int = 1) -> dict[str, Any]:
-    """Seconds from opening, or restoring, to the first batch; libraries are imported before."""
-    reader_type = KINDS[kind].load()
+    """Seconds from opening a reader, or restoring a state, to its first batches, without importing its library."""
+    reader_type = KINDS[kind].load()  # imports the library before the clock starts
     began = time.perf_counter()
     reader = reader_type(settings)
     if state is not None:
@@ -92,7 +104,7 @@ def first_batch(kind: str, settings: Settings, state: Any = None, batches: int =
 
 
 def states(kind: str, settings: Settings, batches: list[int]) -> list[Any]:
-    """The states after so many batches."""
+    """The states after each of these numbers of batches."""
     reader, found = _open(kind, settings), []
     for number, _ in enumerate(reader.epoch(), start=1):
         if number in batches:
@@ -104,23 +116,23 @@ def states(kind: str, settings: Settings, batches: list[int]) -> list[Any]:
 def rows(
     kind: str, settings: Settings, steps: int | None = None, state: Any = None, restore: bool = False
 ) -> dict[str, Any]:
-    """The rows of each batch of this rank, as hashes, of so many steps or to the epoch's end, and the state then."""
+    """The hashes of each batch's rows on this rank, for ``steps`` batches or the epoch, and the state after them."""
     reader = _open(kind, settings)
     if restore:
         reader.restore(state)
-    found = [[name_of(row) for row in batch.numpy()] for batch in islice(reader.epoch(), steps)]
+    found = [[row_hash(row) for row in batch.numpy()] for batch in islice(reader.epoch(), steps)]
     result = {"rows": found, "state": None if steps is None else reader.state()}
     reader.close()
     return result
 
 
-def name_of(row_L: np.ndarray) -> str:
-    """The name by which a row is known."""
+def row_hash(row_L: np.ndarray) -> str:
+    """A hash that identifies a row."""
     return hashlib.blake2b(row_L.astype(np.int64).tobytes(), digest_size=8).hexdigest()
 
 
 def peak(kind: str, settings: Settings) -> dict[str, Any]:
-    """Peak memory of an epoch, above what the process has when all is imported and nothing read."""
+    """Peak memory of an epoch in bytes, above that of the process after all imports."""
     reader_type = KINDS[kind].load()
     meter.reset_peak()
     before = meter.memory_bytes("VmRSS")
@@ -131,9 +143,9 @@ def peak(kind: str, settings: Settings) -> dict[str, Any]:
     return {"bytes": meter.memory_bytes("VmHWM") - before}
 
 
-def plan(kind: str, settings: Settings) -> dict[str, Any]:
-    """Of a very large epoch; neither argument is used."""
-    return planning()
+def plan(kind: str, settings: Settings, shards: int) -> dict[str, Any]:
+    """See :func:`planning`; ``kind`` and ``settings``, the arguments of every task, are not used."""
+    return planning(shards)
 
 
 def _open(kind: str, settings: Settings) -> Reader:
@@ -144,7 +156,7 @@ TASKS = {"rate": rate, "first_batch": first_batch, "states": states, "rows": row
 
 
 def written(kind: str, corpus: Any, folder: Path) -> Path:
-    """The folder of a kind's format inside ``folder``, written if it is not there."""
+    """Write the corpus in a kind's format inside ``folder``, unless it exists; returns the format's folder."""
     reader_type = KINDS[kind].load()
     target = folder / reader_type.format
     if not target.exists():
@@ -157,18 +169,18 @@ _MARK = "probe result: "
 
 
 class ProbeError(Exception):
-    """A probe that ended with an error, whose last line this is."""
+    """A probe failed; the message is the last line of its error."""
 
 
 class Probe(NamedTuple):
-    """One that was started."""
+    """A probe that was started."""
 
     process: subprocess.Popen
     output: IO[str]
 
 
 def run(task: str, kind: str, settings: Settings, *, timeout: float = 600, **more: Any) -> Any:
-    """The result of one probe."""
+    """Run one probe and return its result; arguments as :func:`start` and :func:`finish`."""
     return finish(start(task, kind, settings, **more), timeout)
 
 
@@ -181,13 +193,23 @@ def start(
     environment: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Probe:
-    """Start a probe, with more in its environment; several ranks that are to find each other need the same ``port``."""
+    """Start a probe.
+
+    Args:
+        task: of :data:`TASKS`.
+        kind: of the reader.
+        settings: of the reader.
+        port: for the rendezvous of several ranks, which must have the same.
+        environment: additional environment variables.
+        **more: further arguments of the task.
+    """
     rank, world_size = str(settings.rank), str(settings.world_size)
+    # What torch.distributed, mosaicml-streaming and litdata read to find their rank.
     ranks = {"RANK": rank, "GLOBAL_RANK": rank, "LOCAL_RANK": rank}
     ranks |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "NNODES": "1"}
     ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     message = json.dumps({"task": task, "kind": kind, "settings": asdict(settings), **more})
-    # Not a pipe: it would fill up while another rank is waited for.
+    # A file, because a pipe could fill up and block this rank while another one is awaited.
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115
     command = [sys.executable, "-m", __name__, message]
     process = subprocess.Popen(
@@ -201,20 +223,23 @@ def start(
 
 
 def finish(probe: Probe, timeout: float) -> Any:
-    """The result of a probe that was started; an object also has the last error that was ``logged`` and not raised.
+    """Wait for a probe and return its result.
+
+    If the result is an object, its key ``logged`` has the last error that was printed but not raised, or None.
 
     Raises:
-        ProbeError: it ended without one, or did not end in time.
+        ProbeError: it ended without a result, or did not end within ``timeout`` seconds.
     """
     try:
         probe.process.wait(timeout)
     except subprocess.TimeoutExpired:
-        raise ProbeError(f"no end after {timeout:.0f} s") from None
+        raise ProbeError(f"timed out after {timeout:.0f} s") from None
     finally:
         stop(probe)
         probe.output.seek(0)
         lines = probe.output.read().splitlines()
         probe.output.close()
+    # The last exception in the output: the cause of a failure, or an error that was only logged.
     error = next((line.strip() for line in reversed(lines) if _is_error(line.strip())), None)
     for line in reversed(lines):
         if line.startswith(_MARK):
@@ -224,14 +249,14 @@ def finish(probe: Probe, timeout: float) -> Any:
 
 
 def stop(probe: Probe) -> None:
-    """End a probe and the workers it has left."""
+    """Kill a probe and its remaining workers."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(probe.process.pid, signal.SIGKILL)
     probe.process.wait()
 
 
 def _is_error(line: str) -> bool:
-    """Whether a line is the last of a traceback, with the kind of error first."""
+    """Whether a line looks like the last line of a traceback: the name of an exception, then its message."""
     kind = line.partition(":")[0].rpartition(".")[2]
     return kind.isidentifier() and kind[0].isupper() and kind.endswith(("Error", "Exception", "Exit", "Timeout"))
 
@@ -241,7 +266,7 @@ def main() -> None:
     settings = Settings(**message.pop("settings"))
     result = TASKS[message.pop("task")](message.pop("kind"), settings, **message)
     print(f"\n{_MARK}{json.dumps(result)}", flush=True)
-    os._exit(0)  # whatever threads and workers a library has left
+    os._exit(0)  # do not wait for threads and workers that a library left running
 
 
 if __name__ == "__main__":

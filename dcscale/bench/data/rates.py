@@ -1,6 +1,6 @@
-"""Rates of all readers on the same data: rounds in turn, each reading in a process of its own.
+"""Rates of all readers on the same data, and the other costs of reading: read amplification, memory, restarts.
 
-What reading costs beside time: how much is read, memory, and starting again.
+Every measurement runs in a process of its own (see :mod:`dcscale.bench.data.probe`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ from dcscale.bench.data.reader import Settings
 from dcscale.data.shards.manifest import read_manifest
 from dcscale.testing.shard_server import ShardServer
 
-LATENCY = 0.05
-"""Seconds before the web server's answers."""
-
 OVER_HTTP = {
     "dcscale": {"": {}, "no read-ahead": {"read_ahead": 0}},
     "webdataset": {"": {}},
     "webdataset-bundles": {"": {}},
 }
-"""Readers that read from a web server here, and how."""
+"""Readers that are also measured over HTTP: variants with a note and the settings that differ."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table."""
+    """A reader with settings: one row of the table."""
 
     kind: str
     place: str
@@ -49,7 +46,7 @@ def cases(
     http_workers: Sequence[int],
     **settings: Any,
 ) -> list[Case]:
-    """Every reader with every number of workers from disk, and from the server those that can."""
+    """All readers from disk, and those of :data:`OVER_HTTP` from the server, with all numbers of workers."""
     made = []
     for count in workers:
         for kind, folder in folders.items():
@@ -66,11 +63,20 @@ def cases(
 def measure(
     cases: Iterable[Case], histogram: Path, rounds: int, epochs: int, deadline: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A row of figures each.
+    """Measure the rates of all cases in turns, so that temporary slowdowns of the machine affect all alike.
 
-    A round opens each case once, and times so many epochs, so that whatever slows the machine for a while slows all
-    alike. After ``deadline``, a time of :func:`time.monotonic`, no round begins but the first. A case that hands over
-    other tokens than those of the data, or ends with an error, is not timed and not read again.
+    A case with wrong tokens or an error is not timed, and not read again.
+
+    Args:
+        cases: what to measure.
+        histogram: file of the corpus' histogram.
+        rounds: each round opens every case once.
+        epochs: timed epochs of each opening.
+        deadline: a time of :func:`time.monotonic` after which no round starts, except for the first.
+        say: receives progress.
+
+    Returns:
+        A row of figures for each case.
     """
     found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     failed: dict[Case, str] = {}
@@ -86,6 +92,7 @@ def measure(
                 failed[case] = str(error)
                 continue
             if result["wrong"] is not None:
+                # tools/bench_data.py exits with an error on this prefix.
                 failed[case] = f"wrong: {result['wrong']}"
             else:
                 found[case].append(result)
@@ -94,7 +101,7 @@ def measure(
 
 
 def row(case: Case, results: Sequence[dict[str, Any]], failure: str | None) -> dict[str, Any]:
-    """Medians and extremes over the rounds."""
+    """The row of a case: median, minimum and maximum over all rounds and epochs."""
     head = {"kind": case.kind, "place": case.place, "note": case.note, "workers": case.settings.workers}
     if failure is not None:
         return head | {"not_measured": failure}
@@ -113,53 +120,58 @@ def absent_row(kind: str, why: str) -> dict[str, Any]:
     return {"kind": kind, "place": "disk", "note": "", "workers": 0, "not_measured": why}
 
 
-def serve(folder: Path) -> ShardServer:
-    """A web server of the folder that waits before each answer."""
+def serve(folder: Path, latency: float) -> ShardServer:
+    """A web server of the folder that waits ``latency`` seconds before each response."""
     server = ShardServer(folder)
-    server.latency = LATENCY
+    server.latency = latency
     return server
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 RESTARTED = ("dcscale", "mosaic", "litdata")
-"""Readers with a state of which the time to start again is measured."""
+"""Readers with a state, whose restarts are timed."""
 
 _READ_THREADS = 8
-"""What open_stream reads at once where it is not told."""
+"""Default number of threads of open_stream."""
 
 
 def amplification(address: str, server: ShardServer, settings: Settings, workers: Sequence[int]) -> list[dict]:
-    """Shards that the web server gave for an epoch, by those there are; rows cover what is stated for one reader."""
+    """How many times as many shards the web server sends in an epoch as there are, by number of workers."""
     rows = []
     shards = len(read_manifest(address).shards)
     for count in workers:
-        server.requests.clear()
-        mine = replace(settings, root=address, workers=count)
-        probe.run("rows", "dcscale", replace(mine, read_ahead=0))
+        server.requests.clear()  # count the requests of this run only
+        probe.run("rows", "dcscale", replace(settings, root=address, workers=count, read_ahead=0))
         given = sum(path.endswith(".tar") for path in server.paths())
         rows.append({"workers": count, "shards": shards, "given": given, "factor": given / shards})
     return rows
 
 
 def restarts(folders: dict[str, Path], settings: Settings, epoch: int, at: Sequence[float], rounds: int) -> list[dict]:
-    """Seconds to the first batch of an epoch of so many batches, and after a restore at each part of it.
+    """Time to the first batch, and number of shards it needs, without workers: from the start and after restarts.
 
-    Without workers. The shards are those that the first batch needs, read without reading ahead.
+    Args:
+        folders: of each kind's data.
+        settings: of the readers.
+        epoch: batches of an epoch.
+        at: fractions of the epoch at which to restart.
+        rounds: repetitions, whose median counts.
     """
     rows = []
     for kind in [kind for kind in RESTARTED if kind in folders]:
-        mine = replace(settings, root=str(folders[kind]))
+        kind_settings = replace(settings, root=str(folders[kind]))
         try:
-            places = [max(1, int(part * epoch)) for part in at]
-            states = probe.run("states", kind, mine, batches=places)
-            for place, state in [(0, None), *zip(places, states)]:
-                found = [probe.run("first_batch", kind, mine, state=state)["seconds"] for _ in range(rounds)]
-                needed = probe.run("first_batch", kind, replace(mine, read_ahead=0), state=state)
-                row = {"kind": kind, "batch": place, "of": epoch, "seconds": statistics.median(found)}
+            batches = [max(1, int(fraction * epoch)) for fraction in at]
+            states = probe.run("states", kind, kind_settings, batches=batches)
+            for batch, state in [(0, None), *zip(batches, states)]:
+                seconds = [probe.run("first_batch", kind, kind_settings, state=state)["seconds"] for _ in range(rounds)]
+                # Without prefetching, only the shards that the first batch needs are read.
+                needed = probe.run("first_batch", kind, replace(kind_settings, read_ahead=0), state=state)
+                row = {"kind": kind, "batch": batch, "of": epoch, "seconds": statistics.median(seconds)}
                 rows.append(row | {"not_measured": None, "shards_read": needed.get("shards_read")})
         except probe.ProbeError as error:
             rows.append({"kind": kind, "not_measured": str(error)})
@@ -167,22 +179,28 @@ def restarts(folders: dict[str, Path], settings: Settings, epoch: int, at: Seque
 
 
 def memory(folder: Path, small: Path, settings: Settings, shapes: Sequence[tuple[int, int]]) -> list[dict]:
-    """Peak memory of an epoch next to what :class:`dcscale.data.SequenceStream` states, by (slots, shards).
+    """Peak memory of an epoch compared with the bound that :class:`dcscale.data.Stream` states, by (slots, shards).
 
-    It is what reading ``folder`` takes more than reading ``small``, which is next to nothing and shows what libraries
-    take at their first use. The C library is told to use one arena: else it keeps freed memory for each thread.
+    Args:
+        folder: the data.
+        small: very little data. Its peak, the memory that libraries allocate at their first use, is subtracted.
+        settings: of the reader.
+        shapes: (slots, shards of a shuffle block) to measure.
     """
     shards = read_manifest(folder).shards
-    most = {name: max(getattr(shard, name) for shard in shards) for name in ("tokens", "bytes", "documents")}
-    packed, raw = 2 * most["tokens"] + 8 * most["documents"], most["bytes"] + 128 * most["documents"]
+    largest = {name: max(getattr(shard, name) for shard in shards) for name in ("tokens", "bytes", "documents")}
+    # The terms of the stated bound: packed tokens (uint16) with document offsets (int64), and raw shards being read.
+    packed, raw = 2 * largest["tokens"] + 8 * largest["documents"], largest["bytes"] + 128 * largest["documents"]
+    # A single malloc arena, because glibc keeps freed memory in every thread's arena.
+    one_arena = {"MALLOC_ARENA_MAX": "1"}
     rows = []
-    for slots, window in shapes:
-        mine = replace(settings, slots=slots, shuffle_shards=window)
-        windows = min(slots, math.ceil(len(shards) / window)) + mine.read_ahead
-        bound = packed * window * (windows + 1) + max(_READ_THREADS, window) * raw
+    for slots, shuffle_shards in shapes:
+        shape_settings = replace(settings, slots=slots, shuffle_shards=shuffle_shards)
+        blocks = min(slots, math.ceil(len(shards) / shuffle_shards)) + settings.read_ahead
+        bound = packed * shuffle_shards * (blocks + 1) + max(_READ_THREADS, shuffle_shards) * raw
         base, found = (
-            probe.run("peak", "dcscale", replace(mine, root=str(root)), environment={"MALLOC_ARENA_MAX": "1"})["bytes"]
+            probe.run("peak", "dcscale", replace(shape_settings, root=str(root)), environment=one_arena)["bytes"]
             for root in (small, folder)
         )
-        rows.append({"slots": slots, "shuffle_shards": window, "bytes": found - base, "bound_bytes": bound})
+        rows.append({"slots": slots, "shuffle_shards": shuffle_shards, "bytes": found - base, "bound_bytes": bound})
     return rows

@@ -1,39 +1,39 @@
-"""What a reader is, for all measurements: a format, how far it can resume; dcscale's own, and that of a flat file."""
+"""The interface of all readers, and the readers that need no other library: dcscale's and a flat file's."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dcscale.bench.data import KINDS
 from dcscale.bench.data.corpus import VOCAB_SIZE, Corpus, write_bundles, write_documents
 from dcscale.data import BatchLoader, StreamConfig, open_stream
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a reader is to read. It is sent to other processes as JSON."""
+    """Settings of a reader. They are sent to other processes as JSON."""
 
     root: str
-    """Folder of the format, or its address."""
+    """Folder of the data in the reader's format, or its URL."""
 
     length: int
-    """L, tokens a row."""
+    """L, tokens of a row."""
 
     batch: int
-    """Rows a batch, of one rank."""
+    """Rows of a batch on one rank."""
 
     workers: int = 0
-    """Processes beside the one that asks."""
+    """Worker processes; 0 reads in the calling process."""
 
     rank: int = 0
     world_size: int = 1
@@ -42,18 +42,18 @@ class Settings:
 
     slots: int = 4
     shuffle_shards: int = 2
-    """Of dcscale's order."""
+    """Of dcscale only: the order."""
 
     read_ahead: int = 4
     verify: bool = True
-    """Of dcscale: windows read ahead, and whether checksums are verified."""
+    """Of dcscale only: shuffle blocks to prefetch, and whether to verify checksums."""
 
 
 class Reader(ABC):
-    """Hands over int64 batches [B, L] of token ids, as a model takes them."""
+    """Yields int64 batches [B, L] of token ids, as a model takes them."""
 
     format: ClassVar[str]
-    """Folder of its format, which readers may share."""
+    """Folder name of its format; readers may share a format."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -61,33 +61,33 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def write(cls, corpus: Corpus, folder: Path) -> None:
-        """Write the corpus in the format, one file a shard where the format lets one choose."""
+        """Write the corpus in the reader's format, one file per shard if the format allows it."""
 
     @abstractmethod
     def epoch(self) -> Iterator[torch.Tensor]:
-        """Batches of the next epoch, or of what is left of the one that a restored state is in."""
+        """Batches of the next epoch, or the remaining ones of the epoch of a restored state."""
 
     def state(self) -> Any:
-        """JSON from which :meth:`restore` goes on after the last batch that was handed over."""
+        """JSON from which :meth:`restore` resumes after the last yielded batch."""
         raise NotImplementedError("it has no state")
 
     def restore(self, state: Any) -> None:
-        """Go on from a state, before the first batch."""
+        """Resume from a state; call it before the first batch."""
         raise NotImplementedError("it has no state")
 
     @abstractmethod
     def close(self) -> None:
-        """Leave no process behind."""
+        """Stop all worker processes."""
 
 
 class LoaderReader(Reader):
-    """A library read through a DataLoader, which is made by the first epoch and kept."""
+    """A reader based on a DataLoader, which the first epoch creates and later ones reuse."""
 
     loader: Any = None
 
     @abstractmethod
     def open(self) -> Any:
-        """The loader."""
+        """Create the loader."""
 
     def epoch(self) -> Iterator[torch.Tensor]:
         if self.loader is None:
@@ -106,33 +106,8 @@ class LoaderReader(Reader):
         self.loader = None
 
 
-class Kind(NamedTuple):
-    """Where a reader is, so that no library is imported that is not asked for."""
-
-    module: str
-    name: str
-    library: str | None
-    meaning: str
-
-    def load(self) -> type[Reader]:
-        return getattr(importlib.import_module(f"dcscale.bench.data.{self.module}"), self.name)
-
-
-KINDS = {
-    "dcscale": Kind("reader", "DcscaleReader", None, "bundles; verified, packed, targets, document ids"),
-    "dcscale-documents": Kind("reader", "DcscaleDocumentsReader", None, "the same on tars of a document a sample"),
-    "webdataset": Kind("baselines.webdataset", "Tars", "webdataset", "a document a sample; packed by its user"),
-    "webdataset-bundles": Kind("baselines.webdataset", "BundleTars", "webdataset", "the same on dcscale's bundles"),
-    "flat": Kind("reader", "Flat", None, "rows of a file that is mapped into memory, in random order"),
-    "litdata": Kind("baselines.litdata", "Chunks", "litdata", "TokensLoader: rows cut beforehand"),
-    "mosaic": Kind("baselines.mosaic", "Mds", "mosaicml-streaming", "rows cut beforehand"),
-    "mosaic-hashed": Kind("baselines.mosaic", "HashedMds", "mosaicml-streaming", "with hashes written and validated"),
-    "torchdata": Kind("baselines.torchdata", "Stateful", "torchdata", "StatefulDataLoader over webdataset"),
-}
-
-
 def missing(kinds: Iterable[str]) -> dict[str, str]:
-    """Kinds whose library is not installed, with the words for it."""
+    """Kinds whose library is not installed, each with the reason to report."""
     found = {}
     for kind in kinds:
         library = KINDS[kind].library
@@ -182,19 +157,21 @@ class DcscaleReader(Reader):
         self._steps: Iterator | None = None
 
     def epoch(self) -> Iterator[torch.Tensor]:
-        """The rows of an epoch are a multiple of the batch, as :class:`Corpus` is cut."""
+        """See :class:`Reader`. An epoch is a multiple of the batch, because of how :class:`Corpus` is cut."""
+        # One endless iterator over all epochs, so that workers keep prefetching across the boundary.
         self._steps = self._steps or self._loader.steps(self._consumed)
         rows = self.stream.sequences_per_epoch
         for step in islice(self._steps, (rows - self._consumed % rows) // self._batch):
             self._consumed += self._batch
-            yield step[0].input_ids
+            yield step[0].input_ids  # the only micro-batch of the step
 
     def state(self) -> Any:
         return {"consumed": self._consumed, "fingerprint": self.stream.fingerprint}
 
     def restore(self, state: Any) -> None:
+        # As in training: a state is valid only for the same data and order.
         if state["fingerprint"] != self.stream.fingerprint:
-            raise ValueError("the data or the order are not those of the state")
+            raise ValueError("the state is of other data or of another order")
         self._consumed = state["consumed"]
 
     def close(self) -> None:
@@ -202,7 +179,7 @@ class DcscaleReader(Reader):
 
 
 class DcscaleDocumentsReader(DcscaleReader):
-    """The same with a sample for each document, as WebDataset's users write tars."""
+    """The same with one sample per document, as is common with WebDataset."""
 
     format = "documents"
 
@@ -212,9 +189,10 @@ class DcscaleDocumentsReader(DcscaleReader):
 
 
 class Flat(LoaderReader):
-    """Rows of a flat file of tokens that is mapped into memory: what nanoGPT and, in essence, Megatron-LM read.
+    """Rows of a memory-mapped flat file of tokens, in random order: what nanoGPT and, in essence, Megatron-LM do.
 
-    In random order; nothing is packed or verified, and the file must lie on a local disk."""
+    Nothing is packed or verified, and the file must be on a local disk.
+    """
 
     format = "flat"
 
@@ -241,5 +219,6 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self._rows_NL)
 
+    # Called by DataLoader for a batch at once, which is faster than row by row.
     def __getitems__(self, numbers: list[int]) -> list[np.ndarray]:
         return list(self._rows_NL[numbers].astype(np.int64))

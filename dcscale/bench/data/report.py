@@ -1,7 +1,4 @@
-"""A result in words: tables of Markdown, which are read on a screen as well, from the JSON alone.
-
-What this project wants of its data path, and what a run says of it.
-"""
+"""Reports of a result, made from its JSON: Markdown tables for the screen and the README, and the targets."""
 
 from __future__ import annotations
 
@@ -15,7 +12,11 @@ _MILLION = 1e6
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """All tables that the result has. Raises ResultError."""
+    """Format all tables of a result.
+
+    Raises:
+        ResultError: the JSON is not a result of bench_data.
+    """
     try:
         parts = [_origin(result)]
         for name, make in _TABLES.items():
@@ -36,7 +37,7 @@ def _origin(result: Mapping[str, Any]) -> list[str]:
 
 
 def rates(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rates of all readers."""
+    """The table of all readers' rates."""
     cells = []
     for row in rows:
         head = [f"{row['kind']}, {row['note']}" if row["note"] else row["kind"], row["place"], row["workers"]]
@@ -46,12 +47,12 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         figures = [_spread(row[name], _MILLION) for name in ("tokens_per_cpu_second", "tokens_per_second")]
         cells.append([*head, *figures, _spread(row["first_batch_seconds"])])
     names = ["reader", "from", "workers", "Mtok/CPU-s", "Mtok/s", "first batch s"]
-    return [*_table(names, cells), "", "Median of the rounds, with the least and the most."]
+    return [*_table(names, cells), "", "Median of the rounds (minimum-maximum)."]
 
 
 def _amplification(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [[row["workers"], row["shards"], row["given"], f"{row['factor']:.2f}"] for row in rows]
-    return _table(["workers", "shards", "given by the server in an epoch", "amplification"], cells)
+    return _table(["workers", "shards", "sent by the server in an epoch", "amplification"], cells)
 
 
 def _restarts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -71,7 +72,7 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         [row["slots"], row["shuffle_shards"], f"{row['bytes'] / 2**20:.0f}", f"{row['bound_bytes'] / 2**20:.0f}"]
         for row in rows
     ]
-    return _table(["slots", "shards a window", "peak MiB", "stated MiB"], cells)
+    return _table(["slots", "shards per block", "peak MiB", "bound MiB"], cells)
 
 
 def _orders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -81,26 +82,26 @@ def _orders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def elastic(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What became of the rows of runs that were taken up by others."""
+    """The table of restarts with other ranks and workers."""
     shapes = list(dict.fromkeys(f"{_shape(row['before'])} -> {_shape(row['after'])}" for row in rows))
     kinds: dict[str, dict[str, str]] = {}
     for row in rows:
         shape = f"{_shape(row['before'])} -> {_shape(row['after'])}"
         kinds.setdefault(row["kind"], {})[shape] = _outcome(row)
     cells = [[kind, *(found.get(shape, "") for shape in shapes)] for kind, found in kinds.items()]
-    return [*_table(["reader", *shapes], cells), "", "R ranks of W workers each, before the stop -> after it."]
+    return [*_table(["reader", *shapes], cells), "", "R ranks with W workers each, before the stop -> after it."]
 
 
 def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which defects were noticed."""
+    """The table of defects, and whether they were detected."""
     defects = list(dict.fromkeys(row["defect"] for row in rows))
     kinds: dict[str, dict[str, str]] = {}
     for row in rows:
         kinds.setdefault(row["kind"], {})[row["defect"]] = _outcome(row)
     cells = [[kind, *(found.get(defect, "") for defect in defects)] for kind, found in kinds.items()]
     legend = (
-        "Silent: an epoch ended without an error, with so many rows fewer than there are, and so many that hold other "
-        "tokens than those of the data. Logged only: the same, with an error among what was printed."
+        "Silent: an epoch ended without an error; the numbers are missing rows and rows with wrong tokens. "
+        "Logged only: the same, but an error was printed."
     )
     return [*_table(["reader", *defects], cells), "", legend]
 
@@ -128,6 +129,7 @@ def _spread(values: Mapping[str, float], unit: float = 1.0) -> str:
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    # A "|" would end the cell.
     cells = [[str(cell).replace("|", "/") for cell in row] for row in (names, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
@@ -144,31 +146,32 @@ _TABLES = {
     "faults": faults,
     "targets": _targets,
 }
-"""Part of a result -> its table."""
+"""From the key of a part of a result to the function that formats its table."""
 
 
 RATES = (("litdata", 1.0), ("mosaic", 3.0), ("webdataset", 5.0))
-"""dcscale's tokens per CPU-second in one process, by those of others, at least."""
+"""Targets of dcscale's tokens per CPU-second in one process, relative to other readers."""
 
 PLAN_SECONDS, PLAN_BYTES = 1.0, 300 << 20
-SHARDS_A_SLOT = 2
-"""Shards that are read to start again, for each slot."""
+MAX_SHARDS_PER_SLOT = 2
+"""Target of the shards that are read to restart, per slot."""
 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each target with "reached", "missed" or "not measured", and the figures."""
+    """The targets, each with the verdict "reached", "missed" or "not measured", and the figures."""
     rates = {(row["kind"], row["workers"]): row for row in result.get("rates", ()) if row["place"] == "disk"}
     found = [_rate(rates, kind, factor) for kind, factor in RATES]
     found.append(_workers(rates))
+    # Targets of parts that the result does not have are left out.
     for restart in [row for row in result.get("restarts", ()) if row["kind"] == "dcscale" and row.get("batch")]:
-        most = SHARDS_A_SLOT * result["slots"]
-        target = f"at most {SHARDS_A_SLOT} shards a slot are read to start again at batch {restart['batch']}"
+        limit = MAX_SHARDS_PER_SLOT * result["slots"]
+        target = f"at most {MAX_SHARDS_PER_SLOT} shards per slot are read to restart at batch {restart['batch']}"
         detail = f"{restart['shards_read']} shards for {result['slots']} slots"
-        found.append(_verdict(target, restart["shards_read"] <= most, detail))
+        found.append(_verdict(target, restart["shards_read"] <= limit, detail))
     for row in result.get("memory", ()):
-        shape = f"{row['slots']} slots, windows of {row['shuffle_shards']} shards"
+        shape = f"{row['slots']} slots, blocks of {row['shuffle_shards']} shards"
         detail = f"{row['bytes'] / 2**20:.0f} MiB of {row['bound_bytes'] / 2**20:.0f} MiB"
-        found.append(_verdict(f"memory within what is stated ({shape})", row["bytes"] <= row["bound_bytes"], detail))
+        found.append(_verdict(f"memory within the stated bound ({shape})", row["bytes"] <= row["bound_bytes"], detail))
     if "plan" in result:
         plan = result["plan"]
         target = f"{plan['shards']:,} shards planned in {PLAN_SECONDS:g} s and {PLAN_BYTES >> 20} MiB"
@@ -179,20 +182,20 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _rate(rates: Mapping[tuple[str, int], Mapping[str, Any]], kind: str, factor: float) -> dict[str, Any]:
     target = f"at least {factor:g} x {kind}'s tokens per CPU-second in one process"
-    ours, other = rates.get(("dcscale", 0)), rates.get((kind, 0))
-    for name, row in (("dcscale", ours), (kind, other)):
+    dcscale_reader, baseline = rates.get(("dcscale", 0)), rates.get((kind, 0))
+    for name, row in (("dcscale", dcscale_reader), (kind, baseline)):
         if row is None or row["not_measured"] is not None:
-            return _open(target, f"no figure for {name}")
-    mine, theirs = (row["tokens_per_cpu_second"]["median"] for row in (ours, other))
-    detail = f"{mine / 1e6:.1f} and {theirs / 1e6:.1f} million: {mine / theirs:.2f} x"
-    return _verdict(target, mine >= factor * theirs, detail)
+            return _not_measured(target, f"no figure for {name}")
+    rate, baseline_rate = (row["tokens_per_cpu_second"]["median"] for row in (dcscale_reader, baseline))
+    detail = f"{rate / 1e6:.1f} and {baseline_rate / 1e6:.1f} million: {rate / baseline_rate:.2f} x"
+    return _verdict(target, rate >= factor * baseline_rate, detail)
 
 
 def _workers(rates: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
-    target = "two workers hand over more tokens a second than none"
+    target = "two workers read more tokens per second than none"
     rows = [rates.get(("dcscale", count)) for count in (0, 2)]
     if any(row is None or row["not_measured"] is not None for row in rows):
-        return _open(target, "no figures with 0 and 2 workers")
+        return _not_measured(target, "no figures with 0 and 2 workers")
     none, two = (row["tokens_per_second"]["median"] for row in rows)
     return _verdict(target, two > none, f"{two / 1e6:.1f} and {none / 1e6:.1f} million: {two / none:.2f} x")
 
@@ -201,5 +204,5 @@ def _verdict(target: str, reached: bool, detail: str) -> dict[str, Any]:
     return {"target": target, "verdict": "reached" if reached else "missed", "detail": detail}
 
 
-def _open(target: str, why: str) -> dict[str, Any]:
+def _not_measured(target: str, why: str) -> dict[str, Any]:
     return {"target": target, "verdict": "not measured", "detail": why}

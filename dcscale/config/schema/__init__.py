@@ -1,8 +1,8 @@
-"""Every setting of dcscale: a file a group, with unit, default and meaning below each field.
+"""Every setting of dcscale: one file per group, with a docstring that gives meaning and unit below each field.
 
 YAML files, ``key=value`` on the command line, ``tools/check_config.py --reference`` and the errors of
 :mod:`dcscale.config.check` all read these fields and their docstrings. Nothing here imports torch or reads a file, so
-that a config can be checked anywhere.
+that a config can be checked on any machine.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ __all__ = [
 
 @dataclass
 class RunConfig:
-    """The run's name and place."""
+    """The run's name and folder."""
 
     name: str = "run"
-    """Name of the run, shown in TensorBoard."""
+    """Name of the run, shown in TensorBoard; must be usable as a folder name."""
 
     folder: str = "runs/${run.name}"
-    """Folder of everything the run writes."""
+    """Folder that holds everything the run writes: checkpoints, metrics, TensorBoard files."""
 
 
 @dataclass

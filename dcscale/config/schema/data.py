@@ -1,4 +1,4 @@
-"""Where tokens come from, in which order, and how shards are read."""
+"""Training data: shards, mixture, order, and how shards are read."""
 
 from __future__ import annotations
 
@@ -9,90 +9,93 @@ from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, c
 
 @dataclass
 class DataSource:
-    """One source of a mixture."""
+    """One source of a data mixture."""
 
     name: str = ""
-    """Name in metrics and messages: letters, digits and ``._-``."""
+    """Name in metrics and messages; may contain letters, digits and ``._-``."""
 
     path: str = ""
-    """Its shards, as ``data.train`` names them."""
+    """Folder or address of its shards, like ``data.train``."""
 
     weight: float = 1.0
-    """Its share of the sequences, relative to the other weights."""
+    """Share of the sequences, relative to the weights of the other sources."""
 
 
 @dataclass
 class DataConfig:
-    """Where tokens come from and in which order."""
+    """Training and validation data, their order, and how shards are read."""
 
     train: str = ""
-    """Folder of training shards, with their ``manifest.json`` (made by ``tools/make_shards.py``), or its address:
-    ``http://``, ``https://``, ``s3://``, ``gs://``. ``part-{00..15}/train``, ``{a,b}/train`` and, but on web servers,
-    ``*/train`` read several folders as one. Empty where ``data.sources`` says what to mix."""
+    """Folder of training shards with their ``manifest.json``, as written by ``tools/make_shards.py``, or its address:
+    ``http://``, ``https://``, ``s3://``, ``gs://``. Patterns such as ``part-{00..15}/train`` and ``{a,b}/train`` read
+    several folders as one, and so does ``*/train`` except on web servers. Must be empty if ``data.sources`` is set."""
 
     sources: list[DataSource] = field(default_factory=list)
-    """Sources to mix instead of one folder. A source that comes to its end begins again, whatever the others do. One
-    item is changed by, for example, ``data.sources[0].weight=0.5``."""
+    """Sources of a mixture, instead of ``data.train``. A source that is exhausted starts its next epoch, independently
+    of the others. On the command line, one item is changed with ``data.sources[0].weight=0.5``, for example."""
 
     validation: str | None = None
-    """Folder of held-out shards, named as in ``train``; null for no validation. Any defect in them stops the run."""
+    """Folder or address of held-out shards, like ``train``; null for no validation. Any defect in them stops the
+    run."""
 
     sequence_length: int = number(1024, Range(2))
-    """Tokens a sequence, as the model sees them."""
+    """Tokens per sequence, as the model sees it."""
 
     shuffle_shards: int = number(8, COUNT)
-    """Shards whose documents are shuffled together (the window of the shuffle).
-    More mixes better and holds more in memory."""
+    """Number of shards in a shuffle block: documents are shuffled within a block. More shuffles better and needs more
+    memory."""
 
     slots: int = number(48, COUNT)
-    """Independent read positions over an epoch. Fixed for a run: changing it changes the order.
-    Best a multiple of ranks."""
+    """Number of slots: independent read positions in an epoch, among which the ranks divide the reading. Fixed for a
+    run, because it determines the order. Best a multiple of the number of ranks."""
 
     document_mask: bool = True
-    """Attention and targets stop at document bounds; false lets a sequence's documents see each other."""
+    """Limit attention and targets to a document; false lets the documents in a sequence attend to each other."""
 
     prefetch_steps: int = number(4, NOT_NEGATIVE)
-    """Optimizer steps whose batches are prepared ahead in a background thread; 0 prepares them in the training loop.
-    With ``workers`` at least so many; they hand over groups of steps."""
+    """Optimizer steps whose batches are prefetched by a background thread; 0 prepares them in the training loop. With
+    ``workers`` this is a minimum, because workers deliver groups of steps."""
 
     workers: int = number(0, NOT_NEGATIVE)
-    """Processes a rank that prepare its batches, where one thread beside the training loop cannot keep up; 0 for that
-    thread. Any number gives the same batches. Best such that ranks * workers divides ``slots``, or more is read."""
+    """Worker processes per rank that prepare batches; 0 uses one thread of the training process. Any number gives the
+    same batches. ranks * workers should divide ``slots``, otherwise shards are read more often than necessary."""
 
     verify: bool = True
-    """Check every shard's SHA-256 against the manifest when it is read."""
+    """Check the SHA-256 of every shard against the manifest when it is read."""
 
     on_error: str = choice("fail", "skip")
-    """What a training shard that cannot be used does: ``fail`` stops the run. ``skip`` reports it, puts masked padding
-    in its place, which moves no sequence outside its window, and does not try it again, also after a resume."""
+    """What happens if a training shard cannot be read or is corrupt: ``fail`` stops the run; ``skip`` prints a warning
+    and replaces the shard by a placeholder of masked tokens, so that sequences outside its shuffle block stay the same.
+    A skipped shard is not tried again, also not after a resume."""
 
     max_skipped: float = number(0.001, Range(0, 1))
-    """Largest part of a source's tokens that may be lost by ``skip``; beyond it the run stops."""
+    """Largest fraction of a source's tokens that ``skip`` may lose, in [0, 1]; beyond it the run stops."""
 
     read_ahead: int | None = number(None, NOT_NEGATIVE)
-    """Windows, of ``shuffle_shards`` shards each, that a reader reads before a sequence needs them, beside those in
-    use; null is as many as these, so that no reading shows where all positions change their window at once."""
+    """Shuffle blocks, of ``shuffle_shards`` shards each, that a reader prefetches besides those in use. null is as many
+    as are in use, so that reading is hidden even if all slots move to their next block at the same time."""
 
     read_threads: int = number(8, COUNT)
-    """Shards a reader (a rank, or each of its ``workers``) reads at once."""
+    """Shards that a reader (a rank, or each of its ``workers``) reads concurrently."""
 
     timeout_seconds: float = number(30.0, POSITIVE)
-    """Seconds in which a server must take a connection, and send some byte of an answer; else it is tried again."""
+    """Timeout, in seconds, for connecting to a server and for each read of a response; then the read is retried."""
 
     retry_backoff_seconds: float = number(1.0, POSITIVE)
-    """Seconds before the second try of a read that failed in a way that may pass, at most; doubled with each further
-    try up to 60, and drawn at random below that."""
+    """Upper bound, in seconds, of the random wait before the first retry of a read that failed with a transient error;
+    doubled for each further retry, up to 60."""
 
     retry_total_seconds: float = number(600.0, POSITIVE)
-    """Seconds that reading a shard may take with all its tries, before it counts as one that cannot be used."""
+    """Time limit, in seconds, for reading a shard including all retries; then the shard counts as unreadable."""
 
     cache: str | None = None
-    """Folder on a local disk that keeps shards read from servers, for all processes of the machine; null for none."""
+    """Folder on a local disk that caches shards read from servers, shared by all processes of the machine; null for
+    none."""
 
     cache_bytes: int = number(1 << 36, COUNT)
-    """Bytes of that folder, at most; the shards unused for the longest are removed."""
+    """Maximum size of the cache, in bytes; the least recently used shards are removed."""
 
     @property
     def roots(self) -> list[str]:
-        """Where the training shards lie."""
+        """Folders or addresses of all training shards."""
         return [source.path for source in self.sources] or [self.train]

@@ -1,4 +1,4 @@
-"""What a value may be, written where its field is: a range of numbers, or one of a few choices."""
+"""Allowed values of a field, declared at the field: a range of numbers, or one of a few choices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """An interval."""
+    """An interval; open ends are excluded."""
 
     low: float
     high: float = math.inf
@@ -31,7 +31,7 @@ COUNT, NOT_NEGATIVE, POSITIVE = Range(1), Range(0), Range(0, open_low=True)
 
 
 def number(default: Any, allowed: Range) -> Any:
-    """A number or a list of them within ``allowed``; null is allowed where the type allows it."""
+    """Field for a number, or a list of numbers, within ``allowed``. None is allowed if the field's type allows it."""
     metadata = {"range": allowed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -39,5 +39,5 @@ def number(default: Any, allowed: Range) -> Any:
 
 
 def choice(*options: Any, default: Any = None) -> Any:
-    """One of ``options``, by default the first."""
+    """Field for one of ``options``; the default is the first one unless given."""
     return field(default=options[0] if default is None else default, metadata={"choices": options})

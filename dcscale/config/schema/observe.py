@@ -1,4 +1,4 @@
-"""What a run measures, writes and shows while it trains."""
+"""Validation, samples and logging during training."""
 
 from __future__ import annotations
 
@@ -12,46 +12,48 @@ class ValidationConfig:
     """Loss and bits per byte on ``data.validation``."""
 
     interval: int = number(500, NOT_NEGATIVE)
-    """Steps between validations; one is also made at the end. 0 turns validation off."""
+    """Optimizer steps between validations; the last step is always validated. 0 turns validation off."""
 
     sequences: int = number(512, COUNT)
-    """Sequences of the held-out shards that are used: always the same, spread evenly; all where there are no more."""
+    """Number of held-out sequences used: always the same ones, evenly spaced over the shards; all if there are
+    fewer."""
 
 
 @dataclass
 class SamplesConfig:
-    """Text that the model writes while it trains, into TensorBoard."""
+    """Text samples of the model during training, written to TensorBoard."""
 
     interval: int = number(0, NOT_NEGATIVE)
-    """Steps between samples; one is also made at the end. 0 turns samples off."""
+    """Optimizer steps between samples; also sampled at the end. 0 turns samples off."""
 
     prompts: list[str] = field(default_factory=lambda: ["def "])
-    """Beginnings to be continued."""
+    """Prompts that the model continues."""
 
     new_tokens: int = number(128, COUNT)
-    """Tokens written for each prompt."""
+    """Tokens generated per prompt."""
 
     temperature: float = number(0.8, NOT_NEGATIVE)
-    """Softmax temperature; 0 takes the most likely token."""
+    """Softmax temperature; 0 is greedy decoding."""
 
     top_p: float = number(0.95, Range(0, 1, open_low=True))
-    """Sample among the most likely tokens that together have this probability."""
+    """Nucleus sampling: sample among the most likely tokens whose probabilities add up to this value."""
 
 
 @dataclass
 class LogConfig:
-    """What is reported, and how often."""
+    """What is logged, and how often."""
 
     interval: int = number(10, COUNT)
-    """Steps between lines of metrics.jsonl and points in TensorBoard. Losses are means over these steps' tokens."""
+    """Optimizer steps between records in metrics.jsonl and TensorBoard. The loss is the mean over these steps'
+    tokens."""
 
     compose_interval: int = number(100, NOT_NEGATIVE)
-    """Steps between measurements of how far compose has moved from the identity, also made at the first step and the
-    last; each costs one more forward of one sequence. 0 turns them off."""
+    """Optimizer steps between measurements of how much compose differs from the identity; also measured at the first
+    and last step. Each measurement costs a forward pass of one sequence. 0 turns them off."""
 
     peak_tflops: float | None = number(None, POSITIVE)
-    """Peak dense TFLOP/s of one device in the run's precision, for MFU;
-    null looks the device up and gives no MFU where it is unknown."""
+    """Peak dense TFLOP/s of one device in the run's precision, for MFU. null takes it from a table of known devices;
+    no MFU is reported for a device that is not in it."""
 
     progress: bool = True
     """Show a progress bar on rank 0."""

@@ -1,8 +1,8 @@
-"""How the training state is spread over ranks: what DeepSpeed is told.
+"""Settings of DeepSpeed: how the training state is partitioned over ranks.
 
-:mod:`dcscale.parallel.deepspeed_config` makes DeepSpeed's own config of it: ``zero_stage`` is ``stage`` there,
-``bucket_size`` both ``reduce_bucket_size`` and ``allgather_bucket_size``, and the others have the names that
-DeepSpeed gives them.
+:mod:`dcscale.parallel.deepspeed_config` generates DeepSpeed's own config from them: ``zero_stage`` is ``stage`` there,
+``bucket_size`` is ``reduce_bucket_size``, ``allgather_bucket_size`` and ``stage3_prefetch_bucket_size``, and the other
+names are the same as in DeepSpeed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, choice, 
 
 @dataclass
 class ParallelConfig:
-    """How the state is spread over ranks (DeepSpeed ZeRO)."""
+    """How the training state is partitioned over ranks (DeepSpeed ZeRO)."""
 
     zero_stage: int = choice(0, 1, 2, 3, default=1)
-    """ZeRO stage: 0 none, 1 optimizer states, 2 also gradients, 3 also parameters."""
+    """ZeRO stage, what is partitioned: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
 
     offload_optimizer: bool = False
-    """Keep AdamW's moments and the float32 weights (12 bytes a parameter, over all ranks) in the host's memory, and
-    update them there: saves the GPU's memory, costs time. Needs a ZeRO stage of 1 or more."""
+    """Keep AdamW's moments and the float32 master weights (12 bytes per parameter, over all ranks) in host memory and
+    update them on the CPU: saves GPU memory, costs time. Needs ZeRO stage 1 or higher."""
 
     overlap_comm: bool = True
-    """Overlap the reduction of gradients with the backward pass, where the accelerator can."""
+    """Overlap the reduction of gradients with the backward pass, if the accelerator supports it."""
 
     bucket_size: int = number(50_000_000, COUNT)
-    """Elements reduced or gathered at once; bounds the communication buffers' memory (times bytes an element)."""
+    """Elements reduced or gathered in one collective. Times the bytes per element, it bounds a communication buffer."""
 
     param_persistence_threshold: int = number(100_000, NOT_NEGATIVE)
-    """ZeRO-3 keeps parameters of fewer elements than this whole on every rank; gathering them would cost more."""
+    """Only ZeRO-3: parameters with fewer elements than this are not partitioned, as gathering them would cost more."""
 
     timeout_minutes: float = number(30.0, POSITIVE)
-    """A collective that waits longer fails, naming itself."""
+    """Timeout of a collective, in minutes; a collective that takes longer fails and is named in the error."""

@@ -1,4 +1,4 @@
-"""The training loop, its optimizer and schedule, and its checkpoints."""
+"""The training loop, optimizer, learning rate schedule and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, c
 
 @dataclass
 class OptimizerRule:
-    """Settings for the parameters whose name matches; the first matching rule of the list counts."""
+    """Settings for parameters whose name matches; the first matching rule of the list applies."""
 
     match: str = ""
-    """Shell-style pattern over the full parameter name, such as ``*.compose.*``."""
+    """Shell-style pattern for the full parameter name, such as ``*.compose.*``."""
 
     lr_scale: float = 1.0
-    """Factor on the learning rate."""
+    """Factor on the learning rate; 0 freezes the parameters."""
 
     weight_decay: float | None = None
-    """Decay of these parameters; null keeps what they would have without the rule."""
+    """Weight decay of these parameters; null leaves it as it would be without the rule."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. Matrices decay; norms, biases and every other vector do not, nor does the embedding."""
+    """AdamW. Weight decay applies to matrices except the embedding, not to norms, biases or other vectors."""
 
     learning_rate: float = number(3e-4, POSITIVE)
     """Peak learning rate."""
 
     betas: list[float] = number([0.9, 0.95], Range(0, 1, open_high=True))
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moment (beta1, beta2)."""
 
     eps: float = number(1e-8, POSITIVE)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment in the denominator of the update."""
 
     weight_decay: float = number(0.1, NOT_NEGATIVE)
-    """Decoupled weight decay, times the learning rate, a step."""
+    """Decoupled weight decay: each step multiplies the weights by 1 - learning rate * weight_decay."""
 
     rules: list[OptimizerRule] = field(default_factory=list)
     """Exceptions by parameter name."""
@@ -43,20 +43,20 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the run, as a function of the step only."""
+    """Learning rate schedule, a function of the optimizer step only."""
 
     kind: str = choice("cosine", "wsd", "constant")
-    """``cosine``: warm-up, then half a cosine down to ``final_ratio``. ``wsd``: warm-up, stable, then a linear decay.
-    ``constant``: warm-up, stable."""
+    """``cosine``: warm-up, then half a cosine down to ``final_ratio``. ``wsd`` (warm-up, stable, decay): warm-up,
+    constant, then a linear decay to ``final_ratio``. ``constant``: warm-up, then constant."""
 
     warmup_steps: int = number(100, NOT_NEGATIVE)
-    """Steps of linear warm-up from zero."""
+    """Optimizer steps of linear warm-up from zero."""
 
     decay_steps: int | None = number(None, COUNT)
-    """Steps of the decay at the end of ``wsd``; null means a fifth of ``train.steps``."""
+    """Optimizer steps of the decay at the end, only with ``wsd``; null means a fifth of ``train.steps``."""
 
     final_ratio: float = number(0.1, Range(0, 1))
-    """Learning rate at the end, as a part of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
 
 @dataclass
@@ -67,75 +67,77 @@ class TrainConfig:
     """Optimizer steps of the whole run; the schedule spans them."""
 
     stop_after: int | None = number(None, COUNT)
-    """Stop, with a checkpoint, once this step is done, as a signal would; null goes on to ``steps``."""
+    """Stop after this optimizer step with a checkpoint, like after a signal; null trains until ``steps``."""
 
     global_batch_size: int = number(64, COUNT)
-    """Sequences an optimizer step, over all ranks. A multiple of micro_batch_size * ranks."""
+    """Sequences per optimizer step, over all ranks. Must be a multiple of micro_batch_size * ranks."""
 
     micro_batch_size: int = number(8, COUNT)
-    """Sequences a rank takes through the model at once; the rest is accumulated."""
+    """Sequences per rank in one forward and backward pass; gradients are accumulated over several if needed."""
 
     precision: str = choice("bf16", "fp32")
-    """``bf16``: bfloat16 weights and activations with float32 master weights and moments; or ``fp32``."""
+    """``bf16``: bfloat16 weights and activations, float32 master weights and moments. ``fp32``: all float32."""
 
     gradient_clipping: float = number(1.0, NOT_NEGATIVE)
-    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+    """Maximum global L2 norm of the gradient; 0 turns clipping off."""
 
     seed: int = number(0, Range(0, 2**63, open_high=True))
-    """Seed of the initial weights and of the data's order."""
+    """Seed of the initial weights and of the data order."""
 
     recompute: str = choice("none", "block")
-    """Activation checkpointing: ``none`` keeps all, ``block`` keeps each block's input and recomputes the rest."""
+    """Activation checkpointing: ``none`` keeps all activations, ``block`` keeps the input of each block and recomputes
+    the rest in the backward pass."""
 
     compile: bool = False
-    """Run each block through torch.compile."""
+    """Compile each block with torch.compile."""
 
     loss_chunk: int = number(4096, NOT_NEGATIVE)
-    """Tokens whose logits exist at once in the loss; the others are recomputed. 0 means all."""
+    """Tokens whose logits are in memory at once: the loss is computed in chunks of this size, and recomputed in the
+    backward pass. 0 computes all logits at once."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Saving and resuming."""
+    """Saving checkpoints, resuming from them, and starting from other weights."""
 
     interval: int = number(1000, NOT_NEGATIVE)
-    """Steps between checkpoints; one is also written at the end and when a signal asks to stop. 0: only these."""
+    """Optimizer steps between checkpoints; one is also written at the end and on a signal to stop. 0: only these."""
 
     background: bool = True
-    """Write while training goes on. The state is copied into the hosts' memory first either way (12 bytes a parameter
-    over all ranks), so that false saves no memory: the copy is only gone sooner, and the loop waits for the disk.
-    Rank 0 takes up to about 5 GiB more while it writes the model's weights."""
+    """Write checkpoints in a background thread while training continues; false makes the loop wait for the disk. Both
+    first copy the state to host memory (12 bytes per parameter, over all ranks), so false saves no memory: the copy is
+    only freed sooner. Rank 0 needs up to about 5 GiB more while it writes the model's weights."""
 
     on_error: str = choice("fail", "warn")
-    """What a checkpoint that cannot be written does: ``fail`` stops the run; ``warn`` reports it, counts it in the
-    metrics, and goes on to the next one. The earlier checkpoints stay. The last one of a start always stops with an
+    """What happens if a checkpoint cannot be written: ``fail`` stops the run; ``warn`` prints a warning, counts it in
+    the metrics and continues training. Earlier checkpoints stay. A failure of the checkpoint at the end is always an
     error."""
 
     keep_last: int | None = number(3, COUNT)
-    """Newest checkpoints that are kept; null keeps all."""
+    """Number of newest checkpoints that are kept; null keeps all checkpoints."""
 
     keep_every: int | None = number(None, COUNT)
-    """Checkpoints whose step is a multiple of this are kept for good, beside the newest; null for none."""
+    """Also keep every checkpoint whose step is a multiple of this number; null for none."""
 
     keep_best: int | None = number(None, COUNT)
-    """So many checkpoints of the lowest validation loss are kept, beside the newest; null for none."""
+    """Also keep this number of checkpoints with the lowest validation loss; null for none."""
 
     resume: str = "auto"
-    """``auto``: go on from the run folder's newest checkpoint if there is one; ``never``: refuse a folder that has one;
-    or the path of a checkpoint."""
+    """``auto``: resume from the newest checkpoint of the run folder if there is one, else start a new run; ``never``:
+    refuse a run folder that has a checkpoint; or the path of a checkpoint or run folder to resume from."""
 
     on_corrupt: str = choice("fail", "previous")
-    """What a damaged newest checkpoint does: ``fail`` stops the start and says what is wrong; ``previous`` sets it
-    aside under another name and goes on from the newest good one. What is read is checked against its SHA-256 first."""
+    """What happens if the newest checkpoint is corrupt: ``fail`` stops with an error; ``previous`` quarantines it under
+    another name and resumes from the newest intact one. The SHA-256 of every file that is read is checked first."""
 
     allow_data_change: bool = False
-    """Go on with other data, or another order, than the checkpoint was made with. The first sequence of the new order
-    that is used has the number of sequences used so far; what was read before may come again."""
+    """Allow resuming with other data, or another data order, than the checkpoint was written with. The new order is
+    continued at the number of sequences used so far; text seen before may be seen again."""
 
     allow_other_logits: bool = False
-    """Go on though the loaded model's logits of the checkpoint's probe batch differ by more than rounding from the
-    saved ones. They are only reported where the type or the kind of device is another one."""
+    """Allow resuming although the loaded model's logits of the checkpoint's probe batch differ by more than rounding
+    from the saved ones. With another dtype or kind of device, a difference is only a warning in any case."""
 
     init_from: str | None = None
-    """Model folder, checkpoint or run whose weights a new run begins with; its optimizer, schedule and data begin anew.
-    Only read when the run begins: one that goes on has weights of its own. null: random weights, by ``train.seed``."""
+    """Model folder, checkpoint or run folder whose weights a new run starts with; optimizer, schedule and data start
+    from the beginning. Ignored when the run is resumed. null: random weights, from ``train.seed``."""

@@ -1,6 +1,6 @@
-"""A folder for Hugging Face transformers: dcscale's tensors under their own names, and the files around them.
+"""Folders for Hugging Face transformers: dcscale's model under its own tensor names, and the files it needs there.
 
-The network itself is in modeling_dcscale.py beside this module, which is copied into the folder as it is.
+The network is in modeling_dcscale.py next to this module, which is copied into the folder unchanged.
 """
 
 from __future__ import annotations
@@ -11,37 +11,56 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dcscale.config import Config, ConfigError, check_config, from_dict
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.tensor_files import open_tensors
+from dcscale.convert.tensor_map import (
+    TOKENIZER,
+    Exported,
+    Format,
+    Imported,
+    Source,
+    check_layer_count,
+    model_type_of,
+    read_config_json,
+    same_names_plan,
+)
 
 MODEL_TYPE = "dcscale"
-FORMAT = 1
-"""Of config.json, under ``dcscale``: raised with every switch of the network that an older file would not know."""
+FORMAT_VERSION = 1
+"""Version of config.json, under ``dcscale``. Increase it with every setting that older code would have to know."""
 
 MODELING = "modeling_dcscale.py"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-FILES = (MODELING, TOKENIZER, TOKENIZER_CONFIG, "generation_config.json", "special_tokens_map.json")
-"""What lies beside config.json and the tensors."""
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 
 _BYTE_EOS = "<|endoftext|>"
-_HOW_IT_RUNS = ("backend", "scratch_mib")
-"""Fields of ``model`` without a meaning for the function: they are not written, and have their defaults when read."""
-_RENAMED = {"tied_embeddings": "tie_word_embeddings", "rope_scaling": "rope_frequency_scaling"}
-"""The first is transformers' word; what transformers calls rope_scaling it would change on the way."""
+_NOT_EXPORTED = ("backend", "scratch_mib")
+"""Fields of ``model`` that do not change what it computes: they are not written, and get their defaults when read."""
 
-_OTHERS = {
+_RENAMED = {"tied_embeddings": "tie_word_embeddings", "rope_scaling": "rope_frequency_scaling"}
+"""Fields of ``model`` with another name in config.json. The first is transformers' name; a key called rope_scaling
+would be rewritten by transformers."""
+
+_IGNORED = {
     *("architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_position_embeddings"),
     *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id", "problem_type", "dcscale", "_attn_implementation_autoset"),
 }
-"""Settings that transformers may write, without a meaning for the network, and those that are read by name."""
+"""Settings that transformers may write and that do not change the network, and those that are read separately."""
 
 
 def write_settings(config: Config, dtype: str, tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The content of config.json. ``dtype`` by torch's name; ``tokenizer`` as in a checkpoint's state."""
-    model = {_RENAMED.get(n, n): value for n, value in asdict(config.model).items() if n not in _HOW_IT_RUNS}
+    """The content of config.json.
+
+    Args:
+        dtype: the tensors' type by torch's name, such as ``bfloat16``.
+        tokenizer: as in a checkpoint's state.json.
+    """
+    model = {_RENAMED.get(n, n): value for n, value in asdict(config.model).items() if n not in _NOT_EXPORTED}
     classes = {"AutoConfig": "DCScaleConfig", "AutoModelForCausalLM": "DCScaleForCausalLM"}
     settings = {
         "architectures": ["DCScaleForCausalLM"],
@@ -51,7 +70,7 @@ def write_settings(config: Config, dtype: str, tokenizer: Mapping[str, Any] | No
         **model,
         "max_position_embeddings": config.data.sequence_length,
         "use_cache": True,
-        "dcscale": {"format": FORMAT},
+        "dcscale": {"format": FORMAT_VERSION},
     }
     if tokenizer is not None:
         settings |= {"eos_token_id": tokenizer["eos_id"], "pad_token_id": tokenizer["eos_id"]}
@@ -64,22 +83,26 @@ def read_settings(settings: Mapping[str, Any]) -> Config:
     """The config of a model whose config.json has these settings.
 
     Raises:
-        ConversionError: a setting is missing, unknown or of no use; the message names it.
+        ConversionError: a setting is missing, unknown or invalid; the message names it.
     """
-    beyond = settings.get("dcscale")
-    found = beyond.get("format") if isinstance(beyond, dict) else None
-    if found != FORMAT:
-        raise ConversionError(f"its config has dcscale.format {found!r}, this version of dcscale reads {FORMAT}")
-    names = {_RENAMED.get(name, name): name for name in asdict(ModelConfig()) if name not in _HOW_IT_RUNS}
+    own = settings.get("dcscale")
+    version = own.get("format") if isinstance(own, dict) else None
+    if version != FORMAT_VERSION:
+        raise ConversionError(
+            f"its config has dcscale.format {version!r}, this version of dcscale reads {FORMAT_VERSION}"
+        )
+    # Every setting must be present: a default of this version may differ from that of the version that wrote the file.
+    names = {_RENAMED.get(name, name): name for name in asdict(ModelConfig()) if name not in _NOT_EXPORTED}
     missing = sorted(names.keys() - settings.keys())
     if missing:
-        raise ConversionError(f"its config lacks {', '.join(missing)}: every switch of the network must be there")
-    unknown = sorted(settings.keys() - names.keys() - _OTHERS)
+        raise ConversionError(f"its config lacks {', '.join(missing)}: every setting of the network is required")
+    unknown = sorted(settings.keys() - names.keys() - _IGNORED)
     if unknown:
         raise ConversionError(
-            f"its config has the unknown {', '.join(unknown)}: remove what does not change the network from config.json"
+            f"its config has the unknown settings {', '.join(unknown)}: remove from config.json those that do not "
+            "change the network"
         )
-    model = {name: settings[theirs] for theirs, name in names.items()}
+    model = {name: settings[key] for key, name in names.items()}
     length = settings.get("max_position_embeddings", 1024)
     try:
         config = from_dict({"model": model, "data": {"sequence_length": length}}, "config.json")
@@ -91,37 +114,42 @@ def read_settings(settings: Mapping[str, Any]) -> Config:
     return config
 
 
-def files_beside(
-    config: Config, tokenizer: Mapping[str, Any] | None, definition: Path
+def extra_files(
+    config: Config, tokenizer: Mapping[str, Any] | None, tokenizer_file: Path
 ) -> tuple[dict[str, str], list[str]]:
-    """Files by name that go beside config.json and the tensors, and notes on them.
+    """Files besides config.json and the tensors, by name, and notes on them.
 
-    ``definition`` is where the checkpoint has its tokenizer.json, if it has one.
+    Args:
+        tokenizer: as in a checkpoint's state.json.
+        tokenizer_file: the checkpoint's tokenizer.json, if there is one.
+
+    Raises:
+        ConversionError: the tokenizer cannot be read, or has no token that ends a document.
     """
     files = {MODELING: Path(__file__).with_name(MODELING).read_text(encoding="utf-8")}
-    ends = {} if tokenizer is None else {"eos_token_id": tokenizer["eos_id"], "pad_token_id": tokenizer["eos_id"]}
-    files["generation_config.json"] = _json({**ends, "use_cache": True})
-    if tokenizer is None or not (tokenizer["spec"] == "byte" or definition.is_file()):
-        return files, [f"the source has no tokenizer: put a {TOKENIZER} and its {TOKENIZER_CONFIG} into the result"]
+    end = {} if tokenizer is None else {"eos_token_id": tokenizer["eos_id"], "pad_token_id": tokenizer["eos_id"]}
+    files[GENERATION_CONFIG] = _json({**end, "use_cache": True})
+    if tokenizer is None or not (tokenizer["spec"] == "byte" or tokenizer_file.is_file()):
+        return files, [f"the source has no tokenizer: add a {TOKENIZER} and its {TOKENIZER_CONFIG} to the result"]
     notes = []
     if tokenizer["spec"] == "byte":
         content = byte_tokenizer()
         files[TOKENIZER] = _json(content)
     else:
         try:
-            content = json.loads(definition.read_text(encoding="utf-8"))
+            content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConversionError(f"{definition} cannot be read: {error}") from error
+            raise ConversionError(f"{tokenizer_file} cannot be read: {error}") from error
         if not isinstance(content, dict):
-            raise ConversionError(f"{definition} must hold a JSON object, but holds a {type(content).__name__}")
+            raise ConversionError(f"{tokenizer_file} must be a JSON object, but is a {type(content).__name__}")
         if content.get("post_processor") is not None:
             notes.append(
-                f"{TOKENIZER} has a post-processor: where it adds special tokens, which dcscale leaves out in "
+                f"{TOKENIZER} has a post-processor: if it adds special tokens, which dcscale does not use in "
                 "training, call the tokenizer with add_special_tokens=False"
             )
-    eos = _name_of(content, tokenizer["eos_id"])
+    eos = _token_of(content, tokenizer["eos_id"])
     if eos is None:
-        raise ConversionError(f"{definition} has no token of the id {tokenizer['eos_id']}, which ends a document")
+        raise ConversionError(f"{tokenizer_file} has no token with the id {tokenizer['eos_id']}, which ends a document")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
@@ -130,7 +158,7 @@ def files_beside(
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        # As in dcscale: a special token's name that is written in a text is text.
+        # As in dcscale: the name of a special token inside a text is ordinary text.
         "split_special_tokens": True,
     }
     files[TOKENIZER_CONFIG] = _json(settings)
@@ -138,8 +166,8 @@ def files_beside(
 
 
 def byte_tokenizer() -> dict[str, Any]:
-    """A tokenizer.json with the ids of dcscale's byte tokenizer: the 256 bytes of UTF-8, and 256 for the end."""
-    whole = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    """A tokenizer.json with the ids of dcscale's byte tokenizer: 0 to 255 for the bytes of UTF-8, 256 for the end."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
         "added_tokens": [
@@ -154,30 +182,62 @@ def byte_tokenizer() -> dict[str, Any]:
             }
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", **whole},
+        "pre_tokenizer": byte_level,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", **whole},
+        "decoder": byte_level,
+        # BPE without merges: every byte stays a token of its own.
         "model": {"type": "BPE", "vocab": {char: byte for byte, char in enumerate(_byte_characters())}, "merges": []},
     }
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in the library's ByteLevel (GPT-2's table): printable ones themselves."""
+    """The character by which ByteLevel represents each byte (GPT-2's table): printable bytes represent themselves."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _name_of(definition: Mapping[str, Any], token_id: int) -> str | None:
-    """The token of this id in a tokenizer.json."""
-    for added in definition.get("added_tokens", []):
+def _token_of(tokenizer: Mapping[str, Any], token_id: int) -> str | None:
+    """The token with this id in a tokenizer.json; None if there is none."""
+    for added in tokenizer.get("added_tokens", []):
         if added.get("id") == token_id:
             return added.get("content")
-    vocabulary = definition.get("model", {}).get("vocab", {})
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, dict):
-        return next((name for name, number in vocabulary.items() if number == token_id), None)
-    return vocabulary[token_id][0] if 0 <= token_id < len(vocabulary) else None  # Unigram: [name, score] by id
+        return next((token for token, number in vocabulary.items() if number == token_id), None)
+    return vocabulary[token_id][0] if 0 <= token_id < len(vocabulary) else None  # Unigram: [token, score] by id
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _detect(path: Path) -> Source | None:
+    settings = read_config_json(path)
+    if model_type_of(settings, (MODEL_TYPE,)) is None:
+        return None
+    return Source("huggingface", path, f"Hugging Face folder of a dcscale model {path}", settings)
+
+
+def _load(source: Source) -> Imported:
+    files = open_tensors(source.folder)
+    config = read_settings(source.settings)
+    check_layer_count("layers", source.settings, files)
+    byte_tokens = source.settings["dcscale"].get("tokenizer") == "byte"
+    return Imported(files, config, same_names_plan(config.model), [], byte_tokens)
+
+
+def _export(config: Config, dtype: torch.dtype, tokenizer: Mapping[str, Any] | None, tokenizer_file: Path) -> Exported:
+    settings = write_settings(config, str(dtype).removeprefix("torch."), tokenizer)
+    files, notes = extra_files(config, tokenizer, tokenizer_file)
+    return Exported(same_names_plan(config.model), settings, notes, files)
+
+
+FORMAT = Format(
+    name="huggingface",
+    looks_for=f"config.json with model_type {MODEL_TYPE} (exported by dcscale)",
+    detect=_detect,
+    load=_load,
+    export=_export,
+    files=(MODELING, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json"),
+)

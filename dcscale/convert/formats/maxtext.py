@@ -1,22 +1,21 @@
-"""The parameters in an Orbax checkpoint, read one layer at a time by tensorstore: JAX and Orbax are not needed.
+"""DCFormer as upstream trains it in JAX: Orbax checkpoints of MaxText with DCFormer's layers (Caiyun-AI/DCFormer,
+jax/).
 
-Orbax stores a tree of arrays in zarr, by the names of the tree joined by dots: each array in a folder of its own, as
-upstream's code does (``use_ocdbt=False``), or all in one OCDBT database, as Orbax does by default.
-
-Upstream is MaxText with DCFormer's layers (Caiyun-AI/DCFormer, jax/). Layers that were scanned over are one array with
-an axis of layers, ``decoder.layers.X``; others have a number, ``decoder.layers_3.X``. Here both are called
+Orbax stores a tree of arrays in zarr, under their names in the tree joined by dots: each array in a folder of its own,
+as upstream's code does (``use_ocdbt=False``), or all in one OCDBT database, Orbax's default. ``MaxTextFiles`` reads
+them with tensorstore, one layer at a time; JAX and Orbax are not needed. Layers that were scanned over are one array
+with an axis of layers, ``decoder.layers.X``; others have a number, ``decoder.layers_3.X``. Here both are called
 ``decoder.layers.3.X``.
 
-DCFormer as upstream trains it in JAX (Caiyun-AI/DCFormer, jax/MaxText) as a model of dcscale.
+The sizes of the model follow from the arrays' shapes. The rest (windows, epsilon, what is composed) is in the YAML
+config of the run, such as upstream's ``configs/dcformer_pp_405m.yml``. Upstream's code fixes the base 10000 of RoPE,
+tanh GELU in compose (flax's default), SiLU, and that a query sees ``window_size`` keys, including itself.
 
-Sizes follow from the arrays' shapes. What they do not tell (windows, epsilon, what is composed) is in the run's YAML
-config, such as upstream's ``configs/dcformer_pp_405m.yml``. Fixed in upstream's code are the base 10000 of RoPE, tanh
-GELU in compose (flax's default) and SiLU; queries see ``window_size`` keys, themselves included.
+Upstream's layers come in groups of ``num_layers_per_block``, with one window for each layer of a group: layer l of
+dcscale is number l % group of group l // group.
 
-Upstream's layers come in groups, ``num_layers_per_block`` of them with a window each: layer l of dcscale is number
-l % group of group l // group.
-
-Letters: E model width, H heads, D head width, F hidden width, C = 4 branches, K = 4*H, R = 2, G = 1 group of heads.
+Letters: E model width, H heads, D head width, F hidden width, C = 4 branches, K = 4*H, R = 2 rank, G = 1 group of
+heads.
 """
 
 from __future__ import annotations
@@ -33,22 +32,31 @@ from torch import Tensor
 from dcscale.config import Config
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
-from dcscale.convert.formats.upstream import branch_numbers, parameter_shapes
+from dcscale.convert.formats.upstream import branch_numbers
 from dcscale.convert.tensor_files import TensorFiles
-from dcscale.convert.tensor_map import DroppedTensor, Plan, TensorRule, checked_config
+from dcscale.convert.tensor_map import (
+    DroppedTensor,
+    Format,
+    Imported,
+    Plan,
+    Source,
+    TensorRule,
+    checked_config,
+    parameter_shapes,
+)
 
 OCDBT = "manifest.ocdbt"
 _ITEMS = ("state", "default")
-"""Names that MaxText gives to what a step's folder holds."""
+"""Names of the folder with the arrays inside the folder of a step."""
 
-_MOST_LAYERS = 1000
+_MAX_LAYERS = 1000
 _PARAMETERS = re.compile(r"params\.(?:params\.)?((?:token_embedder|decoder)\..+)")
 _SCANNED, _NUMBERED = re.compile(r"decoder\.layers\.(.+)"), re.compile(r"decoder\.layers_(\d+)\.(.+)")
 
 
 def find_state(path: Path) -> Path | None:
-    """The folder with the arrays that ``path`` means: itself, the one in a step's folder, or that of the newest step
-    of a run or of its ``checkpoints``; None where there is none."""
+    """The folder with the arrays: ``path``, a folder inside it if it is a step, or that of the newest step if it is a
+    run or its ``checkpoints``; None if there is none."""
     for folder in (path, *(path / item for item in _ITEMS)):
         if (folder / OCDBT).is_file() or next(folder.glob("params.*/.zarray"), None) is not None:
             return folder
@@ -61,14 +69,14 @@ def find_state(path: Path) -> Path | None:
 
 
 class MaxTextFiles(TensorFiles):
-    """Arrays of the tree ``params``. Others, such as the optimizer's, are not read: ``others`` has their names.
+    """Arrays of the tree ``params``. Others, such as the optimizer's, are not read; ``others`` lists their names.
 
     Args:
         state: from :func:`find_state`.
-        scan_axis: the axis of layers in arrays of scanned layers.
+        scan_axis: the axis of layers in arrays of scanned layers (``param_scan_axis``).
 
     Raises:
-        ConversionError: tensorstore is missing, or a file is damaged.
+        ConversionError: tensorstore is not installed, or a file is corrupt.
     """
 
     def __init__(self, state: Path, scan_axis: int):
@@ -83,8 +91,8 @@ class MaxTextFiles(TensorFiles):
         self._store: dict[str, Any] = {"driver": "file", "path": f"{state.resolve()}/"}
         if (state / OCDBT).is_file():
             self._store = {"driver": "ocdbt", "base": self._store}
-        self._place: dict[str, tuple[str, int | None]] = {}
-        """Of every tensor, its array, and its index on the axis of layers."""
+        self._location: dict[str, tuple[str, int | None]] = {}
+        """The array of every tensor, and its index on the axis of layers if the array has one."""
         self._open: dict[str, Any] = {}
         self.others: list[str] = []
         for array in self._arrays():
@@ -94,9 +102,10 @@ class MaxTextFiles(TensorFiles):
                 self.others.append(array)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        array, layer = self._place[name]
+        array, layer = self._location[name]
         part = self._open[array]
         if layer is not None:
+            # tensorstore slices lazily: only the chunks of this layer are read below.
             part = part[(slice(None),) * self._scan_axis + (layer,)]
         if rows is not None:
             part = part[rows[0] : rows[1]]
@@ -104,11 +113,12 @@ class MaxTextFiles(TensorFiles):
             values = part.read().result()
         except ValueError as error:
             raise ConversionError(f"{array} in {self.source} cannot be read: {_first_line(error)}") from error
-        if self.dtypes[name] == torch.bfloat16:  # which numpy does not have
+        if self.dtypes[name] == torch.bfloat16:  # torch.from_numpy does not take the bfloat16 of ml_dtypes
             return torch.from_numpy(values.view("uint16").copy()).view(torch.bfloat16)
         return torch.from_numpy(values.copy())
 
     def _arrays(self) -> list[str]:
+        """Names of all arrays."""
         store = self._library.KvStore.open(self._store).result()
         try:
             keys = [key.decode(errors="replace") for key in store.list().result()]
@@ -116,11 +126,12 @@ class MaxTextFiles(TensorFiles):
             raise ConversionError(f"{self.source} cannot be read: {_first_line(error)}") from error
         later = [key for key in keys if key.endswith("/zarr.json")]
         if later:
-            raise ConversionError(f"{self.source} is in zarr's format 3 ({later[0]}): only format 2 is read")
+            raise ConversionError(f"{self.source} is in zarr's format 3 ({later[0]}): only format 2 can be read")
         return sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
 
     def _add_array(self, array: str, name: str) -> None:
-        # A chunk that is missing would be read as zeros.
+        """Registers the tensors in ``array``, whose name below params is ``name``: one, or one for each layer."""
+        # By default a missing chunk is read as zeros.
         spec = {"driver": "zarr", "kvstore": {**self._store, "path": ""}, "fill_missing_data_reads": False}
         if self._store["driver"] == "ocdbt":
             spec["kvstore"]["path"] = f"{array}/"
@@ -132,7 +143,9 @@ class MaxTextFiles(TensorFiles):
             raise ConversionError(f"{array} in {self.source} cannot be read: {_first_line(error)}") from error
         dtype = getattr(torch, opened.dtype.name, None)
         if not isinstance(dtype, torch.dtype):
-            raise ConversionError(f"{array} in {self.source} has the type {opened.dtype.name}, which torch has not")
+            raise ConversionError(
+                f"{array} in {self.source} has the type {opened.dtype.name}, which torch does not have"
+            )
         shape = tuple(opened.shape)
         self._open[array] = opened
         if match := _NUMBERED.fullmatch(name):
@@ -143,9 +156,9 @@ class MaxTextFiles(TensorFiles):
                 raise ConversionError(
                     f"{array} in {self.source} has shape {list(shape)}, without the axis {axis} of scanned layers"
                 )
-            if shape[axis] > _MOST_LAYERS:
+            if shape[axis] > _MAX_LAYERS:
                 raise ConversionError(
-                    f"{array} in {self.source} has shape {list(shape)}, with more than {_MOST_LAYERS} layers on axis "
+                    f"{array} in {self.source} has shape {list(shape)}, with more than {_MAX_LAYERS} layers on axis "
                     f"{axis}: is that param_scan_axis?"
                 )
             for layer in range(shape[axis]):
@@ -156,7 +169,7 @@ class MaxTextFiles(TensorFiles):
 
     def _register(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, array: str, layer: int | None) -> None:
         self._add(name, shape, dtype)
-        self._place[name] = array, layer
+        self._location[name] = array, layer
 
 
 def _first_line(error: Exception) -> str:
@@ -175,7 +188,6 @@ _KNOWN: dict[str, Any] = {
     "logits_via_embedding": False,
     "normalize_embedding_logits": True,
     "use_untrainable_positional_embedding": False,
-    "trainable_position_size": -1,
     "num_experts": 1,
     "param_scan_axis": 1,
     "query_wise": True,
@@ -189,10 +201,11 @@ _KNOWN: dict[str, Any] = {
     "scan_layers": True,
     "global_parameter_scale": 1,
 }
-"""Settings that are read, with what stands for those that are not there."""
+"""Settings that are read, with their defaults."""
 
-_NEEDED = ("normalization_layer_epsilon", "window_size", "pre_compose", "post_compose")
+_REQUIRED = ("normalization_layer_epsilon", "window_size", "pre_compose", "post_compose")
 
+# Upstream's names of dcscale's parameters; {} is the layer's number in its group.
 _NAMES = {
     "embedding": "token_embedder.embedding",
     "norm": "decoder.decoder_norm.scale",
@@ -217,19 +230,19 @@ _BRANCHES = 4
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in upstream's YAML file that matter here.
+    """The settings of ``_KNOWN`` in upstream's YAML file, checked.
 
     Raises:
-        ConversionError: it cannot be read, or says what dcscale's network cannot be.
+        ConversionError: the file cannot be read, or describes a network that dcscale does not have.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold upstream's settings, but is a {type(content).__name__}")
+        raise ConversionError(f"{path} must be a mapping of upstream's settings, but is a {type(content).__name__}")
     s = {key: content.get(key, default) for key, default in _KNOWN.items()}
-    problems = [f"{key} is not there" for key in _NEEDED if key not in content]
+    problems = [f"{key} is missing" for key in _REQUIRED if key not in content]
     wanted = {
         "decoder_block": "dcformer",
         "mlp_activations": ["silu", "linear"],
@@ -237,18 +250,19 @@ def read_settings(path: Path) -> dict[str, Any]:
         "use_untrainable_positional_embedding": False,
     }
     problems += [
-        f"{key} is {s[key]!r}, but only {value!r} is known" for key, value in wanted.items() if s[key] != value
+        f"{key} is {s[key]!r}, but only {value!r} is supported" for key, value in wanted.items() if s[key] != value
     ]
     if s["logits_via_embedding"] and s["normalize_embedding_logits"]:
-        problems.append("logits_via_embedding with normalize_embedding_logits scales logits, which dcscale does not")
+        problems.append("logits_via_embedding with normalize_embedding_logits scales the logits: dcscale does not")
     for key in ("pre_compose", "post_compose", "logits_via_embedding"):
         if key in content and type(s[key]) is not bool:
             problems.append(f"{key} is {s[key]!r}, but must be true or false")
     for key in ("num_layers_per_block", "max_target_length"):
         if type(s[key]) is not int or s[key] < 1:
-            problems.append(f"{key} is {s[key]!r}, but must be a whole number from 1")
+            problems.append(f"{key} is {s[key]!r}, but must be an integer of at least 1")
     if type(s["param_scan_axis"]) is not int or s["param_scan_axis"] < 0:
-        problems.append(f"param_scan_axis is {s['param_scan_axis']!r}, but must be a whole number from 0")
+        problems.append(f"param_scan_axis is {s['param_scan_axis']!r}, but must be an integer of at least 0")
+    # One window for each layer of a group; null is one global layer.
     windows = [None] if s["window_size"] is None else s["window_size"]
     if not isinstance(windows, list) or len(windows) != s["num_layers_per_block"]:
         problems.append(
@@ -261,10 +275,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The config of the model in ``files``, whose settings are ``s``, and what a person should know.
+    """The config of the model in ``files`` with the settings ``s``, and what the user should know.
 
     Raises:
-        ConversionError: the arrays are not those of upstream's DCFormer, or fit no model.
+        ConversionError: the arrays are not those of upstream's DCFormer, or do not match the settings.
     """
     group = s["num_layers_per_block"]
     embedding, query, hidden = (
@@ -278,10 +292,11 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
     if embedding is None or query is None or hidden is None or (len(embedding), len(query), len(hidden)) != (2, 3, 2):
         names = sorted({re.sub(r"\d+", "N", name) for name in files.shapes})
         raise ConversionError(
-            f"{files.source} does not hold upstream's DCFormer: there is no {_NAMES['embedding']} [V, E], "
-            f"decoder.layers.0.self_attention_0.query.kernel [E, H, D] and decoder.layers.0.mlp_0.wi_0.kernel [E, F]; "
-            f"it holds {', '.join(names) or 'no parameters'}"
+            f"{files.source} is not upstream's DCFormer: {_NAMES['embedding']} [V, E], "
+            f"decoder.layers.0.self_attention_0.query.kernel [E, H, D] and decoder.layers.0.mlp_0.wi_0.kernel [E, F] "
+            f"are required; it has {', '.join(names) or 'no parameters'}"
         )
+    # Layers here are upstream's groups: each has all arrays of ``group`` layers.
     groups = len({name.split(".")[2] for name in files.shapes if name.startswith("decoder.layers.")})
     key = files.shapes.get("decoder.layers.0." + _NAMES["attention.k"].format(0), ())
     vocab_size, dim = embedding
@@ -307,42 +322,45 @@ def read_model(files: MaxTextFiles, s: Mapping[str, Any]) -> tuple[Config, list[
     notes = []
     if not compose:
         notes.append(
-            "pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are left out (upstream's "
-            "dcformer_pp_2b8.yml says so: set both to true if the run composed)"
+            "pre_compose and post_compose are false: a plain Transformer; its dyn_w_proj are dropped (upstream's "
+            "dcformer_pp_2b8.yml has these values: set both to true if the run did compose)"
         )
     elif not (s["pre_compose"] and s["post_compose"]):
         off = "post" if s["pre_compose"] else "pre"
-        notes.append(f"{off}_compose is false: the parts of dyn_w_proj for it are left out")
+        notes.append(f"{off}_compose is false: its parts of dyn_w_proj are dropped")
     for side in ("query_wise", "key_wise"):
         if s[side] is not True:
-            notes.append(f"{side} is {s[side]!r}, which upstream's code does not read: compose has both sides")
+            notes.append(f"{side} is {s[side]!r}, but upstream's code does not read it: compose has both sides")
     if files.others:
-        notes.append(f"{len(files.others)} arrays that are no parameters (optimizer, step) are not read")
+        notes.append(f"{len(files.others)} arrays that are not parameters (optimizer, step) are not read")
     return checked_config(model, s["max_target_length"], "upstream's config"), notes
 
 
 def _check_sizes(
     s: Mapping[str, Any], vocab_size: int, dim: int, heads: int, head_dim: int, ffn_dim: int, layers: int
 ) -> None:
-    """Raises ConversionError if the config is not that of the arrays: its windows would be another model's."""
+    """Raises ConversionError if the sizes of the config differ from the arrays': its windows would be wrong as well."""
     sizes = {"vocab_size": vocab_size, "head_dim": head_dim}
     if s["global_parameter_scale"] == 1:
         sizes |= {"base_emb_dim": dim, "base_num_query_heads": heads, "base_mlp_dim": ffn_dim}
-        # Layers that are not scanned are so many groups in upstream's code.
+        # If layers are not scanned, upstream's code takes base_num_decoder_layers as the number of groups.
         sizes |= {"base_num_decoder_layers": layers} if s["scan_layers"] else {}
     wrong = [
-        f"{key} is {s[key]!r} there, {here} in the arrays" for key, here in sizes.items() if s[key] not in (None, here)
+        f"{key} is {s[key]!r} in the config, {here} in the arrays"
+        for key, here in sizes.items()
+        if s[key] not in (None, here)
     ]
     if wrong:
-        raise ConversionError("the YAML config is that of another model: " + "; ".join(wrong))
+        raise ConversionError("the YAML config is for another model: " + "; ".join(wrong))
 
 
 def plan_maxtext(config: ModelConfig, group: int) -> Plan:
-    """The plan for upstream's arrays as a model of ``config``, whose layers come in groups of ``group``."""
-    recipes = []
+    """The plan that makes a model of ``config`` from upstream's arrays, whose layers come in groups of ``group``."""
+    rules = []
     expected: dict[str, tuple[int, ...]] = {}
     e, h = config.dim, config.heads
     d = config.head_dim or e // h
+    # Shapes of the kernels that are not simply transposed.
     kernels = {
         "attention.q": (e, h, d),
         "attention.k": (e, config.kv_heads or h, d),
@@ -371,28 +389,61 @@ def plan_maxtext(config: ModelConfig, group: int) -> Plan:
         source = _source(part, layer, group)
         how, make = makes.get(part, ("", None))
         expected[source] = kernels.get(part, shape[::-1] if how == "transposed" else shape)
-        recipes.append(TensorRule(name, (source,), how, make=make))
-    left_out = {}
+        rules.append(TensorRule(name, (source,), how, make=make))
+    dropped = {}
     for layer in range(config.layers):
+        # Upstream's code creates dyn_w_proj even if the run does not compose.
         for part in ("dw1", "qkw", "dd"):
             source = _source(f"attention.compose.{part}", str(layer), group)
             if source not in expected:
-                left_out[source] = DroppedTensor("pre_compose and post_compose are false")
+                dropped[source] = DroppedTensor("pre_compose and post_compose are false")
                 expected[source] = kernels[f"attention.compose.{part}"]
         for stage in ("pre", "post"):
             source = _source("attention.q", str(layer), group).replace("query.kernel", f"AttentionOp_0.{stage}_proj.w")
-            # It is added to the scores themselves.
-            left_out[source] = DroppedTensor("zero", ("is a static head projection, which dcscale has not", _is_zero))
+            # Its product is added to the scores, so zero does nothing.
+            dropped[source] = DroppedTensor(
+                "zero", ("is a static head projection, which dcscale does not have", _is_zero)
+            )
             expected[source] = (1, h, h)
-    return Plan(recipes, expected, left_out)
+    return Plan(rules, expected, dropped)
 
 
 def _source(part: str, layer: str | None, group: int) -> str:
     if layer is None:
         return _NAMES[part]
-    number, place = divmod(int(layer), group)
-    return f"decoder.layers.{number}.{_NAMES[part].format(place)}"
+    number, index = divmod(int(layer), group)
+    return f"decoder.layers.{number}.{_NAMES[part].format(index)}"
 
 
 def _is_zero(tensor: Tensor) -> bool:
     return not torch.any(tensor)
+
+
+def _detect(path: Path) -> Source | None:
+    state = find_state(path)
+    return None if state is None else Source("maxtext", state, f"MaxText checkpoint {state}")
+
+
+def _load(source: Source, maxtext_config: Path | None = None) -> Imported:
+    """See ``Format.load``. ``maxtext_config``: YAML config of the run; None looks for config.yml in its folders."""
+    candidates = [folder / "config.yml" for folder in (source.folder, *source.folder.parents[:3])]
+    config = maxtext_config or next((path for path in candidates if path.is_file()), None)
+    if config is None:
+        raise ConversionError(
+            f"{source.description} does not state its windows: name the YAML config of its run, such as upstream's "
+            f"dcformer_pp_405m.yml, with --maxtext-config (looked for {', '.join(map(str, candidates))})"
+        )
+    settings = read_settings(config)
+    files = MaxTextFiles(source.folder, settings["param_scan_axis"])
+    model, notes = read_model(files, settings)
+    plan = plan_maxtext(model.model, settings["num_layers_per_block"])
+    return Imported(files, model, plan, [f"settings are from {config}", *notes])
+
+
+FORMAT = Format(
+    name="maxtext",
+    looks_for=f"params.*/.zarray or {OCDBT} (MaxText)",
+    detect=_detect,
+    load=_load,
+    options=("maxtext_config",),
+)

@@ -1,8 +1,8 @@
-"""DCFormer language models for Hugging Face transformers (4.57 or newer): the whole model in this one file.
+"""DCFormer language models for Hugging Face transformers (4.57 or newer), in one file.
 
-A folder made by ``tools/convert_checkpoint.py SRC DST --to huggingface`` of dcscale holds a copy of it, and needs
-nothing else but torch and transformers. Dynamically composable multi-head attention (DCMHA) is from Xiao et al.,
-ICML 2024, arXiv 2405.08553. It is written here as it is defined, in plain PyTorch, on one chunk of queries at a time.
+``tools/convert_checkpoint.py SRC DST --to huggingface`` of dcscale copies this file into every folder that it writes.
+It needs only torch and transformers. Dynamically composable multi-head attention (DCMHA) is from Xiao et al., ICML
+2024, arXiv 2405.08553. It is computed here as it is defined, in plain PyTorch, for one chunk of queries at a time.
 
 Axes in names: B batch, T new tokens, S keys, C queries of a chunk, E model width, H query heads, G key/value heads,
 D head width, R rank, F frequencies of the rotary table, V vocabulary.
@@ -17,68 +17,70 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-W1_EPS = 1e-6  # epsilon of the normalisation of w1: no setting
-SCRATCH_ELEMENTS = 2**25  # scores of a chunk of queries, all rows and heads: 128 MiB; a few of these exist at once
+W1_EPS = 1e-6
+"""Epsilon of the normalisation of w1; not a setting."""
+SCRATCH_ELEMENTS = 2**25
+"""Scores of a chunk of queries, over all rows and heads: 128 MiB in float32. A few such tensors exist at once."""
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What the installed transformers calls the cache in inputs and outputs."""
+"""Name of the cache in inputs and outputs in the installed version of transformers."""
 
 
 def _one_of(*choices: str) -> tuple:
+    """A rule of a setting: (text for error messages, test)."""
     return f"one of {', '.join(choices)}", lambda value: value in choices
 
 
-_WHOLE = "a whole number from 1", lambda value: type(value) is int and value >= 1
-_WHOLE_OR_NONE = "null or a whole number from 1", lambda value: value is None or _WHOLE[1](value)
+_INTEGER = "an integer of at least 1", lambda value: type(value) is int and value >= 1
+_INTEGER_OR_NONE = "null or an integer of at least 1", lambda value: value is None or _INTEGER[1](value)
 _POSITIVE = "a number above 0", lambda value: type(value) in (int, float) and 0 < value < float("inf")
-_SWITCH = "true or false", lambda value: type(value) is bool
-_WINDOWS = "a list of nulls and numbers from 1", lambda v: type(v) is list and v and all(map(_WHOLE_OR_NONE[1], v))
-_FORMAT = "of format 1, as this modelling file is", lambda value: isinstance(value, dict) and value.get("format") == 1
+_NOT_NEGATIVE = "a number of at least 0", lambda value: value == 0 or _POSITIVE[1](value)
+_BOOL = "true or false", lambda value: type(value) is bool
+_WINDOWS = "a list of nulls and integers >= 1", lambda v: type(v) is list and v and all(map(_INTEGER_OR_NONE[1], v))
+_FORMAT = "of format 1, like this file", lambda value: isinstance(value, dict) and value.get("format") == 1
 
 SETTINGS = {  # name: (default, rule); the names are those of dcscale's configs
-    "attention": ("dcmha", _one_of("dcmha", "mha")),  # mha is the same without compose
-    "vocab_size": (256, _WHOLE),
-    "layers": (12, _WHOLE),
-    "dim": (768, _WHOLE),  # E
-    "heads": (12, _WHOLE),  # H
-    "kv_heads": (None, _WHOLE_OR_NONE),  # G; null: as many as heads
-    "head_dim": (None, _WHOLE_OR_NONE),  # D; null: dim / heads
+    "attention": ("dcmha", _one_of("dcmha", "mha")),  # mha: the same model without compose
+    "vocab_size": (256, _INTEGER),
+    "layers": (12, _INTEGER),
+    "dim": (768, _INTEGER),  # E
+    "heads": (12, _INTEGER),  # H
+    "kv_heads": (None, _INTEGER_OR_NONE),  # G; null: the same as heads
+    "head_dim": (None, _INTEGER_OR_NONE),  # D; null: dim / heads
     "ffn": ("swiglu", _one_of("swiglu", "gelu")),  # gelu: two matrices, exact GELU
-    "ffn_dim": (2048, _WHOLE),
-    "multi_gate": (None, _WHOLE_OR_NONE),  # gates over equal parts of the swiglu's hidden width
+    "ffn_dim": (2048, _INTEGER),
+    "multi_gate": (None, _INTEGER_OR_NONE),  # gates for equal parts of swiglu's hidden width
     "norm": ("rmsnorm", _one_of("rmsnorm", "layernorm")),
     "norm_eps": (1e-6, _POSITIVE),
-    "qk_norm": (True, _SWITCH),  # RMSNorm on queries and keys, before RoPE
+    "qk_norm": (True, _BOOL),  # RMSNorm on queries and keys, before RoPE
     "qk_norm_eps": (1e-6, _POSITIVE),
-    "bias": (False, _SWITCH),  # in the matrices of attention and feed-forward
-    "qkv_bias": (False, _SWITCH),  # in those of queries, keys and values in any case
-    "parallel_residual": (False, _SWITCH),  # attention and feed-forward both read the block's input
+    "bias": (False, _BOOL),  # biases in attention and feed-forward
+    "qkv_bias": (False, _BOOL),  # biases of q, k and v, also if bias is false
+    "parallel_residual": (False, _BOOL),  # attention and feed-forward both read the block's input
     "rope_base": (10000.0, _POSITIVE),
-    "rope_fraction": (1.0, _POSITIVE),  # leading part of each head that is turned
-    "windows": ([None], _WINDOWS),  # keys a query sees, itself included, by layer, repeated; null: all
-    "max_position_embeddings": (1024, _WHOLE),  # tokens of a training sequence; longer ones are computed as well
-    "tie_word_embeddings": (False, _SWITCH),
-    "use_cache": (True, _SWITCH),
+    "rope_fraction": (1.0, _POSITIVE),  # leading part of each head's dimensions that RoPE rotates
+    "windows": ([None], _WINDOWS),  # keys a query sees, incl. its own, by layer, repeated; null: all
+    "max_position_embeddings": (1024, _INTEGER),  # tokens of a training sequence; longer ones are allowed
+    "tie_word_embeddings": (False, _BOOL),
+    "use_cache": (True, _BOOL),
     "dcscale": ({"format": 1}, _FORMAT),
 }
 COMPOSE = {
-    "rank": (2, _WHOLE),  # R
-    "pre": (True, _SWITCH),  # compose the scores
-    "post": (True, _SWITCH),  # compose the probabilities
-    "query_wise": (True, _SWITCH),
-    "key_wise": (True, _SWITCH),
-    "low_rank": (True, _SWITCH),
-    "gates": (True, _SWITCH),
+    "rank": (2, _INTEGER),  # R
+    "pre": (True, _BOOL),  # compose the scores
+    "post": (True, _BOOL),  # compose the probabilities
+    "query_wise": (True, _BOOL),
+    "key_wise": (True, _BOOL),
+    "low_rank": (True, _BOOL),
+    "gates": (True, _BOOL),
     "gelu": ("tanh", _one_of("tanh", "erf")),  # of the projection
-    "gate_init": (0.005, ("a number from 0", lambda value: value == 0 or _POSITIVE[1](value))),  # initial weights only
+    "gate_init": (0.005, _NOT_NEGATIVE),  # for initial weights only
 }
-
-
-ROPE_FREQUENCY_SCALING = {  # rope_scaling in dcscale, which is a word of transformers, too
+ROPE_FREQUENCY_SCALING = {  # rope_scaling in dcscale, a name to which transformers gives another meaning
     "kind": ("none", _one_of("none", "linear", "llama3")),  # linear: frequencies / factor; llama3: only the low ones
     "factor": (1.0, _POSITIVE),
-    "low_freq_factor": (1.0, _POSITIVE),  # periods in original_length up to which a frequency is low
-    "high_freq_factor": (4.0, _POSITIVE),  # and from which it is kept
-    "original_length": (8192, _WHOLE),
+    "low_freq_factor": (1.0, _POSITIVE),  # scales frequencies with up to this many periods in original_length
+    "high_freq_factor": (4.0, _POSITIVE),  # keeps those with this many or more
+    "original_length": (8192, _INTEGER),
 }
 
 
@@ -88,7 +90,7 @@ def _require(fits: bool, name: str, value: object, rule: str) -> None:
 
 
 def _take(given: dict, known: dict, prefix: str = "") -> dict:
-    """The values of the known settings, checked; they are removed from ``given``."""
+    """Removes the known settings from ``given`` and returns their values, checked."""
     taken = {name: given.pop(name, copy.copy(default)) for name, (default, _) in known.items()}
     for name, value in taken.items():
         rule, fits = known[name][1]
@@ -97,7 +99,7 @@ def _take(given: dict, known: dict, prefix: str = "") -> dict:
 
 
 class DCScaleConfig(PretrainedConfig):
-    """``SETTINGS``, ``COMPOSE`` and ``ROPE_FREQUENCY_SCALING``. Raises ValueError for what is of no use."""
+    """``SETTINGS``, ``COMPOSE`` and ``ROPE_FREQUENCY_SCALING``. Raises ValueError for an invalid value."""
 
     model_type = "dcscale"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -110,18 +112,23 @@ class DCScaleConfig(PretrainedConfig):
         for name, known in (("compose", COMPOSE), ("rope_frequency_scaling", ROPE_FREQUENCY_SCALING)):
             given = kwargs.pop(name, {})
             fits = isinstance(given, dict) and not given.keys() - known.keys()
-            _require(fits, name, given, f"a table of {', '.join(known)}")
+            _require(fits, name, given, f"a table with some of {', '.join(known)}")
             s[name] = _take(dict(given), known, f"{name}.")
         width, even = s["head_dim"] or s["dim"] // s["heads"], s["head_dim"] or s["dim"] % s["heads"] == 0
         _require(even, "heads", s["heads"], f"a divisor of dim {s['dim']}, as head_dim is null")
         _require(s["heads"] % (s["kv_heads"] or 1) == 0, "kv_heads", s["kv_heads"], f"a divisor of heads {s['heads']}")
         fits = 2 <= int(s["rope_fraction"] * width) <= width and int(s["rope_fraction"] * width) % 2 == 0
-        _require(fits, "rope_fraction", s["rope_fraction"], f"such that it turns an even part of a head's {width}")
+        _require(
+            fits,
+            "rope_fraction",
+            s["rope_fraction"],
+            f"such that RoPE rotates an even number of a head's {width} dimensions",
+        )
         low, high = (s["rope_frequency_scaling"][f"{side}_freq_factor"] for side in ("low", "high"))
         _require(low < high, "rope_frequency_scaling.high_freq_factor", high, f"above low_freq_factor {low}")
         if s["multi_gate"] is not None:
             fits = s["ffn"] == "swiglu" and s["ffn_dim"] % s["multi_gate"] == 0
-            _require(fits, "multi_gate", s["multi_gate"], f"a divisor of ffn_dim {s['ffn_dim']}, of a swiglu")
+            _require(fits, "multi_gate", s["multi_gate"], f"a divisor of ffn_dim {s['ffn_dim']}, with ffn swiglu")
         for name, value in s.items():
             setattr(self, name, value)
         super().__init__(tie_word_embeddings=s["tie_word_embeddings"], **kwargs)
@@ -132,7 +139,7 @@ class DCScaleConfig(PretrainedConfig):
         return self.head_dim or self.dim // self.heads
 
     def compose_branches(self) -> list:
-        """The (stage, side) pairs of compose that are there, in the order that its parameters have."""
+        """The (stage, side) pairs of compose that are switched on, in the order of axis C of its parameters."""
         c = self.compose
         if self.attention == "mha" or not (c["low_rank"] or c["gates"]):
             return []
@@ -141,8 +148,8 @@ class DCScaleConfig(PretrainedConfig):
 
 
 class LayerCache:
-    """What one layer needs of earlier tokens, all [B, S, ...]: keys and values, and of ``pre`` and ``post`` what
-    compose computes from a key's token: k1, k2, kg. A layer with a window keeps window - 1 tokens.
+    """What one layer needs of earlier tokens, all [B, S, ...]: keys, values, and the compose weights k1, k2, kg of a
+    key's token for the stages pre and post. A layer with a window keeps window - 1 tokens.
     """
 
     def __init__(self, window: int | None):
@@ -150,19 +157,19 @@ class LayerCache:
         self.tensors: dict = {}
 
     def extend(self, new: dict) -> dict:
-        """Keep the new tokens; return what is kept and new, in one."""
+        """Adds the new tokens; returns the tensors of all tokens that the new ones can see."""
         seen = {name: torch.cat([self.tensors[name], x], dim=1) if self.tensors else x for name, x in new.items()}
         self.tensors = seen
         if self.window is not None and seen["k"].shape[1] >= self.window:
             first = seen["k"].shape[1] - self.window + 1
-            self.tensors = {name: x[:, first:].clone() for name, x in seen.items()}  # so that the rest is freed
+            self.tensors = {name: x[:, first:].clone() for name, x in seen.items()}  # a copy frees the rest
         return seen
 
 
 class DCScaleCache:
-    """The earlier tokens of a batch, made and returned by the model's forward; ``generate()`` uses it by itself."""
+    """The earlier tokens of a batch, created and rerotated by the model's forward; ``generate()`` uses it."""
 
-    is_compileable = False  # asked by generate()
+    is_compileable = False  # read by generate()
 
     def __init__(self, windows: list):
         self.layers = [LayerCache(window) for window in windows]
@@ -173,22 +180,25 @@ class DCScaleCache:
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b goes on from what was row beam_idx[b]: for beam search."""
+        """Replaces row b by row beam_idx[b], for beam search."""
         for layer in self.layers:
             layer.tensors = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in layer.tensors.items()}
 
 
 def make_norm(config: DCScaleConfig) -> nn.Module:
-    # torch computes both in float32 inside, whatever the type of the input, and rounds once.
+    # torch computes both in float32 internally, and rounds once.
     return {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm](config.dim, eps=config.norm_eps)
 
 
 def rope_table(positions: Tensor, config: DCScaleConfig) -> tuple:
-    """(cos, sin), float32 [..., F]; the angles in float64, as float32 is too coarse for late positions."""
+    """(cos, sin), float32 [..., F], for positions [...]. Angles are float64: float32 is too coarse for large positions.
+
+    angle[t, i] = t * base^(-2i / dim), with frequencies scaled by ``rope_frequency_scaling``.
+    """
     dim, s = int(config.rope_fraction * config.head_width), config.rope_frequency_scaling
     inverse_F = config.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / -dim)
     kept_F = {"none": 1.0, "linear": 0.0}.get(s["kind"])
-    if s["kind"] == "llama3":  # as Llama 3.1
+    if s["kind"] == "llama3":  # the rule of Llama 3.1: long periods are scaled, short ones kept, linear in between
         periods_F = s["original_length"] * inverse_F / (2 * torch.pi)
         kept_F = ((periods_F - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
     inverse_F = inverse_F * (kept_F + (1 - kept_F) / s["factor"])
@@ -197,38 +207,44 @@ def rope_table(positions: Tensor, config: DCScaleConfig) -> tuple:
 
 
 def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Turn dimension i with i + F by the table's angles, and leave those from 2F on; in float32 at least."""
+    """Rotates dimensions (i, i + F) by the table's angles; those from 2F on stay. Computed in float32 or float64."""
     frequencies = cos_TF.shape[-1]
     first, second, rest = x_BTHD.split([frequencies, frequencies, x_BTHD.shape[3] - 2 * frequencies], dim=3)
     work_type = torch.promote_types(x_BTHD.dtype, torch.float32)
     first, second, cos, sin = first.to(work_type), second.to(work_type), cos_TF.unsqueeze(-2), sin_TF.unsqueeze(-2)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([part.to(x_BTHD.dtype) for part in turned] + [rest], dim=3)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([part.to(x_BTHD.dtype) for part in rotated] + [rest], dim=3)
 
 
-def compose(maps_BHCS: Tensor, w: dict) -> Tensor:
-    """The heads' maps, mixed by weights from the query's token (q1, q2, qg) and the key's (k1, k2, kg):
+def compose(scores_BHCS: Tensor, w: dict) -> Tensor:
+    """Composes the heads' scores or probabilities A with weights of the query's token (q1, q2, qg) and of the key's
+    token (k1, k2, kg). At each query and key:
 
     A'[h] = A[h] * (1 + qg[h] + kg[h]) + sum_r q2[r, h] * (sum_g q1[r, g] * A[g])
-                                       + sum_r k2[r, h] * (sum_g k1[r, g] * A[g])     at each query and key
+                                       + sum_r k2[r, h] * (sum_g k1[r, g] * A[g])
+
+    Terms whose weights are missing are left out.
     """
-    out_BHCS = maps_BHCS
-    w = {name: x.to(maps_BHCS.dtype) for name, x in w.items()}
+    out_BHCS = scores_BHCS
+    w = {name: x.to(scores_BHCS.dtype) for name, x in w.items()}
     if "qg" in w:
-        out_BHCS = out_BHCS + maps_BHCS * w["qg"].transpose(1, 2).unsqueeze(3)
+        out_BHCS = out_BHCS + scores_BHCS * w["qg"].transpose(1, 2).unsqueeze(3)
     if "kg" in w:
-        out_BHCS = out_BHCS + maps_BHCS * w["kg"].transpose(1, 2).unsqueeze(2)
+        out_BHCS = out_BHCS + scores_BHCS * w["kg"].transpose(1, 2).unsqueeze(2)
     if "q1" in w:
-        latent_BRCS = torch.einsum("bgcs,bcrg->brcs", maps_BHCS, w["q1"])
+        latent_BRCS = torch.einsum("bgcs,bcrg->brcs", scores_BHCS, w["q1"])
         out_BHCS = out_BHCS + torch.einsum("brcs,bcrh->bhcs", latent_BRCS, w["q2"])
     if "k1" in w:
-        latent_BRCS = torch.einsum("bgcs,bsrg->brcs", maps_BHCS, w["k1"])
+        latent_BRCS = torch.einsum("bgcs,bsrg->brcs", scores_BHCS, w["k1"])
         out_BHCS = out_BHCS + torch.einsum("brcs,bsrh->bhcs", latent_BRCS, w["k2"])
     return out_BHCS
 
 
 def attend_chunk(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, pre: dict, post: dict, seen: Tensor) -> Tensor:
-    """softmax(compose(q k^T / sqrt(D)), masked) composed again, times v -> [B, C, H, D]; in float32 at least."""
+    """compose(softmax(mask(compose(q k^T / sqrt(D), pre))), post) v -> [B, C, H, D]. Computed in float32 or float64.
+
+    ``pre``, ``post``: weights of compose for these queries and keys. ``seen``: bool [C, S] or [B, 1, C, S].
+    """
     work_type = torch.promote_types(q_BCHD.dtype, torch.float32)
     group = q_BCHD.shape[2] // k_BSGD.shape[2]
     q, k, v = (x.to(work_type) for x in (q_BCHD, k_BSGD, v_BSGD))
@@ -239,18 +255,19 @@ def attend_chunk(q_BCHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, pre: dict, post
 
 
 def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, weights: dict, window: int | None, mask_BS) -> Tensor:
-    """Causal attention of the last T of S tokens, in chunks of queries, so that no [B, H, T, S] ever exists.
+    """Causal attention of the last T of S tokens, in chunks of queries, so that no tensor [B, H, T, S] exists.
 
-    ``weights``: those of compose, ``pre`` and ``post``. ``mask_BS``: False for padding, which nothing but itself sees;
-    None for no padding.
+    ``weights``: of compose, for ``pre`` and ``post``. ``mask_BS``: False for padding, which no other token sees; None
+    without padding.
     """
     (batch, queries, heads, _), keys = q_BTHD.shape, k_BSGD.shape[1]
-    most_queries = queries if window is None else max(window, 64)
-    most_keys = keys if window is None else min(keys, window + most_queries)
-    step = max(1, min(most_queries, SCRATCH_ELEMENTS // (batch * heads * most_keys)))
+    max_queries = queries if window is None else max(window, 64)
+    max_keys = keys if window is None else min(keys, window + max_queries)
+    step = max(1, min(max_queries, SCRATCH_ELEMENTS // (batch * heads * max_keys)))
     parts = []
     for start in range(0, queries, step):
         end = min(start + step, queries)
+        # Keys that some query of this chunk sees: [low, high).
         high = keys - queries + end
         low = 0 if window is None else max(0, high - (end - start) - window + 1)
         key = torch.arange(low, high, device=q_BTHD.device)
@@ -261,7 +278,7 @@ def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, weights: dict, window
         part = {"q": slice(start, end), "k": slice(low, high)}
         pre, post = ({name: x[:, part[name[0]]] for name, x in weights[stage].items()} for stage in ("pre", "post"))
         inputs = (q_BTHD[:, start:end], k_BSGD[:, low:high], v_BSGD[:, low:high], pre, post, seen)
-        if torch.is_grad_enabled() and step < queries:  # else backward would keep the maps of all chunks
+        if torch.is_grad_enabled() and step < queries:  # otherwise backward keeps the scores of all chunks
             parts.append(checkpoint(attend_chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(attend_chunk(*inputs))
@@ -269,7 +286,7 @@ def attend(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, weights: dict, window
 
 
 class ComposeProjection(nn.Module):
-    """The weights of compose from the layer's normalised input, for each branch c, a stage and a side:
+    """Computes the weights of compose from the layer's normalised input x. For each branch c, a (stage, side) pair:
 
     w1, w2 = split(gelu(x @ dw1[:, c]) @ qkw[c])      R rows each;  w1 <- w1 / rms(w1 over heads)
     gate   = tanh(x @ dd[:, c])
@@ -289,13 +306,13 @@ class ComposeProjection(nn.Module):
             self.dd = nn.Parameter(torch.empty(config.dim, branches * self.heads))
 
     def forward(self, x_BTE: Tensor) -> dict:
-        """q1, q2, k1, k2 [B, T, R, H] and qg, kg [B, T, H] of ``pre`` and ``post``, where they are there."""
+        """q1, q2, k1, k2 [B, T, R, H] and qg, kg [B, T, H] for ``pre`` and ``post``, those that are switched on."""
         weights: dict = {"pre": {}, "post": {}}
         if self.dw1 is not None:
             hidden = (x_BTE @ self.dw1.flatten(1)).unflatten(-1, self.dw1.shape[1:])
             hidden = F.gelu(hidden, approximate=self.approximate)
             w1, w2 = torch.einsum("btck,ckrh->btcrh", hidden, self.qkw).split(self.rank, dim=3)
-            w1 = F.rms_norm(w1, (self.heads,), eps=W1_EPS)
+            w1 = F.rms_norm(w1, (self.heads,), eps=W1_EPS)  # over the heads
             for c, (stage, side) in enumerate(self.branches):
                 weights[stage] |= {f"{side}1": w1[:, :, c], f"{side}2": w2[:, :, c]}
         if self.dd is not None:
@@ -325,6 +342,7 @@ class DCScaleAttention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         weights = {"pre": {}, "post": {}} if self.compose is None else self.compose(x_BTE)
         if cache is not None:
+            # Weights of the query side (q1, q2, qg) are needed for new tokens only.
             new = {"k": k, "v": v}
             for stage in weights:
                 new |= {f"{stage}.{name}": x for name, x in weights[stage].items() if name[0] == "k"}
@@ -338,8 +356,8 @@ class DCScaleAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)), where multi_gate scales equal parts of the hidden width by softmax(multi_gate(x));
-    or down(gelu(up(x))), with the exact GELU.
+    """swiglu: down(silu(gate(x)) * up(x)); with multi_gate, softmax(multi_gate(x)) scales equal parts of the hidden
+    width. gelu: down(gelu(up(x))), with the exact GELU.
     """
 
     def __init__(self, config: DCScaleConfig):
@@ -373,7 +391,7 @@ class DCScaleBlock(nn.Module):
 
 
 class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model; its parameters have the names that they have in dcscale."""
+    """The language model. Its parameters have the same names as in dcscale."""
 
     config_class = DCScaleConfig
     base_model_prefix = ""
@@ -382,7 +400,7 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True  # forward takes num_items_in_batch from Trainer
     _no_split_modules = ["DCScaleBlock"]
     _tied_weights_keys = {"output.weight": "embedding.weight"}
-    _is_stateful = True  # tokens cannot be taken back from a layer with a window: generate() refuses assistants
+    _is_stateful = True  # a layer with a window cannot drop its last tokens: generate() refuses assistants
 
     def __init__(self, config: DCScaleConfig):
         super().__init__(config)
@@ -396,7 +414,7 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward makes its own, as a cache of keys and values is not enough
+        return False  # forward creates a DCScaleCache: compose needs more than keys and values
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -406,7 +424,7 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The initial weights that dcscale has: see dcscale/models/init.py."""
+        """Initial weights as in dcscale: see dcscale/models/init.py."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=min(0.006 * max(1.0, 1024 / self.config.dim), 0.05))
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
@@ -437,22 +455,27 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | None = None,
     ) -> tuple | CausalLMOutputWithPast:
-        """Logits [B, T, V] in float32 (float64 of a float64 model), or of the last ``logits_to_keep`` tokens only.
+        """Logits [B, T, V], or only those of the last ``logits_to_keep`` tokens; float32, or float64 for a float64
+        model.
 
-        attention_mask: [B, tokens so far and new], 0 for padding, on either side.
-        position_ids: [B, T]; None counts the tokens that are no padding.
-        labels: [B, T], ids of the tokens themselves (the shift is made here), -100 where there is no loss.
-        cache, or past_key_values: what an earlier call returned for the same rows; it is extended in place.
+        Args:
+            attention_mask: [B, cached and new tokens], 0 for padding, on either side.
+            position_ids: [B, T]; None counts the tokens that are not padding.
+            labels: [B, T], the ids of the tokens themselves, -100 where there is no loss; forward shifts them by one.
+            cache, past_key_values: from an earlier call for the same rows; it is extended in place.
 
-        Raises ValueError for inputs that do not fit together.
+        Raises:
+            ValueError: the inputs do not match.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_attentions:
-            raise ValueError("output_attentions is set, but the maps are computed in chunks and not kept: leave it out")
+            raise ValueError("output_attentions is set, but attention is computed in chunks and not kept: leave it out")
         if cache is not None and not isinstance(cache, DCScaleCache):
-            raise ValueError(f"the cache is a {type(cache).__name__}, without compose weights: the model makes its own")
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}, without compose weights: leave it out, the model creates one"
+            )
         x_BTE = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         recompute = self.gradient_checkpointing and self.training
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -483,12 +506,12 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **counted)
-        further = {CACHE_NAME: cache if use_cache else None, "hidden_states": tuple(states) or None}
-        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **further)
+        extra = {CACHE_NAME: cache if use_cache else None, "hidden_states": tuple(states) or None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **extra)
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
-        """Only the tokens that the cache does not have yet; called by ``generate()``."""
+        """The inputs of the next step: the tokens that are not in the cache yet. Called by ``generate()``."""
         cache = kwargs.get(CACHE_NAME)
         inputs = {"input_ids": input_ids[:, 0 if cache is None else cache.get_seq_length() :]}
         if cache is None and kwargs.get("inputs_embeds") is not None:

@@ -1,16 +1,14 @@
-"""``config.json`` of plain Transformers, as the transformers library writes it, as settings of dcscale.
+"""Plain Transformers of the transformers library, converted to a DCFormer that computes the same.
 
-The settings are those of transformers' classes LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig and GPTNeoXConfig,
-in the layouts of versions 4 and 5 (``rope_theta`` and ``rope_scaling``; ``rope_parameters``). A setting that changes
-what the network computes is taken over or refused.
+Settings are those of transformers' classes LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig and GPTNeoXConfig, in
+the layouts of versions 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``). A setting that changes what
+the network computes is either translated or refused.
 
-Tensors of plain Transformers, as the transformers library names them, as a DCFormer that computes the same.
-
-The weights of compose are made here so that it is the identity and yet learns ("upcycling", the term of Komatsuzaki et
-al., arXiv 2212.05055, for mixtures of experts): the gates' dd and the half of qkw that makes w2 are zero, so each
-branch adds q2^T (q1 x) = 0 and a gate tanh(0) = 0, exactly. dw1 and the half of qkw that makes w1 are drawn as for a
-new model (:mod:`dcscale.models.init`). At the first step dd and the w2 half get gradients, as the latents q1 x are not
-zero; from the second on dw1 and the w1 half do too.
+The weights of compose are created here so that compose starts as the identity and can still learn ("upcycling", a term
+of Komatsuzaki et al., arXiv 2212.05055, for mixtures of experts). The gates' dd and the half of qkw that makes w2 are
+zero, so each branch adds exactly q2^T (q1 x) = 0 and a gate of tanh(0) = 0. dw1 and the half of qkw that makes w1 are
+drawn as for a new model (:mod:`dcscale.models.init`). In the first step dd and the w2 half get gradients, because q1 x
+is not zero; from the second step on dw1 and the w1 half do too.
 
 Letters: E model width, H heads, D head width, R rank.
 """
@@ -21,6 +19,7 @@ import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,16 +28,28 @@ from torch import Tensor
 from dcscale.config import Config
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
-from dcscale.convert.formats.upstream import parameter_shapes
-from dcscale.convert.tensor_files import WEIGHT_DTYPES
-from dcscale.convert.tensor_map import DroppedTensor, Plan, TensorRule, checked_config
+from dcscale.convert.tensor_files import WEIGHT_DTYPES, open_tensors
+from dcscale.convert.tensor_map import (
+    DroppedTensor,
+    Format,
+    Imported,
+    Plan,
+    Source,
+    TensorRule,
+    check_layer_count,
+    checked_config,
+    embeddings_are_tied,
+    model_type_of,
+    parameter_shapes,
+    read_config_json,
+)
 from dcscale.models.init import initial_values
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gpt_neox": "GPT-NeoX"}
-"""``model_type`` and the family's name."""
+"""Name of the family by ``model_type``."""
 
-CHOSEN = ("attention", "backend", "scratch_mib", "windows", "compose")
-"""Settings and sections of ``model`` that a person may choose: all else follows from the source's weights."""
+SELECTABLE = ("attention", "backend", "scratch_mib", "windows", "compose")
+"""Settings and sections of ``model`` that the user may choose: all others follow from the source's weights."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": None,
@@ -85,9 +96,9 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "rotary_emb_base": 10000.0,
     },
 }
-"""Settings that are read, with what transformers takes where one is not there; None where there is no such value."""
+"""Settings that are read, with transformers' defaults; None for those that have no default."""
 
-WITHOUT_MEANING = {
+IGNORED_SETTINGS = {
     *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range", "pretraining_tp"),
     *("is_decoder", "is_encoder_decoder", "classifier_dropout", "output_hidden_states", "output_attentions"),
@@ -95,14 +106,22 @@ WITHOUT_MEANING = {
 }
 """Settings that do not change the logits of a causal language model."""
 
+# Values of hidden_act, by dcscale's model.ffn.
 _ACTIVATIONS = {"swiglu": ("silu", "swish"), "gelu": ("gelu",)}
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
+"""dcscale's model.rope_scaling.kind, by transformers' rope_type."""
 
 
 @dataclass(frozen=True)
 class Upcycled:
-    """``config`` of the model, and the parts of the source's layers that have biases, of qkv, out and ffn."""
+    """Translated settings of a plain Transformer.
+
+    Attributes:
+        config: of the DCFormer.
+        biases: the parts of a layer that have biases in the source: some of qkv, out and ffn.
+        notes: what the user should know.
+    """
 
     config: Config
     biases: frozenset[str]
@@ -110,14 +129,14 @@ class Upcycled:
 
 
 def read_config(settings: Mapping[str, Any], *, tied: bool, overrides: Iterable[str] = ()) -> Upcycled:
-    """What the settings of a plain Transformer mean, and compose beside them.
+    """Translates the settings of a plain Transformer, and adds those of compose.
 
     Args:
         tied: whether the output matrix is the embedding.
-        overrides: ``key=value`` below ``model``, of ``CHOSEN``.
+        overrides: ``key=value`` without ``model.``, for keys in ``SELECTABLE``.
 
     Raises:
-        ConversionError: a setting has no counterpart in dcscale's network; the message names it.
+        ConversionError: a setting is invalid or has no counterpart in dcscale; the message names it.
     """
     family = settings["model_type"]
     known = _KNOWN[family]
@@ -142,18 +161,18 @@ def read_config(settings: Mapping[str, Any], *, tied: bool, overrides: Iterable[
         "qk_norm": family == "qwen3",
         "qk_norm_eps": eps,
         "bias": bool(biases & {"out", "ffn"}),
-        "qkv_bias": biases == {"qkv"},
+        "qkv_bias": biases == {"qkv"},  # bias includes these
         "parallel_residual": neox and s["use_parallel_residual"],
         **_rope(family, s),
         "windows": source_windows,
         "tied_embeddings": tied,
     }
     overrides = list(overrides)
-    refused = [text for text in overrides if text.partition("=")[0].split(".")[0] not in CHOSEN]
+    refused = [text for text in overrides if text.partition("=")[0].split(".")[0] not in SELECTABLE]
     if refused:
         raise ConversionError(
-            f"--model {', '.join(refused)}: only {', '.join(CHOSEN[:-1])} and compose.* may be chosen; all else "
-            "follows from the source's weights"
+            f"--model {', '.join(refused)}: only {', '.join(SELECTABLE[:-1])} and compose.* may be chosen; all other "
+            "settings follow from the source's weights"
         )
     config = checked_config(
         model, s["max_position_embeddings"], f"its {FAMILIES[family]} config", (f"model.{text}" for text in overrides)
@@ -161,8 +180,8 @@ def read_config(settings: Mapping[str, Any], *, tied: bool, overrides: Iterable[
     notes = _notes(settings, s, biases)
     if config.model.windows != source_windows:
         notes.append(
-            f"windows are {config.model.windows} as asked, the source has {source_windows}: other logits than the "
-            "source's for texts that are longer"
+            f"windows are {config.model.windows} as requested, the source has {source_windows}: the logits differ from "
+            "the source's for texts longer than a window"
         )
     return Upcycled(config, biases, notes)
 
@@ -170,7 +189,7 @@ def read_config(settings: Mapping[str, Any], *, tied: bool, overrides: Iterable[
 def _check(family: str, s: Mapping[str, Any]) -> None:
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     problems = [
-        f"{key} is {s[key]!r}, but must be a whole number from 1"
+        f"{key} is {s[key]!r}, but must be an integer of at least 1"
         for key in (*sizes, "max_position_embeddings")
         if type(s[key]) is not int or s[key] < 1
     ]
@@ -181,28 +200,28 @@ def _check(family: str, s: Mapping[str, Any]) -> None:
     ffn = "gelu" if family == "gpt_neox" else "swiglu"
     if s["hidden_act"] not in _ACTIVATIONS[ffn]:
         allowed = " or ".join(map(repr, _ACTIVATIONS[ffn]))
-        problems.append(f"hidden_act is {s['hidden_act']!r}, but dcscale's {ffn} has {allowed} only")
+        problems.append(f"hidden_act is {s['hidden_act']!r}, but dcscale's {ffn} only has {allowed}")
     for key in ("rope_parameters", "rope_scaling"):
         value = s[key] or {}
         if not isinstance(value, dict) or any(isinstance(part, (dict, list)) for part in value.values()):
-            problems.append(f"{key} is {value!r}: only one kind of RoPE for all layers can be expressed")
+            problems.append(f"{key} is {value!r}: only the same RoPE for all layers is supported")
     if s["original_max_position_embeddings"] is not None:
         problems.append("original_max_position_embeddings is set outside rope_parameters: move it into them")
     if s["quantization_config"] is not None:
-        problems.append("quantization_config is set: only weights that are not quantized are read")
+        problems.append("quantization_config is set: quantized weights cannot be read")
     if problems:
         raise ConversionError("its config cannot be used: " + "; ".join(problems))
 
 
 def _biases(family: str, s: Mapping[str, Any]) -> frozenset[str]:
-    if family == "qwen2":
+    if family == "qwen2":  # fixed in transformers' code, not a setting
         return frozenset({"qkv"})
     attention = {"qkv", "out"} if s.get("attention_bias") else set()
     return frozenset(attention | ({"ffn"} if family == "gpt_neox" or s.get("mlp_bias") else set()))
 
 
 def _windows(family: str, s: Mapping[str, Any]) -> list[int | None]:
-    """Keys a query sees by layer, as the shortest pattern that repeats; transformers counts the query's own too."""
+    """Keys that a query sees, by layer, as the shortest repeated pattern; as in transformers, it includes its own."""
     window, types, layers = s.get("sliding_window"), s.get("layer_types"), s["num_hidden_layers"]
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or any(kind not in _ATTENTION_TYPES for kind in types):
@@ -216,13 +235,14 @@ def _windows(family: str, s: Mapping[str, Any]) -> list[int | None]:
         sliding = [window is not None] * layers
     elif s.get("use_sliding_window"):
         if type(s["max_window_layers"]) is not int:
-            raise ConversionError(f"max_window_layers is {s['max_window_layers']!r}, but must be a whole number")
+            raise ConversionError(f"max_window_layers is {s['max_window_layers']!r}, but must be an integer")
         sliding = [window is not None and layer >= s["max_window_layers"] for layer in range(layers)]
     else:
         sliding = [False] * layers
     if any(sliding) and (type(window) is not int or window < 1):
-        raise ConversionError(f"sliding_window is {window!r}, but layers need it: it must be a whole number from 1")
+        raise ConversionError(f"sliding_window is {window!r}, but layers need it: it must be an integer of at least 1")
     windows = [window if local else None for local in sliding]
+    # The shortest period: dcscale repeats model.windows over the layers.
     return next(
         windows[:period]
         for period in range(1, layers + 1)
@@ -235,15 +255,16 @@ def _rope(family: str, s: Mapping[str, Any]) -> dict[str, Any]:
     base, fraction = (
         ("rotary_emb_base", "rotary_pct") if family == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
     )
-    # Version 5 may have the base in rope_parameters beside a rope_scaling of version 4.
+    # Version 5 may have the base in rope_parameters next to a rope_scaling of version 4.
     parameters = {**(s["rope_parameters"] or {}), **given}
+    # Early versions called rope_type type.
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_TYPES:
-        raise ConversionError(f"its RoPE is of type {kind!r}: dcscale has {', '.join(_ROPE_TYPES)} only")
+        raise ConversionError(f"its RoPE is of type {kind!r}: dcscale only has {', '.join(_ROPE_TYPES)}")
     rotated = parameters.get("partial_rotary_factor", s[fraction])
     if family != "gpt_neox" and rotated != 1:
         raise ConversionError(
-            f"partial_rotary_factor is {rotated!r}: transformers' {FAMILIES[family]} turns whole heads"
+            f"partial_rotary_factor is {rotated!r}: transformers' {FAMILIES[family]} rotates all dimensions of a head"
         )
     scaling: dict[str, Any] = {"kind": _ROPE_TYPES[kind]}
     if kind != "default":
@@ -266,20 +287,20 @@ def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
 
 def _notes(settings: Mapping[str, Any], s: Mapping[str, Any], biases: frozenset[str]) -> list[str]:
     notes = []
+    # dcscale has one switch for the biases of all three parts, and one for qkv alone.
     added = sorted({"qkv", "out", "ffn"} - biases) if biases & {"out", "ffn"} else []
     if added:
-        notes.append(f"biases of {' and '.join(added)}, which the source does not have, begin at zero")
+        notes.append(f"biases of {' and '.join(added)}, which the source does not have, start at zero")
     dropouts = [f"{key}={s[key]}" for key in ("attention_dropout", "hidden_dropout") if s.get(key)]
     if dropouts:
-        notes.append(f"dcscale has no dropout: {', '.join(dropouts)} is left out")
-    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in WITHOUT_MEANING]
+        notes.append(f"dcscale has no dropout: {', '.join(dropouts)} is ignored")
+    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in IGNORED_SETTINGS]
     if unknown:
-        notes.append(
-            f"settings that transformers' code of this family does not read were left out: {', '.join(unknown)}"
-        )
+        notes.append(f"settings that transformers' code of this family does not read are ignored: {', '.join(unknown)}")
     return notes
 
 
+# Transformers' names of dcscale's modules; {} is the layer.
 _LLAMA_NAMES = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
@@ -318,9 +339,9 @@ _PARAMETER = re.compile(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
 def source_module(part: str, family: str, names: Collection[str]) -> str:
-    """Name of the source's module, with {} for the layer, that has a part such as ``output`` or ``attention.q``."""
+    """Name of the source's module, with {} for the layer, for a part such as ``output`` or ``attention.q``."""
     if family == "gpt_neox":
-        # Version 5 of transformers calls it lm_head, as all others.
+        # Version 5 of transformers calls the output matrix lm_head, as in all other families.
         return "lm_head" if part == "output" and "lm_head.weight" in names else _NEOX_NAMES[part]
     return _LLAMA_NAMES[part]
 
@@ -328,48 +349,48 @@ def source_module(part: str, family: str, names: Collection[str]) -> str:
 def plan_upcycle(
     config: ModelConfig, family: str, biases: Collection[str], dtypes: Mapping[str, torch.dtype], seed: int
 ) -> Plan:
-    """The plan for a source of this family as a model of ``config``.
+    """The plan that makes a model of ``config`` from a source of this family.
 
     Args:
-        biases: of qkv, out and ffn, those that the source has.
+        biases: parts of qkv, out and ffn that have biases in the source.
         dtypes: of the source's tensors, by name.
-        seed: of the compose weights.
+        seed: of the new compose weights.
     """
-    recipes: list[TensorRule] = []
+    rules: list[TensorRule] = []
     expected: dict[str, tuple[int, ...]] = {}
-    # A new tensor has the type of the source's; where they are several, one that holds the values of all.
+    # New tensors have the type of the source's tensors; if there are several, one that holds the values of all.
     dtype = functools.reduce(
         torch.promote_types,
         [dtype for dtype in dict.fromkeys(dtypes.values()) if dtype in WEIGHT_DTYPES] or [torch.float32],
     )
     for name, shape in parameter_shapes(config).items():
         if ".compose." in name:
-            recipes.append(_fresh(name, shape, config, dtype, seed))
+            rules.append(_new_compose(name, shape, config, dtype, seed))
             continue
         layer, part, kind = _PARAMETER.fullmatch(name).groups()
         if kind == "bias" and not _has_bias(part, biases):
             how = "zero: the source has none"
-            recipes.append(TensorRule(name, (), how, make=functools.partial(torch.zeros, shape, dtype=dtype)))
+            rules.append(TensorRule(name, (), how, make=functools.partial(torch.zeros, shape, dtype=dtype)))
             continue
         source = f"{source_module(part, family, dtypes).format(layer)}.{kind}"
         if family == "gpt_neox" and part in ("attention.q", "attention.k", "attention.v"):
             expected[source] = (3 * shape[0], *shape[1:])
             number = "qkv".index(part[-1])
-            how = f"of each head's query, key and value, part {number}"
-            recipes.append(TensorRule(name, (source,), how, make=functools.partial(_of_fused, config.heads, number)))
+            how = f"the {('query', 'key', 'value')[number]} rows of each head"
+            rules.append(TensorRule(name, (source,), how, make=functools.partial(_split_fused, config.heads, number)))
         else:
             expected[source] = shape
-            recipes.append(TensorRule(name, (source,)))
-    left_out = {name: DroppedTensor("a mask or a table of RoPE") for name in dtypes if _BUFFERS.fullmatch(name)}
+            rules.append(TensorRule(name, (source,)))
+    dropped = {name: DroppedTensor("a mask or a table of RoPE") for name in dtypes if _BUFFERS.fullmatch(name)}
     if config.tied_embeddings:
         source = f"{source_module('output', family, dtypes)}.weight"
-        left_out[source] = DroppedTensor("the embedding is the output matrix too")
+        dropped[source] = DroppedTensor("the embedding is also the output matrix")
         expected[source] = (config.vocab_size, config.dim)
-    return Plan(recipes, expected, left_out)
+    return Plan(rules, expected, dropped)
 
 
 def _has_bias(part: str, biases: Collection[str]) -> bool:
-    """Whether the source has a bias in a part of the model that has one here; LayerNorm always has."""
+    """Whether the source has a bias in this part, for a part that has one in dcscale; LayerNorm always has."""
     if part.endswith("norm"):
         return True
     if part.startswith("ffn."):
@@ -377,13 +398,13 @@ def _has_bias(part: str, biases: Collection[str]) -> bool:
     return ("out" if part == "attention.out" else "qkv") in biases
 
 
-def _of_fused(heads: int, number: int, fused: Tensor) -> Tensor:
-    """Queries, keys or values [H*D, ...] of GPT-NeoX's rows, which are [H, 3, D]."""
+def _split_fused(heads: int, number: int, fused: Tensor) -> Tensor:
+    """The query (0), key (1) or value (2) rows [H*D, ...] of GPT-NeoX's fused matrix, whose rows are [H, 3, D]."""
     return fused.unflatten(0, (heads, 3, -1))[:, number].flatten(0, 1)
 
 
-def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.dtype, seed: int) -> TensorRule:
-    """A tensor of compose at the identity."""
+def _new_compose(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.dtype, seed: int) -> TensorRule:
+    """Creates a tensor of compose, so that compose is the identity."""
     kind = name.rpartition(".")[2]
 
     def make() -> Tensor:
@@ -391,12 +412,44 @@ def _fresh(name: str, shape: tuple[int, ...], config: ModelConfig, dtype: torch.
             return torch.zeros(shape, dtype=dtype)
         values = initial_values(name, torch.Size(shape), config, seed)
         if kind == "qkw":
-            values[:, :, config.compose.rank :] = 0
+            values[:, :, config.compose.rank :] = 0  # [C, K, 2R, H]: the last R rows make w2
         return values.to(dtype)
 
     how = {
-        "dd": "zero: gates of 0",
-        "qkw": f"new, seed {seed}; zero where it makes w2, so that compose is the identity",
+        "dd": "zero: gates are 0",
+        "qkw": f"new, seed {seed}; zero in the half that makes w2, so that compose is the identity",
         "dw1": f"new, seed {seed}",
     }
     return TensorRule(name, (), how[kind], make=make)
+
+
+def _detect(path: Path) -> Source | None:
+    settings = read_config_json(path)
+    family = model_type_of(settings, FAMILIES)
+    if family is None:
+        return None
+    return Source("transformers", path, f"{FAMILIES[family]} folder {path}, of transformers", settings)
+
+
+def _load(source: Source, seed: int = 0, model: Iterable[str] = ()) -> Imported:
+    """See ``Format.load``. ``seed``: of the compose weights. ``model``: overrides, see :func:`read_config`."""
+    files, settings = open_tensors(source.folder), source.settings
+    notes: list[str] = []
+    family = settings["model_type"]
+    check_layer_count("num_hidden_layers", settings, files)
+    embedding, output = (f"{source_module(part, family, files.shapes)}.weight" for part in ("embedding", "output"))
+    tied = embeddings_are_tied(settings, files, embedding, output, notes)
+    read = read_config(settings, tied=tied, overrides=model)
+    plan = plan_upcycle(read.config.model, family, read.biases, files.dtypes, seed)
+    if read.config.model.attention == "dcmha":
+        notes.append("compose starts as the identity")
+    return Imported(files, read.config, plan, [*notes, *read.notes])
+
+
+FORMAT = Format(
+    name="transformers",
+    looks_for=f"config.json with model_type {', '.join(FAMILIES)} (transformers)",
+    detect=_detect,
+    load=_load,
+    options=("seed", "model"),
+)

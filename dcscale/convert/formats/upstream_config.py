@@ -1,8 +1,8 @@
-"""Upstream's ``config.json`` of DCFormer and DCPythia as settings of dcscale, and back.
+"""Translates upstream's ``config.json`` of DCFormer and DCPythia to settings of dcscale, and back.
 
-Upstream is Caiyun-AI/DCFormer. Settings that only say how its code runs (caches, chunks, checkpointing) have no
-meaning here and are left out. What its config has no place for, dcscale writes under the key ``dcscale``, which
-upstream ignores.
+Upstream is Caiyun-AI/DCFormer. Settings that only control how its code runs (caches, chunks, checkpointing) are
+ignored. Settings of dcscale that upstream's config does not have are written under the key ``dcscale``, which upstream
+ignores.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dcscale.convert.errors import ConversionError
 from dcscale.convert.tensor_map import checked_config
 
 FAMILIES = {"dcformer": "DCFormer", "dcpythia": "DCPythia"}
-"""``model_type`` and the name of the class."""
+"""Name of the class by ``model_type``."""
 
+# The defaults of upstream's config classes: a config.json may leave out settings that have them.
 _DEFAULTS: dict[str, Any] = {
     "block_size": 2048,
     "vocab_size": 32000,
@@ -40,27 +41,28 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "dcformer": {"rope_base": 500000, "mgate": False, "mgate_dim": 44},
     "dcpythia": {"rope_base": 10000, "use_parallel_residual": True, "use_linear_bias": True, "rotary_pct": 0.25},
 }
-_HOW_IT_RUNS = {
+_IGNORED = {
     *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "head_dim", "is_training", "prefill_pad"),
     *("q_chunk_size", "use_gradient_checkpointing", "dcscale"),
 }
-"""Settings without a meaning for the function; ``head_dim``, which upstream computes as dim / n_head whatever it says,
-and those that are read elsewhere."""
+"""Settings that do not change what the model computes, including ``head_dim``, which upstream's code ignores and
+computes as dim / n_head; and those that are read elsewhere."""
 
 _PATTERNS = {"LG": "LG", "LGLL": "LGLL", "LGL6": "LGLLLLLL"}
-"""``window_type``, and which layers of its period are local (L) and global (G); without one it is LG."""
+"""Local (L) and global (G) layers of one period, by ``window_type``; null is LG."""
 
 _WINDOW_OF_PATTERNS = 256
-"""Where ``window_type`` is given, upstream's code has this for ``window_size``."""
+"""If ``window_type`` is set, upstream's code uses this as ``window_size``."""
 
-_BEYOND = ("qk_norm_eps",)
-"""Fields of ``model`` beside compose that upstream's config has no place for."""
+_EXTRA_FIELDS = ("qk_norm_eps",)
+"""Fields of ``model``, besides compose, that upstream's config does not have."""
 
 
 @dataclass(frozen=True)
 class UpstreamConfig:
-    """``family`` is upstream's model_type, ``config`` what it means here, ``notes`` what a person should know."""
+    """``family`` is upstream's model_type, ``config`` the same model in dcscale, ``notes`` what the user should
+    know."""
 
     family: str
     config: Config
@@ -70,35 +72,37 @@ class UpstreamConfig:
 def read_upstream(
     settings: Mapping[str, Any], *, tied: bool = False, gelu: str | None = None, local_keys: int | None = None
 ) -> UpstreamConfig:
-    """What upstream's settings mean.
+    """Translates upstream's settings.
 
     Args:
         tied: whether the output matrix is the embedding.
-        gelu: of the compose projection; None takes what dcscale has noted there, else tanh as in the released weights.
-        local_keys: keys a query of a local layer sees; None takes ``window_size``.
+        gelu: GELU of the compose projection, ``tanh`` or ``erf``; None uses what dcscale has written under its key, or
+            else tanh, as in the released weights.
+        local_keys: keys that a query of a local layer sees; None uses ``window_size``.
 
     Raises:
-        ConversionError: a setting is unknown to dcscale's network, or of no use; the message names it.
+        ConversionError: a setting is invalid or has no counterpart in dcscale; the message names it.
     """
     family = settings.get("model_type")
     if family not in FAMILIES:
-        raise ConversionError(f"model_type is {family!r}, but only {' and '.join(FAMILIES)} are known")
+        raise ConversionError(f"model_type is {family!r}, but must be {' or '.join(FAMILIES)}")
     known = {**_DEFAULTS, **_FAMILY_DEFAULTS[family]}
     s = {**known, **{key: value for key, value in settings.items() if key in known}}
-    beyond = _beyond(settings)
+    extra = _extra_settings(settings)
+    # Checked before they are used in arithmetic below. All other values are checked with dcscale's config.
     for key in ("dim", "n_head", "n_layer", "vocab_size", "block_size"):
         if type(s[key]) is not int or s[key] < 1:
-            raise ConversionError(f"{key} is {s[key]!r}, but must be a whole number from 1")
+            raise ConversionError(f"{key} is {s[key]!r}, but must be an integer of at least 1")
     if s["dim"] % s["n_head"]:
         raise ConversionError(f"n_head {s['n_head']} does not divide dim {s['dim']}")
     for key in ("use_dcmha", "query_wise", "mgate", "tie_word_embeddings"):
         if type(s.get(key, False)) is not bool:
             raise ConversionError(f"{key} is {s[key]!r}, but must be true or false")
     notes = _notes(settings, s)
-    compose = {**beyond.get("compose", {})}
+    compose = {**extra.get("compose", {})}
     if gelu is not None:
         compose["gelu"] = gelu
-    if s["query_wise"]:
+    if s["query_wise"]:  # upstream's decoding then ignores the key side
         compose["key_wise"] = False
     pythia = family == "dcpythia"
     model = {
@@ -120,20 +124,21 @@ def read_upstream(
         "rope_fraction": s.get("rotary_pct", 1.0),
         "windows": _windows(s, local_keys),
         "tied_embeddings": tied,
-        **{name: beyond[name] for name in _BEYOND if name in beyond},
+        **{name: extra[name] for name in _EXTRA_FIELDS if name in extra},
         "compose": compose,
     }
     return UpstreamConfig(family, checked_config(model, s["block_size"], "upstream's config"), notes)
 
 
 def write_upstream(config: Config) -> UpstreamConfig:
-    """The family that has a model, checked.
+    """Chooses the family of a model, and checks that upstream's code can compute it.
 
     Raises:
-        ConversionError: upstream has no such network; every setting in its way is named.
+        ConversionError: it cannot; the message lists all settings that differ.
     """
     model = config.model
     family = "dcpythia" if model.norm == "layernorm" else "dcformer"
+    # Value, or values, that upstream's code has; the last of several is the one to name in a message.
     wanted: dict[str, Any] = {"compose.rank": 2} if model.attention == "dcmha" else {}
     wanted |= {"kv_heads": (None, model.heads), "head_dim": (None, model.dim / model.heads)}
     wanted |= {"qkv_bias": (model.bias, False), "rope_scaling.kind": "none"}
@@ -146,31 +151,39 @@ def write_upstream(config: Config) -> UpstreamConfig:
         value = attrgetter(name)(model)
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
         if value not in choices:
-            problems.append(f"model.{name} is {value!r}, upstream's {FAMILIES[family]} has {choices[-1]!r} only")
+            problems.append(f"model.{name} is {value!r}, upstream's {FAMILIES[family]} only has {choices[-1]!r}")
     if model.heads % 2:
-        problems.append(f"model.heads is {model.heads}, upstream's rank is 2 for even numbers of heads only")
+        problems.append(f"model.heads is {model.heads}, upstream only has rank 2 for even numbers of heads")
     if _window_type(model) is None:
         patterns = ", ".join(_PATTERNS)
         problems.append(
             f"model.windows is {model.windows}, upstream has {patterns} with one window, or no window at all"
         )
     if problems:
-        raise ConversionError("upstream cannot hold this model: " + "; ".join(problems))
+        raise ConversionError("upstream cannot represent this model: " + "; ".join(problems))
     notes = []
     if model.attention == "dcmha" and model.compose.gelu == "tanh":
-        notes.append("upstream's PyTorch code computes the compose projection with erf GELU, this model has tanh")
+        notes.append("upstream's PyTorch code uses erf GELU in the compose projection, this model uses tanh")
     if model.qk_norm and model.qk_norm_eps != 1e-6:
-        notes.append(f"upstream's PyTorch code has 1e-6 for qk_norm_eps, this model has {model.qk_norm_eps}")
+        notes.append(f"upstream's PyTorch code uses 1e-6 for qk_norm_eps, this model uses {model.qk_norm_eps}")
     window_type, window = _window_type(model)
     if window_type is not None and window != _WINDOW_OF_PATTERNS:
-        notes.append(f"upstream's code has windows of {_WINDOW_OF_PATTERNS} with {window_type}, this model {window}")
+        notes.append(
+            f"upstream's code uses windows of {_WINDOW_OF_PATTERNS} with {window_type}, this model uses {window}"
+        )
     return UpstreamConfig(family, config, notes)
 
 
 def upstream_settings(
     upstream: UpstreamConfig, torch_dtype: str, tokenizer: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content of ``config.json`` for a model that :func:`write_upstream` has passed."""
+    """The content of ``config.json``.
+
+    Args:
+        upstream: from :func:`write_upstream`.
+        torch_dtype: the tensors' type by torch's name, such as ``bfloat16``.
+        tokenizer: as in a checkpoint's state.json.
+    """
     model = upstream.config.model
     window_type, window = _window_type(model)
     settings: dict[str, Any] = {
@@ -202,21 +215,22 @@ def upstream_settings(
         settings |= {"rotary_pct": model.rope_fraction}
     if tokenizer is not None:
         settings["eos_token_id"] = tokenizer["eos_id"]
-    settings["dcscale"] = {**{name: getattr(model, name) for name in _BEYOND}, "compose": asdict(model.compose)}
+    settings["dcscale"] = {**{name: getattr(model, name) for name in _EXTRA_FIELDS}, "compose": asdict(model.compose)}
     if tokenizer is not None and tokenizer["spec"] == "byte":
         settings["dcscale"]["tokenizer"] = "byte"
     return settings
 
 
-def _beyond(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    beyond = settings.get("dcscale", {})
-    allowed = {*_BEYOND, "compose", "tokenizer"}
-    if not isinstance(beyond, dict) or beyond.keys() - allowed or not isinstance(beyond.get("compose", {}), dict):
-        raise ConversionError(f"its key dcscale is {beyond!r}, but must map some of {', '.join(sorted(allowed))}")
-    unknown = beyond.get("compose", {}).keys() - {field.name for field in fields(ComposeConfig)}
+def _extra_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What dcscale has written under its own key, checked."""
+    extra = settings.get("dcscale", {})
+    allowed = {*_EXTRA_FIELDS, "compose", "tokenizer"}
+    if not isinstance(extra, dict) or extra.keys() - allowed or not isinstance(extra.get("compose", {}), dict):
+        raise ConversionError(f"its key dcscale is {extra!r}, but may only have the keys {', '.join(sorted(allowed))}")
+    unknown = extra.get("compose", {}).keys() - {field.name for field in fields(ComposeConfig)}
     if unknown:
-        raise ConversionError(f"its key dcscale.compose has the unknown {', '.join(sorted(unknown))}")
-    return beyond
+        raise ConversionError(f"its key dcscale.compose has the unknown keys {', '.join(sorted(unknown))}")
+    return extra
 
 
 def _notes(settings: Mapping[str, Any], s: Mapping[str, Any]) -> list[str]:
@@ -224,18 +238,18 @@ def _notes(settings: Mapping[str, Any], s: Mapping[str, Any]) -> list[str]:
         raise ConversionError("use_sw is set: dcscale has no static head projection")
     notes = []
     if not s["use_dcmha"]:
-        notes.append("use_dcmha is false: a plain Transformer, as in upstream's training (its inference composes)")
-    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in _HOW_IT_RUNS]
+        notes.append("use_dcmha is false: a plain Transformer, as in upstream's training (its inference does compose)")
+    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in _IGNORED]
     if unknown:
-        notes.append(f"settings that upstream's code does not read were left out: {', '.join(unknown)}")
+        notes.append(f"settings that upstream's code does not read are ignored: {', '.join(unknown)}")
     if settings.get("head_dim", s["dim"] // s["n_head"]) != s["dim"] // s["n_head"]:
-        notes.append(f"head_dim is {settings['head_dim']}, but upstream has dim / n_head = {s['dim'] // s['n_head']}")
+        notes.append(f"head_dim is {settings['head_dim']}, but upstream uses dim / n_head = {s['dim'] // s['n_head']}")
     if s["query_wise"]:
-        notes.append("query_wise is set: compose is query-wise only, as in upstream's decoding (its training is not)")
+        notes.append("query_wise is set: only the query side composes, as in upstream's decoding, not its training")
     if s["window_type"] is not None and s["window_size"] != _WINDOW_OF_PATTERNS:
         notes.append(
-            f"window_size {s['window_size']} was taken; with window_type {s['window_type']} upstream's code has "
-            f"{_WINDOW_OF_PATTERNS} whatever it says"
+            f"window_size {s['window_size']} is used; with window_type {s['window_type']} upstream's code ignores it "
+            f"and uses {_WINDOW_OF_PATTERNS}"
         )
     return notes
 
@@ -243,16 +257,20 @@ def _notes(settings: Mapping[str, Any], s: Mapping[str, Any]) -> list[str]:
 def _ffn_dim(family: str, s: Mapping[str, Any]) -> int:
     if s["intermediate_size"] is not None:
         return s["intermediate_size"]
+    # DCFormer: 8/3 of dim, rounded up to a multiple of 256.
     return 4 * s["dim"] if family == "dcpythia" else -(-(8 * s["dim"] // 3) // 256) * 256
 
 
 def _windows(s: Mapping[str, Any], local_keys: int | None) -> list[int | None]:
     kind, window = s["window_type"], s["window_size"]
     if kind is not None and (not isinstance(kind, str) or kind not in _PATTERNS):
-        raise ConversionError(f"window_type is {kind!r}, but only {', '.join(_PATTERNS)} and null are known")
+        raise ConversionError(f"window_type is {kind!r}, but must be {', '.join(_PATTERNS)} or null")
     if window is None:
         if kind is not None or local_keys is not None:
-            raise ConversionError(f"window_size is null: that goes with no window_type ({kind!r}) and no local window")
+            raise ConversionError(
+                f"window_size is null, so no layer is local: window_type is {kind!r}, but must be null, and "
+                "--local-keys must be left out"
+            )
         return [None]
     pattern = _PATTERNS[kind or "LG"]
     keys = window if local_keys is None else local_keys
@@ -260,7 +278,7 @@ def _windows(s: Mapping[str, Any], local_keys: int | None) -> list[int | None]:
 
 
 def _window_type(model: ModelConfig) -> tuple[str | None, int | None] | None:
-    """Upstream's (window_type, window_size) for a model; None where it has none."""
+    """Upstream's (window_type, window_size) for a model; None if upstream has no such pattern of windows."""
     layers = [model.windows[layer % len(model.windows)] for layer in range(model.layers)]
     if layers == [None] * model.layers:
         return None, None

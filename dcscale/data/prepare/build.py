@@ -1,4 +1,4 @@
-"""From text to folders of shards: the whole way, in parallel, into a folder that appears when it is complete."""
+"""Build token shards from text, in parallel and resumable; the output folder appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dcscale.data.errors import DataError
-from dcscale.data.prepare.documents import DEFAULT_SUFFIXES, SourceFile, find_files, split
+from dcscale.data.prepare.documents import CHUNK_BYTES, DEFAULT_SUFFIXES, SourceFile, find_files, split_into_chunks
 from dcscale.data.prepare.journal import Journal, state_folder
-from dcscale.data.prepare.pool import Map, processes
+from dcscale.data.prepare.pool import PoolMap, worker_pool
 from dcscale.data.prepare.shuffle import (
     PACKINGS,
     TRAIN,
     VALIDATION,
-    Layout,
+    ShardLayout,
     SpoolTask,
     plan_shards,
     spool_chunk,
@@ -33,41 +33,41 @@ from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest,
 from dcscale.data.tokenizers import Tokenizer, load_tokenizer
 
 _BUCKET_BYTES = 1 << 28
-"""Bytes of input for a bucket of the shuffle."""
-_MOST_BUCKETS = 512
-"""Each is two files of every worker."""
+"""Bytes of input for each bucket of the shuffle."""
+_MAX_BUCKETS = 512
+"""Every worker keeps two spool files per bucket."""
 _STATE_VERSION = 1
-"""To be raised whenever a build can no longer go on from what this code has left on disk."""
+"""Increment it when a build can no longer resume from the state that earlier code left on disk."""
 
 
 @dataclass(frozen=True)
-class PartReport:
-    """What became of the text of a part, train or validation."""
+class SplitReport:
+    """What was written for one split, train or validation."""
 
     manifest: Manifest
 
     documents: int
-    """Documents of the part; those of the manifest are parts of documents, and filling, where they were packed."""
+    """Input documents of the split. With packing, the manifest counts fragments of documents and padding instead."""
 
-    cut: int
-    """Documents that packing had to cut."""
+    cut_documents: int
+    """Documents that packing cut, because they are longer than a row."""
 
-    filling: int
-    """Tokens that only fill rows."""
+    padding_tokens: int
+    """End-of-document tokens that only fill rows."""
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What became of the text."""
+    """What a build wrote and what it left out."""
 
-    parts: dict[Path, PartReport]
+    splits: dict[Path, SplitReport]
     """Folder of shards -> what it holds."""
 
     empty: int
-    """Documents without text, left out."""
+    """Number of documents that were left out because they have no text."""
 
     undecodable: tuple[str, ...]
-    """Names of documents that are not UTF-8, left out; only with ``skip_undecodable``."""
+    """Names of documents that were left out because they are not UTF-8; only with ``skip_undecodable``."""
 
 
 def build_shards(
@@ -90,59 +90,52 @@ def build_shards(
     overwrite: bool = False,
     progress: bool = False,
     bucket_bytes: int = _BUCKET_BYTES,
+    batch_chars: int = CHUNK_BYTES,
 ) -> BuildReport:
-    """Tokenise ``inputs`` into ``output/train`` and, for held-out documents, ``output/validation``.
+    """Tokenize ``inputs`` into ``output/train`` and, for held-out documents, ``output/validation``.
 
-    The result is the same byte for byte for any ``workers`` and ``bucket_bytes``, and however often it was interrupted:
-    the same call goes on where one that was killed or that failed has stopped, see :mod:`dcscale.data.prepare.journal`.
+    The result is the same byte for byte for any ``workers``, ``bucket_bytes`` and ``batch_chars`` and for any number of
+    interruptions. To resume a build that was killed or that failed, make the same call again; see
+    :mod:`dcscale.data.prepare.journal`.
 
     Args:
-        inputs: text files (a document each), JSONL and Parquet files (a document a line or row), folders of them.
-        output: folder to be made; it appears when everything in it is complete.
+        inputs: text files (one document each), JSONL and Parquet files (one document per line or row), or folders of
+            them.
+        output: folder to create; it appears when everything in it is complete.
         tokenizer: ``byte``, or the path of a Hugging Face ``tokenizer.json``.
-        eos_token: its token that ends a document, see :func:`dcscale.data.tokenizers.load_tokenizer`.
-        suffixes: files of folders to take, see :func:`dcscale.data.prepare.documents.find_files`.
-        exclude: patterns of names to leave out, see there.
+        eos_token: token of the tokenizer that ends a document, see :func:`dcscale.data.tokenizers.load_tokenizer`.
+        suffixes: which files of a folder to read, see :func:`dcscale.data.prepare.documents.find_files`.
+        exclude: patterns of file and folder names to leave out, see ``find_files``.
         text_field: field of a JSONL object, or column of a Parquet file, that holds the text.
-        hold_out: part of the documents that is held out, in [0, 1), chosen by their names alone.
-        shard_tokens: tokens of a shard, at least, but for the last.
-        bundle_tokens: tokens of a sample, at least, but for a shard's last.
-        pack: ``best-fit`` or ``one-per-sequence`` packs the documents of each shard into rows, which are then in random
-            order, see :mod:`dcscale.data.prepare.packing`; None leaves them as they are, to be packed when they are
-            read.
-        sequence_length: the ``data.sequence_length`` of the runs that will read the rows, which have a token more; only
-            with ``pack``.
-        seed: seed of the documents' order over the shards, and of the rows' order in them.
-        workers: processes.
+        hold_out: fraction of the documents in the validation split, in [0, 1); chosen by their names alone.
+        shard_tokens: minimum tokens of a shard; the last one may be smaller.
+        bundle_tokens: minimum tokens of a sample; the last one of a shard may be smaller.
+        pack: ``best-fit`` or ``one-per-sequence`` packs the documents of each shard into rows in random order, see
+            :mod:`dcscale.data.prepare.packing`; None keeps documents as they are, to be packed when they are read.
+        sequence_length: the ``data.sequence_length`` of the runs that will read the rows, which have one token more;
+            only with ``pack``.
+        seed: seed of the order of documents over the shards, and of the order of rows within a shard.
+        workers: number of processes.
         skip_undecodable: leave out documents that are not UTF-8 instead of stopping.
         overwrite: replace ``output`` if it holds shards from an earlier call.
-        progress: show progress bars, and say when an interrupted build is found.
+        progress: show progress bars, and report interrupted builds of the same output.
         bucket_bytes: bytes of input for each bucket of the shuffle, see :mod:`dcscale.data.prepare.shuffle`.
+        batch_chars: characters of text that a worker tokenizes together.
 
     Raises:
-        DataError: bad arguments, unreadable input, text without documents for train or validation, or an ``output``
-            that is in the way. Half-made shards never become ``output``.
+        DataError: an argument is invalid, an input cannot be read, a split gets no document, or ``output`` is in the
+            way. Incomplete shards never become ``output``.
     """
-    for name, value in {"shard_tokens": shard_tokens, "bundle_tokens": bundle_tokens, "workers": workers}.items():
-        if value < 1:
-            raise DataError(f"{name} is {value}, but must be at least 1")
-    if not 0 <= hold_out < 1:
-        raise DataError(f"hold_out is {hold_out}, but must be at least 0 and below 1")
-    if pack is not None and pack not in PACKINGS:
-        raise DataError(f"pack is {pack!r}, but must be {' or '.join(PACKINGS)}, or left out")
-    if (pack is None) != (sequence_length is None) or (sequence_length is not None and sequence_length < 1):
-        raise DataError(
-            f"sequence_length is {sequence_length} and pack is {pack}, but with pack it must be at least 1, the "
-            f"data.sequence_length of the runs that will read the rows, and without pack it must be left out"
-        )
+    _check_arguments(shard_tokens, bundle_tokens, workers, hold_out, pack, sequence_length)
     output = Path(os.path.abspath(output))
     if not output.name:
-        raise DataError(f"{output}: is no folder that could be made; give another output")
+        raise DataError(f"{output}: is not a folder that can be created; give another output")
     loaded = load_tokenizer(tokenizer, eos_token)
+    # The output may be inside an input: never read the build's own state as text.
     files = find_files(inputs, suffixes=suffixes, exclude=[*exclude, glob.escape(state_folder(output).name)])
     total_bytes = sum(file.bytes for file in files)
-    buckets = min(max(1, total_bytes // bucket_bytes), _MOST_BUCKETS)
-    # Not skip_undecodable: a build that such a document has stopped goes on when they are allowed.
+    buckets = min(max(1, total_bytes // bucket_bytes), _MAX_BUCKETS)
+    # Without skip_undecodable: a build that stopped at such a document can resume with it. The keys are on disk.
     identity = {
         "state": _STATE_VERSION,
         "tokenizer": loaded.fingerprint,
@@ -159,10 +152,10 @@ def build_shards(
         "input_bytes": total_bytes,
         "input_paths_sizes_and_times": _fingerprint(files),
     }
-    building = Journal(output, identity)
+    journal = Journal(output, identity)
     task = SpoolTask(
-        spool=building.spool,
-        run=secrets.token_hex(4),
+        spool=journal.spool,
+        run_id=secrets.token_hex(4),
         tokenizer=loaded.spec,
         fingerprint=loaded.fingerprint,
         eos_token=eos_token,
@@ -172,83 +165,121 @@ def build_shards(
         hold_out=hold_out,
         seed=seed,
         buckets=buckets,
+        batch_chars=batch_chars,
     )
-    layout = Layout(task.dtype, bundle_tokens, loaded.eos_id, seed, pack, sequence_length and sequence_length + 1)
-    parts = (TRAIN, VALIDATION) if hold_out else (TRAIN,)
-    with building, processes(workers) as run:
+    # A row holds the inputs and the targets of one sequence, which overlap in all but one token.
+    row_tokens = sequence_length and sequence_length + 1
+    layout = ShardLayout(task.dtype, bundle_tokens, loaded.eos_id, seed, pack, row_tokens)
+    splits = (TRAIN, VALIDATION) if hold_out else (TRAIN,)
+    with journal, worker_pool(workers) as pool_map:
+        # After taking the lock, since entering the journal may put an earlier output back in place.
         _check_output(output, overwrite)
-        _check_state(building, skip_undecodable, progress)
-        if not building.complete:
-            _spool(building, task, files, run, progress)
-            for part in parts:
-                _write_part(building, part, layout, shard_tokens, loaded, run, progress)
-            building.end()
-        report = _report(building, output, parts)
-        building.publish()
+        _check_state(journal, skip_undecodable, progress)
+        if not journal.complete:
+            _spool(journal, task, files, pool_map, progress)
+            for split in splits:
+                _write_split(journal, split, layout, shard_tokens, loaded, pool_map, progress)
+            journal.mark_complete()
+        report = _report(journal, output, splits)
+        journal.publish()
     return report
 
 
+def _check_arguments(
+    shard_tokens: int,
+    bundle_tokens: int,
+    workers: int,
+    hold_out: float,
+    pack: str | None,
+    sequence_length: int | None,
+) -> None:
+    for name, value in {"shard_tokens": shard_tokens, "bundle_tokens": bundle_tokens, "workers": workers}.items():
+        if value < 1:
+            raise DataError(f"{name} is {value}, but must be at least 1")
+    if not 0 <= hold_out < 1:
+        raise DataError(f"hold_out is {hold_out}, but must be at least 0 and below 1")
+    if pack is not None and pack not in PACKINGS:
+        raise DataError(f"pack is {pack!r}, but must be {' or '.join(PACKINGS)}, or left out")
+    if (pack is None) != (sequence_length is None) or (sequence_length is not None and sequence_length < 1):
+        raise DataError(
+            f"sequence_length is {sequence_length} and pack is {pack}, but with pack it must be at least 1, the "
+            f"data.sequence_length of the runs that will read the rows, and without pack it must be left out"
+        )
+
+
 def _fingerprint(files: Sequence[SourceFile]) -> str:
-    hashed = hashlib.sha256()
+    """SHA-256 over paths, names, sizes and modification times, in the order of the files."""
+    digest = hashlib.sha256()
     for file in files:
-        hashed.update(json.dumps([os.path.abspath(file.path), file.name, file.bytes, file.modified]).encode())
-    return hashed.hexdigest()
+        digest.update(json.dumps([os.path.abspath(file.path), file.name, file.bytes, file.mtime_ns]).encode())
+    return digest.hexdigest()
 
 
-def _check_state(building: Journal, skip_undecodable: bool, progress: bool) -> None:
-    """Say what interrupted builds there are, and refuse to go on with one that has left out more than is allowed."""
-    undecodable = [name for chunk in building.chunks.values() for name in chunk.undecodable]
+def _check_state(journal: Journal, skip_undecodable: bool, progress: bool) -> None:
+    """Report interrupted builds; refuse to resume one that has left out documents which must not be left out now."""
+    undecodable = [name for chunk in journal.chunks.values() for name in chunk.undecodable]
     if undecodable and not skip_undecodable:
         raise DataError(
-            f"{building.folder}: is this build, interrupted, and {undecodable[0]} was left out of it with "
-            f"--skip-undecodable; use that again, or remove the folder to start anew"
+            f"{journal.folder}: holds this build, interrupted, and {undecodable[0]} was left out of it with "
+            f"--skip-undecodable; pass --skip-undecodable again, or remove the folder to start over"
         )
-    if progress and building.started:
-        done = (
-            f"{len(building.chunks):,} pieces of text and {sum(map(len, building.shards.values())):,} shards are done"
+    if progress and journal.started:
+        shards = sum(map(len, journal.shards.values()))
+        message = (
+            f"Resuming the interrupted build: {len(journal.chunks):,} chunks of text and {shards:,} shards are done."
         )
-        tqdm.write(f"Going on with the build that was interrupted: {done}.", file=sys.stderr)
-    for other in building.differences_of_others() if progress else ():
-        message = "Starting anew: an interrupted build is another one. It is kept until this one is complete."
+        tqdm.write(message, file=sys.stderr)
+    for other in journal.other_builds() if progress else ():
+        message = (
+            "Starting a new build: there is an interrupted build with other arguments or inputs. "
+            "It is kept until this build is complete."
+        )
         tqdm.write(f"{message}\n  {other}", file=sys.stderr)
 
 
-def _spool(building: Journal, task: SpoolTask, files: Sequence[SourceFile], run: Map, progress: bool) -> None:
-    """First pass, or what is left of it."""
-    if building.all_spooled:
+def _spool(journal: Journal, task: SpoolTask, files: Sequence[SourceFile], pool_map: PoolMap, progress: bool) -> None:
+    """Run the first pass: tokenize the chunks that the journal does not have yet into spool files."""
+    if journal.all_spooled:
         return
-    done = building.chunks
+    done = journal.chunks
     total, initial = sum(file.bytes for file in files), sum(chunk.bytes for chunk in done.values())
-    numbered = enumerate(split(files, text_field=task.text_field))
+    # Lazily: a chunk of JSONL holds its lines, so only a few chunks may exist at a time.
+    numbered = enumerate(split_into_chunks(files, text_field=task.text_field))
     missing = ((number, chunk) for number, chunk in numbered if number not in done)
     with tqdm(desc="tokenize", total=total, initial=initial, unit="B", unit_scale=True, disable=not progress) as bar:
-        for chunk in run(partial(spool_chunk, task), missing):
-            building.add_chunk(chunk)
+        for chunk in pool_map(partial(spool_chunk, task), missing):
+            journal.add_chunk(chunk)
             bar.update(chunk.bytes)
-    building.end_spooling()
+    journal.mark_all_spooled()
 
 
-def _write_part(
-    building: Journal, part: str, layout: Layout, shard_tokens: int, tokenizer: Tokenizer, run: Map, progress: bool
+def _write_split(
+    journal: Journal,
+    split: str,
+    layout: ShardLayout,
+    shard_tokens: int,
+    tokenizer: Tokenizer,
+    pool_map: PoolMap,
+    progress: bool,
 ) -> None:
-    """Second pass over a part, or what is left of it."""
-    folder, done = building.result / part, building.shards[part]
+    """Run the second pass over a split: write the shards that the journal does not have yet, then the manifest."""
+    folder, done = journal.result / split, journal.shards[split]
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".*"):
+    for unfinished in folder.glob(".*"):  # temporary files of write_atomically in a killed process
         unfinished.unlink()
-    plans = plan_shards(building.spool, part, shard_tokens, building.chunks.values())
+    plans = plan_shards(journal.spool, split, shard_tokens, journal.chunks.values())
     missing = (plan for plan in plans if plan.name not in done)
-    total = sum(chunk.documents[part] for chunk in building.chunks.values())
+    total = sum(chunk.documents[split] for chunk in journal.chunks.values())
     initial = sum(shard.documents for shard in done.values())
-    with tqdm(desc=f"write {part}", total=total, initial=initial, unit=" documents", disable=not progress) as bar:
-        for shard in run(partial(write_planned_shard, folder, layout), missing):
-            building.add_shard(part, shard)
+    with tqdm(desc=f"write {split}", total=total, initial=initial, unit=" documents", disable=not progress) as bar:
+        for shard in pool_map(partial(write_planned_shard, folder, layout), missing):
+            journal.add_shard(split, shard)
             bar.update(shard.documents)
     if not done:
-        if not any(sum(chunk.documents.values()) for chunk in building.chunks.values()):
+        if not any(sum(chunk.documents.values()) for chunk in journal.chunks.values()):
             raise DataError("the inputs hold no text: all their documents are empty or left out; give other inputs")
         raise DataError(
-            f"the inputs give no document for {part}: in which part a document is follows from its name alone; "
+            f"the inputs have no document for {split}: the split of a document follows from its name alone; "
             f"give more text, or another --hold-out"
         )
     largest = max(shard.max_token_id for shard in done.values())
@@ -258,24 +289,28 @@ def _write_part(
     )
 
 
-def _report(building: Journal, output: Path, parts: Sequence[str]) -> BuildReport:
+def _report(journal: Journal, output: Path, splits: Sequence[str]) -> BuildReport:
     reports = {}
-    for part in parts:
-        shards = building.shards[part].values()
-        sums = (sum(getattr(shard, name) for shard in shards) for name in ("documents", "cut", "filling"))
-        reports[output / part] = PartReport(read_manifest(building.result / part), *sums)
-    chunks = building.chunks.values()
+    for split in splits:
+        shards = journal.shards[split].values()
+        reports[output / split] = SplitReport(
+            manifest=read_manifest(journal.result / split),
+            documents=sum(shard.documents for shard in shards),
+            cut_documents=sum(shard.cut_documents for shard in shards),
+            padding_tokens=sum(shard.padding_tokens for shard in shards),
+        )
+    chunks = journal.chunks.values()
     undecodable = sorted(name for chunk in chunks for name in chunk.undecodable)
     return BuildReport(reports, sum(chunk.empty for chunk in chunks), tuple(undecodable))
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that is in the way; only what build_shards wrote is ever overwritten."""
+    """Refuse an output that is in the way; only folders that build_shards wrote are ever overwritten."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise DataError(f"{output}: exists already; give another output, or --overwrite to replace earlier shards")
+        raise DataError(f"{output}: already exists; give another output, or --overwrite to replace earlier shards")
     if not output.is_dir() or any(
         child.name not in (TRAIN, VALIDATION) or not (child / MANIFEST_NAME).is_file() for child in output.iterdir()
     ):
-        raise DataError(f"{output}: holds other things than shards, so it is not overwritten; give another output")
+        raise DataError(f"{output}: holds more than shards, so it is not overwritten; give another output")

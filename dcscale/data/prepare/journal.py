@@ -1,21 +1,21 @@
-"""The state of a build on disk: an interrupted build goes on where it stopped, and a finished one appears at once.
+"""The state of a build on disk, so that an interrupted build resumes and a complete one is published atomically.
 
     .OUTPUT.building/
-        lock              held by the process that builds OUTPUT
-        IDENTITY/         one build, by the hash of all that decides its result
+        lock              locked by the process that builds OUTPUT
+        IDENTITY/         one build, named by the hash of everything that decides its result
             identity.json
-            journal       a line for each chunk that was spooled and each shard that was written; nothing else counts
+            journal       one line for each spooled chunk and each written shard; nothing else counts as done
             spool/        see dcscale.data.prepare.shuffle
             result/       becomes OUTPUT
-        replaced/         the OUTPUT that was there before, between two renames
+        replaced/         the previous OUTPUT, between two renames
 
-A build with other arguments or inputs than the interrupted one starts in a folder of its own and leaves that one alone;
-whichever is complete first becomes OUTPUT, and all state is removed.
+A build whose arguments or inputs differ from those of an interrupted build uses a folder of its own and does not touch
+the other one. Whichever is complete first becomes OUTPUT, and then all state is removed.
 
-Going on reads the text that was done already once more, if it was not all of it, but does not tokenise it.
+Resuming the first pass reads the inputs from the start, but does not tokenize again what the journal lists as done.
 
-A process may be killed at any moment. As to a crash of the machine, shards are made durable before their line is
-written; spool files are not, but are checked when they are used.
+The process may be killed at any moment. For a crash of the machine, shards are fsynced before their line is written;
+spool files are not, but they are verified when they are used.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from typing import Any
 from dcscale.data.errors import DataError
 from dcscale.data.prepare.shuffle import SpooledChunk, WrittenShard
 from dcscale.data.shards.manifest import ShardInfo
-from dcscale.files import sync_folder, write_json
+from dcscale.files import publish_folder, write_json
 
 
 def state_folder(output: Path) -> Path:
-    """Where the state of building ``output`` lies."""
+    """Folder of the state of building ``output``."""
     return output.with_name(f".{output.name}.building")
 
 
 class Journal:
-    """The state of the build of ``output``; a context manager that keeps other processes out.
+    """The state of the build of ``output``; a context manager that locks out other processes.
 
-    State in which nothing is noted is removed on leaving; other state stays until :meth:`publish`.
+    On exit, state without any entry is removed; other state stays until :meth:`publish`.
 
     Args:
-        output: folder that is to be made.
-        identity: all that decides the result, as JSON values.
+        output: folder to create.
+        identity: everything that decides the result, as JSON values.
 
     Raises:
-        DataError: another process builds ``output``.
+        DataError: on entering, if another process builds ``output``.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any]) -> None:
@@ -61,13 +61,13 @@ class Journal:
         self.spool, self.result = self.folder / "spool", self.folder / "result"
         self._replaced = self._root / "replaced"
         self.chunks: dict[int, SpooledChunk] = {}
-        """The chunks that are complete, by number."""
+        """The spooled chunks by number."""
         self.all_spooled = False
-        """Whether these are all chunks."""
+        """Whether ``chunks`` has all chunks of the inputs."""
         self.shards: dict[str, dict[str, WrittenShard]] = defaultdict(dict)
-        """Part -> name -> shard that is complete, in the order in which they were planned."""
+        """Split -> name -> written shard, in the order of the plan."""
         self.complete = False
-        """Whether ``result`` is all that ``output`` is to be."""
+        """Whether ``result`` is complete."""
 
     def __enter__(self) -> Journal:
         self._root.mkdir(parents=True, exist_ok=True)
@@ -77,51 +77,56 @@ class Journal:
         except OSError as error:
             self._lock.close()
             raise DataError(
-                f"{self._root / 'lock'}: cannot be locked ({error.strerror}): another process is making this output, "
-                f"or the file system has no locks; wait for it, or give another output"
+                f"{self._root / 'lock'}: cannot be locked ({error.strerror}): another process is building this output, "
+                f"or the file system does not support locks; wait for it, or give another output"
             ) from error
-        if self._replaced.exists() and not self._output.exists():
+        if self._replaced.exists() and not self._output.exists():  # killed between the two renames of publish
             self._replaced.rename(self._output)
         shutil.rmtree(self._replaced, ignore_errors=True)
-        notes, whole = self._read_journal()
-        if ["complete", None] in notes and not self.result.exists():  # published, and killed before the state was gone
+        entries, valid_bytes = self._read()
+        if ["complete", None] in entries and not self.result.exists():  # killed after publish, before the cleanup
             shutil.rmtree(self.folder)
-            notes, whole = [], 0
+            entries, valid_bytes = [], 0
         self.spool.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "identity.json", self._identity)
-        self._journal = open(self.folder / "journal", "ab")
-        self._journal.truncate(whole)
-        for kind, value in notes:
-            self._take(kind, value)
+        self._file = open(self.folder / "journal", "ab")
+        self._file.truncate(valid_bytes)
+        for kind, value in entries:
+            self._apply(kind, value)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._journal.close()
+        self._file.close()
         if not self.started:
             shutil.rmtree(self.folder, ignore_errors=True)
         if not any(child.is_dir() for child in self._root.iterdir()):
             shutil.rmtree(self._root)
+        # Last, so that no other process locks a file that is about to be removed.
         self._lock.close()
 
     @property
     def started(self) -> bool:
-        """Whether anything was done."""
+        """Whether anything is done."""
         return bool(self.chunks or self.all_spooled)
 
     def add_chunk(self, chunk: SpooledChunk) -> None:
-        self._note("chunk", chunk)
+        """Record a chunk that is spooled."""
+        self._append("chunk", chunk)
 
-    def add_shard(self, part: str, shard: WrittenShard) -> None:
-        self._note("shard", [part, asdict(shard.info), *shard[1:]])
+    def add_shard(self, split: str, shard: WrittenShard) -> None:
+        """Record a shard that is on disk."""
+        self._append("shard", [split, asdict(shard.info), *shard[1:]])
 
-    def end_spooling(self) -> None:
-        self._note("spooled")
+    def mark_all_spooled(self) -> None:
+        """Record that ``chunks`` has all chunks of the inputs."""
+        self._append("spooled")
 
-    def end(self) -> None:
-        self._note("complete")
+    def mark_complete(self) -> None:
+        """Record that ``result`` is complete."""
+        self._append("complete")
 
-    def differences_of_others(self) -> list[str]:
-        """What sets other builds of the same output, which were interrupted too, apart from this one."""
+    def other_builds(self) -> list[str]:
+        """Other interrupted builds of the same output: folder, and how their identity differs from this one's."""
         found = []
         for path in sorted(self._root.glob("*/identity.json")):
             if path.parent != self.folder:
@@ -133,44 +138,38 @@ class Journal:
         return found
 
     def publish(self) -> None:
-        """Put the result in its place, and remove all state; an earlier result is put aside first, or back."""
-        if self._output.exists():
-            self._output.rename(self._replaced)
-        try:
-            self.result.rename(self._output)
-        except OSError:
-            if self._replaced.exists():
-                self._replaced.rename(self._output)
-            raise
-        sync_folder(self._output.parent)
+        """Make the result the output, replacing an earlier one, and remove all state."""
+        publish_folder(self.result, self._output, self._replaced)
         for folder in self._root.iterdir():
             if folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _read_journal(self) -> tuple[list[Any], int]:
-        """(the lines that were written wholly, their bytes)"""
-        path, notes, whole = self.folder / "journal", [], 0
+    def _read(self) -> tuple[list[Any], int]:
+        """(complete entries of the journal on disk, their bytes)"""
+        path, entries, valid_bytes = self.folder / "journal", [], 0
         content = path.read_bytes() if path.exists() else b""
+        # Without an incomplete last line, which a killed process may leave.
         for line in content[: content.rfind(b"\n") + 1].splitlines():
             try:
-                notes.append(json.loads(line))
+                entries.append(json.loads(line))
             except ValueError:  # after a crash of the machine
                 break
-            whole += len(line) + 1
-        return notes, whole
+            valid_bytes += len(line) + 1
+        return entries, valid_bytes
 
-    def _note(self, kind: str, value: Any = None) -> None:
-        self._journal.write(json.dumps([kind, value]).encode() + b"\n")
-        self._journal.flush()
-        self._take(kind, value)
+    def _append(self, kind: str, value: Any = None) -> None:
+        self._file.write(json.dumps([kind, value]).encode() + b"\n")
+        self._file.flush()
+        self._apply(kind, value)
 
-    def _take(self, kind: str, value: Any) -> None:
+    def _apply(self, kind: str, value: Any) -> None:
+        """Update the attributes by one entry."""
         if kind == "chunk":
             chunk = SpooledChunk(*value)
             self.chunks[chunk.number] = chunk
         elif kind == "shard":
-            part, info, *rest = value
-            self.shards[part][info["name"]] = WrittenShard(ShardInfo(**info), *rest)
+            split, info, *rest = value
+            self.shards[split][info["name"]] = WrittenShard(ShardInfo(**info), *rest)
         elif kind == "spooled":
             self.all_spooled = True
         else:

@@ -1,4 +1,4 @@
-"""Texts out of Parquet files, by row groups; only the column of the text is read. The only file that knows pyarrow."""
+"""Read the text column of Parquet files by row groups. The only file that imports pyarrow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _BATCH_ROWS = 256
-"""Rows whose texts are held at once."""
+"""Rows whose texts are in memory at a time."""
 
 
 class RowGroups(NamedTuple):
@@ -26,17 +26,17 @@ class RowGroups(NamedTuple):
 
 
 def split_row_groups(path: Path, column: str, chunk_bytes: int) -> Iterator[RowGroups]:
-    """Cut a file between row groups, into parts of at most ``chunk_bytes`` bytes of all columns, or one row group.
+    """Divide a file between row groups, into parts of at most ``chunk_bytes`` bytes of all columns, or one row group.
 
-    Reads the footer only.
+    Reads only the footer.
 
     Raises:
-        DataError: pyarrow or the column is missing, the column is no text, or the file cannot be read.
+        DataError: pyarrow or the column is missing, the column is not text, or the file cannot be read.
     """
     with _open(path, column) as file:
         first = row = rows = size = 0
         for number in range(file.num_row_groups):
-            # Not the size of the column: for a damaged footer, asking for it ends the process.
+            # Not the size of the column: with a corrupt footer, asking for it crashes the process.
             group = file.metadata.row_group(number)
             if rows and size + group.total_byte_size > chunk_bytes:
                 yield RowGroups(range(first, number), row, rows)
@@ -50,10 +50,10 @@ def split_row_groups(path: Path, column: str, chunk_bytes: int) -> Iterator[RowG
 
 
 def read_column(path: Path, column: str, groups: range, rows: int) -> Iterator[bytes | None]:
-    """The texts of row groups as they are stored, None for null; a few rows are held at a time.
+    """Yield the texts of row groups as stored bytes, None for null; a few rows are in memory at a time.
 
     Raises:
-        DataError: as :func:`split_row_groups`, a page is damaged, or there are not that many rows.
+        DataError: as :func:`split_row_groups`, or a page is corrupt, or the groups do not hold ``rows`` rows.
     """
     found = 0
     with _open(path, column) as file:
@@ -61,6 +61,7 @@ def read_column(path: Path, column: str, groups: range, rows: int) -> Iterator[b
 
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=[column], use_threads=False):
             found += batch.num_rows
+            # As bytes, since to_pylist on strings would raise at the first that is not UTF-8.
             yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
         if found != rows:
             raise ValueError(f"row groups {groups.start} to {groups.stop - 1} hold {found} rows instead of {rows}")
@@ -68,7 +69,7 @@ def read_column(path: Path, column: str, groups: range, rows: int) -> Iterator[b
 
 @contextmanager
 def _open(path: Path, column: str) -> Iterator[ParquetFile]:
-    """The file, once its column is known to be text; whatever goes wrong with it inside is a DataError."""
+    """Yield the file after checking that its column is text; errors of pyarrow in the body become DataError."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile  # optional: other inputs need no pyarrow
@@ -78,13 +79,13 @@ def _open(path: Path, column: str) -> Iterator[ParquetFile]:
             f"'pip install pyarrow', or give the text as .jsonl"
         ) from error
     try:
-        with open(path, "rb") as raw:  # not by pyarrow, which takes names in UTF-8 only
+        with open(path, "rb") as raw:  # pyarrow itself opens only paths that are UTF-8
             file = ParquetFile(raw, page_checksum_verification=True)
             _check_column(path, file.schema_arrow, column)
             yield file
-    except DataError:
+    except DataError:  # also a ValueError, but its message is complete
         raise
-    # Damaged footers make pyarrow raise nearly anything.
+    # With a corrupt footer, pyarrow raises nearly anything.
     except (OSError, ValueError, LookupError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}; replace the file") from error
 

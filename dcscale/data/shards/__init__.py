@@ -1,1 +1,1 @@
-"""What a shard is: a tar of documents as token arrays or text, next to a manifest that describes it."""
+"""Shards: tars of documents, stored as token arrays or as text, and the manifest that describes them."""

@@ -1,13 +1,13 @@
-"""Text tars of others: WebDataset tars whose samples hold text, tokenised whenever they are read.
+"""Text shards: third-party WebDataset tars whose samples hold text, tokenized each time they are read.
 
-A document is the text of a sample and the token that ends it: the member ``KEY.txt``, or one field of the object in
-``KEY.json``. Samples without that member, or whose text gives no token, are left out, and so is all else that a sample
-holds, such as images. A manifest beside the tars says how many tokens that gives, since the order of training needs
-it; ``tools/inspect_shards.py --write-manifest`` writes one by tokenising everything once.
+A document is the text of a sample plus the end-of-document token. The text is the member ``KEY.txt``, or one field of
+the JSON object in ``KEY.json``. Samples without that member, samples whose text gives no token, and all other members,
+such as images, are ignored. The order of training needs the number of tokens, so a manifest next to the tars records
+it; ``tools/inspect_shards.py --write-manifest`` tokenizes everything once to write one.
 
-A thread tokenises about 0.3 million tokens a second (measured on a shared CPU core), and every epoch, restart and rank
-does it anew: for a large run, unpack the text and make token shards of it with ``tools/make_shards.py``. Each reading
-must give the same tokens, so the version of the tokenizers library must stay the same too.
+A thread tokenizes about 0.3 million tokens a second (measured on a shared CPU core), and every epoch, restart and rank
+repeats the work. For a large run, unpack the text and make token shards with ``tools/make_shards.py``. Each read must
+give the same tokens, so the version of the tokenizers library must not change either.
 """
 
 from __future__ import annotations
@@ -19,32 +19,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcscale.data.shards.manifest import Manifest, TextInfo
-from dcscale.data.shards.tar import content, fail, read_samples
+from dcscale.data.shards.tar import member_bytes, raise_shard_error, read_samples
 from dcscale.data.storage import Storage
-from dcscale.data.tokenizers import Tokenizer, tokenizer_of_shards
+from dcscale.data.tokenizers import Tokenizer, load_shard_tokenizer
 
 _BATCH_CHARACTERS = 1 << 22
+"""Texts are tokenized in batches of at least this many characters; bounds the memory for token ids."""
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """Makes documents of the texts in a tar."""
+    """Tokenizes the texts in a tar."""
 
     info: TextInfo
     tokenizer: Tokenizer
     dtype: str
 
     def samples(self, path: str, data: bytes) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(key, tokens [n], lengths [1]) of each sample of a tar that holds a document.
+        """Yield (key, tokens [n], lengths [1]) of each sample of a tar that gives a document.
+
+        Args:
+            path: path or address of the tar, for error messages.
+            data: content of the tar.
 
         Raises:
-            DataError: it is no whole tar, or a text is not readable.
+            DataError: the tar is incomplete or malformed, or a text cannot be read.
         """
         for key, _, tokens in self.documents(path, data):
             yield key, tokens, np.array([len(tokens)], dtype="uint32")
 
     def documents(self, path: str, data: bytes) -> Iterator[tuple[str, str, np.ndarray]]:
-        """(key, text, tokens [n]) of each document of a tar; raises as :meth:`samples`."""
+        """Yield (key, text, tokens [n]) of each document of a tar; arguments and errors as in :meth:`samples`."""
         batch: list[tuple[str, str]] = []
         size = 0
         for key, text in self._texts(path, data):
@@ -57,13 +62,13 @@ class TextReader:
 
     def _encode(self, batch: list[tuple[str, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
         for (key, text), tokens in zip(batch, self.tokenizer.encode_documents([text for _, text in batch])):
-            if len(tokens) > 1:
+            if len(tokens) > 1:  # more than the end-of-document token
                 yield key, text, tokens.astype(self.dtype)
 
     def _texts(self, path: str, data: bytes) -> Iterator[tuple[str, str]]:
         for sample in read_samples(path, data):
             if member := sample.members.get(self.info.member):
-                yield sample.key, self._text(path, member.name, content(path, data, member))
+                yield sample.key, self._text(path, member.name, member_bytes(path, data, member))
 
     def _text(self, path: str, name: str, data: memoryview) -> str:
         try:
@@ -72,23 +77,21 @@ class TextReader:
                 value = json.loads(text)
                 text = value.get(self.info.field) if isinstance(value, dict) else None
                 if isinstance(text, str):
-                    text.encode()  # JSON may hold halves of surrogate pairs
+                    text.encode()  # JSON may contain unpaired surrogates, which UTF-8 cannot encode
         except (ValueError, RecursionError) as error:
-            fail(path, f"member {name} is no text in UTF-8, or no JSON: {error}", "mend the tar")
+            raise_shard_error(path, f"member {name} is not valid UTF-8 or JSON: {error}", "repair the tar")
         if not isinstance(text, str):
-            field = f"an object whose field {self.info.field!r} is a string"
-            fail(
-                path, f"member {name} must be {field}", "mend the tar, or write its manifest with another --text-field"
-            )
+            problem = f"member {name} must be an object whose field {self.info.field!r} is a string"
+            raise_shard_error(path, problem, "repair the tar, or write its manifest with another --text-field")
         return text
 
 
-def open_text(source: Storage, manifest: Manifest) -> TextReader | None:
-    """What makes documents of shards that hold text; None for shards that hold tokens.
+def open_text_reader(storage: Storage, manifest: Manifest) -> TextReader | None:
+    """The reader of text shards; None if the shards hold tokens.
 
     Raises:
-        DataError: their tokenizer is not there, or is another one.
+        DataError: their tokenizer is missing or does not match the manifest.
     """
     if manifest.text is None:
         return None
-    return TextReader(manifest.text, tokenizer_of_shards(source, manifest), manifest.dtype)
+    return TextReader(manifest.text, load_shard_tokenizer(storage, manifest), manifest.dtype)

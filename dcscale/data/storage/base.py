@@ -1,4 +1,4 @@
-"""What a place of shards can do, and the errors of reading from one."""
+"""The interface of a storage of shards, and the errors of reading from one."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from dcscale.data.errors import DataError
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
-def scheme_of(root: str) -> str | None:
-    """``http`` of ``http://...`` and the like; None for a path."""
+def url_scheme(root: str) -> str | None:
+    """The scheme of an address, such as ``http`` of ``http://...``; None for a path."""
     found = _SCHEME.match(root)
     return found[1] if found else None
 
 
-def shown(root: str) -> str:
-    """A root as messages name it: without credentials, and without a query, which may hold some."""
-    scheme = scheme_of(root)
+def redact(root: str) -> str:
+    """A root for messages: without credentials, and without the query, which may contain secrets."""
+    scheme = url_scheme(root)
     if scheme is None:
         return root
-    place, query, _ = root.partition("?") if scheme in ("http", "https") else (root, "", "")
-    return re.sub(r"(?<=://)[^/]*@", "", place) + (query and "?...")
+    address, query, _ = root.partition("?") if scheme in ("http", "https") else (root, "", "")
+    return re.sub(r"(?<=://)[^/]*@", "", address) + (query and "?...")
 
 
 class UnreadableError(DataError):
-    """An object that cannot be had.
+    """An object is missing or cannot be read.
 
     Args:
-        where: path or address of the object.
-        reason: what kept it from being read.
-        missing: whether there is no such object, so far as one can tell.
+        location: path or address of the object.
+        reason: why it cannot be read.
+        missing: whether the object is known not to exist.
     """
 
-    def __init__(self, where: str, reason: str, *, missing: bool = False) -> None:
-        super().__init__(f"{where}: cannot be read: {reason}")
-        self.where, self.reason, self.missing = where, reason, missing
+    def __init__(self, location: str, reason: str, *, missing: bool = False) -> None:
+        super().__init__(f"{location}: cannot be read: {reason}")
+        self.location, self.reason, self.missing = location, reason, missing
 
 
 class ContentError(DataError):
-    """An object that was read and is not the one that was asked for."""
+    """An object was read, but its size or checksum is not the expected one."""
 
 
 class Storage(ABC):
-    """A root of shards; ``str()`` is how messages name it."""
+    """A root of shards. ``str()`` names it in messages, without secrets."""
 
     @abstractmethod
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         """Path or address of an object, for messages."""
 
     @abstractmethod
     def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
-        """The whole object ``name``.
+        """Read the entire object ``name``.
 
         Args:
             name: path relative to the root, with forward slashes.
-            size: its bytes, where known.
-            sha256: its checksum, where it is to be checked.
+            size: its size in bytes, if known.
+            sha256: its checksum in hexadecimal; None does not check it.
 
         Raises:
             UnreadableError: it is missing or cannot be read.
@@ -68,34 +68,38 @@ class Storage(ABC):
 
     @abstractmethod
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Check without reading that objects are there and have these sizes, as far as that can be told quickly.
+        """Check, without reading them, that objects exist and have these sizes. A remote storage checks a sample.
+
+        Args:
+            sizes: name -> size in bytes.
 
         Raises:
-            UnreadableError: one is missing or cannot be looked at.
+            UnreadableError: one is missing or cannot be accessed.
             ContentError: one has another size.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let reads under way end soon, without what they were to read; later ones are not affected."""
+        """Make reads in progress fail instead of being retried. Later reads are not affected."""
 
 
-def check_content(where: str, data: bytes, size: int | None, sha256: str | None) -> None:
-    """Check bytes against what is known about them.
+def check_content(location: str, data: bytes, size: int | None, sha256: str | None) -> None:
+    """Check the size and the checksum of an object, each unless it is None.
 
     Raises:
-        ContentError: they differ.
+        ContentError: one of them differs.
     """
-    check_size(where, len(data), size)
+    check_size(location, len(data), size)
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ContentError(f"{where}: its SHA-256 is {found}, but the manifest says {sha256}")
+        raise ContentError(f"{location}: its SHA-256 is {found}, but the manifest says {sha256}")
 
 
-def check_size(where: str, found: int, size: int | None) -> None:
-    """Check a number of bytes against what is known about it.
+def check_size(location: str, found: int, size: int | None) -> None:
+    """Check the size of an object in bytes, unless ``size`` is None.
 
     Raises:
         ContentError: it differs.
     """
     if size is not None and found != size:
-        raise ContentError(f"{where}: it has {found} bytes, but the manifest says {size}: it was cut off or replaced")
+        message = f"it has {found} bytes, but the manifest says {size}: it was cut off or replaced"
+        raise ContentError(f"{location}: {message}")

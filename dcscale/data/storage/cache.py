@@ -1,9 +1,9 @@
-"""A bounded store of shards on a local disk, shared by all processes of a machine.
+"""A size-limited cache of shards on a local disk, shared by all processes of a machine.
 
-An entry's name is the checksum of its content. So shards of equal names cannot be mistaken for each other, the same
-shard under two addresses is kept once, and what is found is checked before it is used: a damaged entry costs one more
-download. An entry appears when it is whole; what a killed process leaves unfinished is recognised by its lock, which
-died with it, and removed.
+The name of an entry is the SHA-256 of its content. Different shards of the same name therefore cannot be confused, the
+same shard at two addresses is stored once, and every entry is checked when it is read: a corrupt entry costs one more
+download. An entry is renamed into place when it is complete. A process holds a lock on the entry that it writes; an
+unfinished entry without a lock was left by a killed process and is removed.
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ _log = logging.getLogger("dcscale.data")
 
 
 class CachedStorage(Storage):
-    """Objects whose checksum is known are kept in ``folder``; the others come from ``source`` every time.
+    """Another storage, whose objects of known checksum are kept in ``folder``; others are read from it every time.
 
-    The entries, unfinished ones included, have at most ``most_bytes`` bytes together; those unused for the longest are
-    removed. If the disk fails or is full, reading goes on without it.
+    All entries together, unfinished ones included, take at most ``max_bytes``; the least recently used are removed. If
+    the disk fails or is full, reading continues without storing new entries.
 
     Args:
-        source: where the objects come from.
-        folder: made if it is not there; files in it that are not entries are left alone.
-        most_bytes: the limit, for all processes that use the folder.
+        storage: the storage to read from.
+        folder: folder of the entries; created if missing. Files in it that are not entries are left alone.
+        max_bytes: the limit, for all processes that use the folder.
 
     Raises:
-        DataError: there can be no such folder.
+        DataError: the folder cannot be created.
     """
 
-    def __init__(self, source: Storage, folder: Path, most_bytes: int) -> None:
-        self._source, self._folder, self._most_bytes = source, folder, most_bytes
-        self._kept = True
+    def __init__(self, storage: Storage, folder: Path, max_bytes: int) -> None:
+        self._storage, self._folder, self._max_bytes = storage, folder, max_bytes
+        self._writable = True
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
-                f"data.cache is {folder}, where no folder can be made: {error.strerror}; name another, or null"
-            ) from error
+            message = f"data.cache is {folder}, but this folder cannot be created: {error.strerror}"
+            raise DataError(f"{message}; name another, or null") from error
 
     def __str__(self) -> str:
-        return str(self._source)
+        return str(self._storage)
 
-    def where(self, name: str) -> str:
-        return self._source.where(name)
+    def location(self, name: str) -> str:
+        return self._storage.location(name)
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        self._source.check(sizes)
+        self._storage.check(sizes)
 
     def close(self) -> None:
-        self._source.close()
+        self._storage.close()
 
     def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
         if sha256 is None:
-            return self._source.read(name, size, sha256)
-        data = self._find(size, sha256)
+            return self._storage.read(name, size, sha256)
+        data = self._load(size, sha256)
         if data is None:
-            data = self._source.read(name, size, sha256)
-            if self._kept:
-                self._keep(data, sha256)
+            data = self._storage.read(name, size, sha256)
+            if self._writable:
+                self._store(data, sha256)
         return data
 
-    def _find(self, size: int | None, sha256: str) -> bytes | None:
+    def _load(self, size: int | None, sha256: str) -> bytes | None:
+        """The content of an entry; None if it is missing or corrupt."""
         path = self._folder / sha256
         try:
             data = path.read_bytes()
@@ -85,32 +85,32 @@ class CachedStorage(Storage):
             with suppress(OSError):
                 path.unlink()
             return None
-        with suppress(OSError):  # it may have been removed for room meanwhile
-            os.utime(path)
+        with suppress(OSError):  # another process may have evicted it in the meantime
+            os.utime(path)  # eviction goes by the modification time
         return data
 
-    def _keep(self, data: bytes, sha256: str) -> None:
+    def _store(self, data: bytes, sha256: str) -> None:
         try:
-            with self._reserved(len(data)) as file:
+            with self._reserve(len(data)) as file:
                 file.write(data)
                 file.flush()
                 with self._lock():
                     os.replace(file.name, self._folder / sha256)
         except OSError as error:
-            self._kept = False
-            _log.warning("data.cache in %s gets no more entries from this process: %s", self._folder, error)
+            self._writable = False
+            _log.warning("this process writes no more entries to data.cache in %s: %s", self._folder, error)
 
     @contextmanager
-    def _reserved(self, size: int) -> Iterator[IO[bytes]]:
-        """A new, locked file that counts as an entry of ``size`` bytes already; for it, others are removed."""
-        if size > self._most_bytes:
-            raise OSError(f"a shard of {size} bytes is more than data.cache_bytes, {self._most_bytes}")
+    def _reserve(self, size: int) -> Iterator[IO[bytes]]:
+        """A new, locked file that already counts as an entry of ``size`` bytes; others are evicted for it."""
+        if size > self._max_bytes:
+            raise OSError(f"a shard of {size} bytes is more than data.cache_bytes, {self._max_bytes}")
         with ExitStack() as stack:
             with self._lock():
-                self._make_room(size)
+                self._evict(size)
                 file = stack.enter_context(NamedTemporaryFile(prefix=_UNFINISHED, dir=self._folder, delete=False))
                 fcntl.flock(file, fcntl.LOCK_EX)
-                file.truncate(size)
+                file.truncate(size)  # so that other processes count these bytes from now on
             try:
                 yield file
             except BaseException:
@@ -119,6 +119,7 @@ class CachedStorage(Storage):
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        """Exclusive lock of the folder, between processes."""
         file = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -126,29 +127,30 @@ class CachedStorage(Storage):
         finally:
             os.close(file)
 
-    def _make_room(self, size: int) -> None:
+    def _evict(self, size: int) -> None:
+        """Remove the least recently used entries until ``size`` more bytes fit; the caller holds the lock."""
         entries, total = [], size
         for child in os.scandir(self._folder):
             unfinished = child.name.startswith(_UNFINISHED)
-            with suppress(FileNotFoundError):  # removed by a process that found it damaged
+            with suppress(FileNotFoundError):  # removed by a process that found it corrupt
                 if unfinished and _is_abandoned(child.path):
                     os.unlink(child.path)
                 elif unfinished or _ENTRY.fullmatch(child.name):
-                    about = child.stat()
-                    total += about.st_size
+                    stat = child.stat()
+                    total += stat.st_size
                     if not unfinished:
-                        entries.append((about.st_mtime_ns, about.st_size, child.path))
+                        entries.append((stat.st_mtime_ns, stat.st_size, child.path))
         for _, freed, path in sorted(entries):
-            if total <= self._most_bytes:
+            if total <= self._max_bytes:
                 break
             Path(path).unlink(missing_ok=True)
             total -= freed
-        if total > self._most_bytes:
-            raise OSError(f"what other processes are writing to it takes all of data.cache_bytes, {self._most_bytes}")
+        if total > self._max_bytes:
+            raise OSError(f"what other processes are writing to it fills data.cache_bytes, {self._max_bytes}")
 
 
 def _is_abandoned(path: str) -> bool:
-    """Whether nobody holds the lock of an unfinished entry any more."""
+    """Whether no process holds the lock of an unfinished entry."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

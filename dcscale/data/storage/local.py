@@ -12,23 +12,26 @@ from dcscale.data.storage.base import Storage, UnreadableError, check_content, c
 class LocalStorage(Storage):
     """A folder of this machine.
 
+    Args:
+        folder: path of the folder.
+
     Raises:
-        DataError: there is no such folder, or it may not be looked at.
+        DataError: the folder does not exist or cannot be accessed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            is_there = folder.is_dir()
+            exists = folder.is_dir()
         except OSError as error:
-            raise DataError(f"{folder}: cannot be looked at: {error.strerror}; give a folder that can be") from error
-        if not is_there:
+            raise DataError(f"{folder}: cannot be accessed: {error.strerror}; give an accessible folder") from error
+        if not exists:
             raise DataError(f"{folder}: no such folder; give a folder of shards, as tools/make_shards.py writes it")
 
     def __str__(self) -> str:
         return str(self.folder)
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.folder / name)
 
     def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
@@ -36,7 +39,7 @@ class LocalStorage(Storage):
             data = (self.folder / name).read_bytes()
         except OSError as error:
             raise self._unreadable(name, error) from error
-        check_content(self.where(name), data, size, sha256)
+        check_content(self.location(name), data, size, sha256)
         return data
 
     def check(self, sizes: Mapping[str, int]) -> None:
@@ -45,11 +48,11 @@ class LocalStorage(Storage):
                 found = (self.folder / name).stat().st_size
             except OSError as error:
                 raise self._unreadable(name, error) from error
-            check_size(self.where(name), found, size)
+            check_size(self.location(name), found, size)
 
     def close(self) -> None:
-        """Nothing is waited for."""
+        """Do nothing: reads of local files are not retried."""
 
     def _unreadable(self, name: str, error: OSError) -> UnreadableError:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        return UnreadableError(self.where(name), error.strerror or str(error), missing=missing)
+        return UnreadableError(self.location(name), error.strerror or str(error), missing=missing)

@@ -1,8 +1,8 @@
-"""Shards in an object store: Amazon's S3 and what speaks its protocol, and Google Cloud Storage.
+"""Shards in an object store: Amazon S3 and stores with the same protocol, and Google Cloud Storage.
 
-Read through fsspec, by its implementations s3fs and gcsfs, which are optional. Credentials, endpoints and the like
-come from where the vendors' own tools take them (environment, files in the home folder, the machine's role), or from
-fsspec's ``FSSPEC_S3_...`` variables; ``FSSPEC_S3_ANON=true`` reads public buckets without any.
+Objects are read with fsspec through its optional implementations s3fs and gcsfs. Credentials, endpoints and the like
+are taken from the same places as by the vendors' own tools (environment, files in the home folder, the machine's role),
+or from fsspec's ``FSSPEC_S3_...`` variables; ``FSSPEC_S3_ANON=true`` reads public buckets without credentials.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dcscale.data.storage.base import ContentError, UnreadableError, check_conte
 from dcscale.data.storage.retry import RemoteStorage, RetryPolicy, TransientError
 
 SCHEMES = {"s3": "s3", "gs": "gs"}
-"""Scheme of an address -> extra of this package that installs what reads it."""
+"""Scheme of an address -> extra of this package that installs its fsspec implementation."""
 
-_PART = 1 << 24
-"""Bytes asked for at once, and so the most that is asked for again after a failure."""
+PART_BYTES = 1 << 24
+"""Default size of one request."""
 
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
-"""Errors of libraries that are not imported here."""
+"""Class names of errors, since the libraries that define them are not imported here."""
 
 
 class ObjectStorage(RemoteStorage):
@@ -33,116 +33,125 @@ class ObjectStorage(RemoteStorage):
 
     Args:
         root: ``s3://BUCKET/PREFIX`` or ``gs://BUCKET/PREFIX``.
-        retry: what the store is granted.
+        retry_policy: how long reads are retried.
+        part_bytes: bytes of one request; after a failure at most this much is requested again.
 
     Raises:
-        DataError: what reads it is not installed, or ``root`` names no bucket.
+        DataError: the fsspec implementation is not installed, or ``root`` names no bucket.
     """
 
-    def __init__(self, root: str, retry: RetryPolicy) -> None:
-        super().__init__(retry)
+    def __init__(self, root: str, retry_policy: RetryPolicy, *, part_bytes: int = PART_BYTES) -> None:
+        super().__init__(retry_policy)
+        self._part_bytes = part_bytes
         self._scheme, slashes, self._path = root[:2], root[2:5], root[5:].rstrip("/")
-        if slashes != "://" or not self._path.partition("/")[0] or "@" in self._path.partition("/")[0]:
+        bucket = self._path.partition("/")[0]
+        if slashes != "://" or not bucket or "@" in bucket:
             raise DataError(
                 f"{self._scheme}://...: must be written as {self._scheme}://BUCKET/PREFIX, without credentials, which "
                 f"come from the environment"
             )
-        self._kind = _implementation(self._scheme)
+        self._filesystem_class = _filesystem_class(self._scheme)
 
     def __str__(self) -> str:
         return f"{self._scheme}://{self._path}"
 
-    def where(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self}/{name}"
 
     def read(self, name: str, size: int | None = None, sha256: str | None = None) -> bytes:
-        where, buffer = self.where(name), io.BytesIO()
+        location, buffer = self.location(name), io.BytesIO()
 
         def attempt(deadline: float) -> bytes:
             try:
-                self._download(f"{self._path}/{name}", where, buffer, size, deadline)
+                self._download(f"{self._path}/{name}", location, buffer, size, deadline)
                 data = buffer.getvalue()
-                check_content(where, data, size, sha256)
+                check_content(location, data, size, sha256)
             except ContentError:
                 buffer.seek(0)
                 buffer.truncate()
                 raise
             return data
 
-        return self._retries(where, attempt)
+        return self._retrier.run(location, attempt)
 
-    def _download(self, path: str, where: str, buffer: io.BytesIO, size: int | None, deadline: float) -> None:
-        """Fills ``buffer`` from where an earlier try left it, in parts, up to one byte more than there should be."""
+    def _download(self, path: str, location: str, buffer: io.BytesIO, size: int | None, deadline: float) -> None:
+        """Fill ``buffer`` part by part, from where the last attempt stopped.
+
+        One byte more than ``size`` is requested, so that an object that is too long is noticed.
+        """
         while size is None or buffer.tell() <= size:
             start = buffer.tell()
-            stop = None if size is None else start + _PART if start + _PART < size else size + 1
+            end = start + self._part_bytes
+            stop = None if size is None else end if end < size else size + 1
             limits = {} if stop is None else {"start": start, "end": stop}
-            with self._errors(where):
+            with self._mapped_errors(location):
                 try:
-                    part = self._connections().cat_file(path, **limits, timeout=_left(deadline))
+                    part = self._connected_client().cat_file(path, **limits, timeout=_seconds_left(deadline))
                 except OSError as error:
-                    if error.errno == errno.EINVAL and stop is not None:  # so an object is refused that ends before
-                        check_size(where, self._connections().info(path, timeout=_left(deadline))["size"], size)
+                    if error.errno == errno.EINVAL and stop is not None:  # the range begins at or after the end
+                        found = self._connected_client().info(path, timeout=_seconds_left(deadline))["size"]
+                        check_size(location, found, size)
                     raise
             buffer.write(part)
-            if stop is None or len(part) < stop - start:
+            if stop is None or len(part) < stop - start:  # the end of the object
                 return
 
-    def _look(self, name: str) -> int | None:
-        where = self.where(name)
+    def _size(self, name: str) -> int | None:
+        location = self.location(name)
 
         def attempt(deadline: float) -> int | None:
-            with self._errors(where):
-                return self._connections().info(f"{self._path}/{name}", timeout=_left(deadline))["size"]
+            with self._mapped_errors(location):
+                return self._connected_client().info(f"{self._path}/{name}", timeout=_seconds_left(deadline))["size"]
 
-        return self._retries(where, attempt)
+        return self._retrier.run(location, attempt)
 
     def glob(self) -> list[str]:
-        """Addresses of the folders that match this one's address, a pattern with ``*``, ``?`` or ``[...]``."""
+        """Addresses of the folders that match this root, which is a pattern with ``*``, ``?`` or ``[...]``."""
 
         def attempt(deadline: float) -> list[str]:
-            with self._errors(str(self)):
-                found = self._connections().glob(self._path, detail=True, timeout=_left(deadline))
-            return [f"{self._scheme}://{path}" for path, about in found.items() if about["type"] == "directory"]
+            with self._mapped_errors(str(self)):
+                found = self._connected_client().glob(self._path, detail=True, timeout=_seconds_left(deadline))
+            return [f"{self._scheme}://{path}" for path, info in found.items() if info["type"] == "directory"]
 
-        return self._retries(str(self), attempt)
+        return self._retrier.run(str(self), attempt)
 
     def _connect(self) -> Any:
-        from fsspec.config import conf  # here, since local runs need nothing of it
+        from fsspec.config import conf  # imported here, because local runs do not need fsspec
 
         options: dict[str, Any] = {}
         if self._scheme == "s3":
-            limits = {"connect_timeout": self.retry.timeout, "read_timeout": self.retry.timeout}
+            limits = {"connect_timeout": self.retry_policy.timeout, "read_timeout": self.retry_policy.timeout}
             options["config_kwargs"] = {**conf.get("s3", {}).get("config_kwargs", {}), **limits}
-        return self._kind(skip_instance_cache=True, use_listings_cache=False, **options)
+        # fsspec would otherwise return the same instance, with stale listings, to several storages.
+        return self._filesystem_class(skip_instance_cache=True, use_listings_cache=False, **options)
 
     @contextmanager
-    def _errors(self, where: str) -> Iterator[None]:
-        """Sorts what the libraries raise: they translate what is final, and let anything else through as it came."""
+    def _mapped_errors(self, location: str) -> Iterator[None]:
+        """Map the libraries' errors: those that they translate to built-in types are final, all others transient."""
         try:
             yield
         except DataError:
             raise
         except FileNotFoundError as error:
-            raise UnreadableError(where, "there is no such object", missing=True) from error
+            raise UnreadableError(location, "no such object", missing=True) from error
         except PermissionError as error:
-            raise UnreadableError(where, f"the store refuses it: {error}; check the credentials") from error
+            raise UnreadableError(location, f"the store denies access: {error}; check the credentials") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if type(error).__name__ in _NO_CREDENTIALS:
-                fix = "give some in the environment; FSSPEC_S3_ANON=true reads public buckets without"
-                raise UnreadableError(where, f"{reason}; {fix}") from error
+                fix = "set them in the environment; FSSPEC_S3_ANON=true reads public buckets without"
+                raise UnreadableError(location, f"{reason}; {fix}") from error
             if isinstance(error, OSError) and error.errno == errno.EINVAL:
-                raise UnreadableError(where, f"the store does not understand the request: {error}") from error
+                raise UnreadableError(location, f"the store rejects the request as invalid: {error}") from error
             raise TransientError(reason) from error
 
 
-def _left(deadline: float) -> float:
+def _seconds_left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
 
 
-def _implementation(scheme: str) -> Any:
-    from fsspec import get_filesystem_class  # here, since local runs need nothing of it
+def _filesystem_class(scheme: str) -> Any:
+    from fsspec import get_filesystem_class  # imported here, because local runs do not need fsspec
 
     try:
         return get_filesystem_class(scheme)

@@ -1,6 +1,6 @@
-"""How long to keep trying what may pass by itself: a busy server, a connection that breaks, a body cut short.
+"""Retries for failures that may be temporary, such as a busy server, a broken connection or a body that was cut off.
 
-:class:`RemoteStorage` is what all places outside this machine, which are read so, have in common.
+:class:`RemoteStorage` is the base class of all storages outside this machine; their reads are retried.
 """
 
 from __future__ import annotations
@@ -20,38 +20,44 @@ from dcscale.data.storage.base import ContentError, Storage, UnreadableError, ch
 
 T = TypeVar("T")
 
-LONGEST_WAIT = 60.0
-"""Seconds between two tries, at most, whatever a server asks for."""
+MAX_WAIT = 60.0
+"""Longest wait between two attempts in seconds, even if a server asks for more."""
 
-WRONG_CONTENT_TRIES = 3
-"""Tries after which content that is wrong is taken for what the other side holds, and not for damage on the way."""
+MAX_WRONG_CONTENT = 3
+"""Attempts after which wrong content is no longer taken for a transmission error, but for what the storage holds."""
 
-_TELL_AT = 3
-"""Tries after which a person is told."""
+_WARN_AT_ATTEMPT = 3
+"""Number of the failed attempt that logs a warning."""
+
+CHECK_THREADS = 8
+"""Threads of :meth:`RemoteStorage.check`."""
+
+_CHECK_SAMPLE = 64
+"""Largest number of objects that :meth:`RemoteStorage.check` checks."""
 
 _log = logging.getLogger("dcscale.data")
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """What a slow or failing place is granted."""
+    """How long reads from a slow or failing storage are waited for and retried."""
 
     timeout: float = 30.0
-    """Seconds in which a connection must be made, and in which some byte must arrive."""
+    """Seconds to wait for a connection, and for each next part of a response."""
 
     backoff: float = 1.0
-    """Seconds before the second try, at most; doubled with each further try."""
+    """Upper limit in seconds of the random wait before the second attempt; doubles with each further attempt."""
 
     total: float = 600.0
-    """Seconds for an object with all tries."""
+    """Seconds for all attempts to read an object, waits included."""
 
 
 class TransientError(Exception):
-    """A try failed in a way that may pass.
+    """An attempt failed, but another one may succeed.
 
     Args:
         reason: what happened.
-        wait: seconds the other side asked to wait.
+        wait: seconds that the server asked to wait.
     """
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
@@ -59,115 +65,118 @@ class TransientError(Exception):
         self.wait = wait
 
 
-class Retries:
-    """Tries again, with waits that grow and are drawn at random, so that many processes do not return all at once.
+class Retrier:
+    """Repeats failed attempts with exponential backoff and jitter, so that many processes do not retry in step.
 
-    A place that answers nothing any more is given up for all its objects together: once nothing has come from it for
-    ``retry.total`` seconds, each further object gets a single try. So a process that reads on past failures, and
-    others that wait for it, are not held up by that time for every object.
+    Time is limited per storage and not only per object: once a storage has given no answer for ``policy.total``
+    seconds, each further object gets one attempt. A process that skips unreadable shards, and the ranks that wait for
+    it, would otherwise be delayed by ``policy.total`` for every object.
     """
 
-    def __init__(self, retry: RetryPolicy) -> None:
-        self.retry = retry
-        self._chance = random.Random()  # not the module's, whose state belongs to the run
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.policy = policy
+        self._random = random.Random()  # must not draw from the global generator, whose state belongs to the run
         self._failing_since: float | None = None
-        self._ended = threading.Event()
+        self._cancelled = threading.Event()
 
-    def __reduce__(self) -> tuple[type[Retries], tuple[RetryPolicy]]:
-        return Retries, (self.retry,)
+    def __reduce__(self) -> tuple[type[Retrier], tuple[RetryPolicy]]:
+        return Retrier, (self.policy,)
 
-    def end(self) -> None:
-        """Let the calls under way try no more; later ones are not affected."""
-        self._ended.set()
-        self._ended = threading.Event()
+    def cancel(self) -> None:
+        """Make the calls in progress fail instead of retrying; later calls are not affected."""
+        self._cancelled.set()
+        self._cancelled = threading.Event()
 
-    def __call__(self, where: str, attempt: Callable[[float], T]) -> T:
-        """``attempt(deadline)``, until it succeeds or the time is over.
+    def run(self, location: str, attempt: Callable[[float], T]) -> T:
+        """Call ``attempt(deadline)`` until it succeeds or the time is up.
 
         Args:
-            where: path or address of the object, for messages.
-            attempt: one try, which must not go on past ``deadline`` on the clock of :func:`time.monotonic`.
+            location: path or address of the object, for messages.
+            attempt: one attempt. It must not continue past ``deadline``, a time of :func:`time.monotonic` in seconds.
+
+        Returns:
+            The result of the successful attempt.
 
         Raises:
-            UnreadableError: the time is over, or the attempt says that trying again is of no use, or :meth:`end`.
-            ContentError: the content was wrong ``WRONG_CONTENT_TRIES`` times.
+            UnreadableError: the time is up, or raised by an attempt that failed for good, or :meth:`cancel` was called.
+            ContentError: the content was wrong ``MAX_WRONG_CONTENT`` times.
         """
-        start, tries, wrong, ended = time.monotonic(), 0, 0, self._ended
-        deadline = min(start, self._failing_since or start) + self.retry.total
+        start, attempts, wrong_content, cancelled = time.monotonic(), 0, 0, self._cancelled
+        deadline = min(start, self._failing_since or start) + self.policy.total
         while True:
-            tries += 1
+            attempts += 1
             try:
-                result = attempt(max(deadline, time.monotonic() + self.retry.timeout))
+                # One attempt is always allowed `timeout` seconds, even if the storage's time is already up.
+                result = attempt(max(deadline, time.monotonic() + self.policy.timeout))
             except TransientError as error:
                 self._failing_since = self._failing_since or time.monotonic()
-                reason, asked = str(error), min(error.wait, LONGEST_WAIT)
-            except (ContentError, UnreadableError) as error:  # an answer, if not a good one
-                self._failing_since = None
-                wrong += 1
-                if wrong == WRONG_CONTENT_TRIES or isinstance(error, UnreadableError):
+                reason, requested = str(error), min(error.wait, MAX_WAIT)
+            except (ContentError, UnreadableError) as error:
+                self._failing_since = None  # the storage did answer
+                wrong_content += 1
+                if wrong_content == MAX_WRONG_CONTENT or isinstance(error, UnreadableError):
                     raise
-                reason, asked = str(error), 0.0
+                reason, requested = str(error), 0.0
             else:
                 self._failing_since = None
                 return result
-            most = min(LONGEST_WAIT, self.retry.backoff * 2 ** min(tries - 1, 30))
-            wait = max(asked, self._chance.uniform(0, most))
+            # Full jitter: wait ~ U(0, min(MAX_WAIT, backoff * 2^(attempts - 1))); 30 keeps the power finite.
+            longest = min(MAX_WAIT, self.policy.backoff * 2 ** min(attempts - 1, 30))
+            wait = max(requested, self._random.uniform(0, longest))
             now = time.monotonic()
             if now + wait > deadline:
-                raise UnreadableError(where, f"{reason}; given up after {tries} tries in {now - start:.0f} s")
-            if tries == _TELL_AT:
-                _log.warning("%s: %s; trying again for up to %.0f s", where, reason, deadline - now)
-            if ended.wait(wait):
-                raise UnreadableError(where, f"{reason}; reading was ended after {tries} tries")
-
-
-_LOOKED_AT = 64
-"""Objects, of all that are to be checked."""
-AT_ONCE = 8
-"""Objects looked at by as many threads."""
+                message = f"{reason}; stopped after {attempts} attempts in {now - start:.0f} s"
+                raise UnreadableError(location, message)
+            if attempts == _WARN_AT_ATTEMPT:
+                _log.warning("%s: %s; retrying for up to %.0f s", location, reason, deadline - now)
+            if cancelled.wait(wait):
+                raise UnreadableError(location, f"{reason}; cancelled after {attempts} attempts")
 
 
 class RemoteStorage(Storage):
-    """A place outside this machine, read with ``retry``.
+    """A storage outside this machine, read with retries.
 
-    Its check looks at up to 64 objects, evenly spread: looking at each of many thousands takes longer than noticing a
-    missing one when its turn comes.
+    :meth:`check` checks up to 64 evenly spaced objects: checking each of many thousands would take longer than noticing
+    a missing one when it is read.
+
+    Args:
+        retry_policy: how long reads are retried.
     """
 
-    def __init__(self, retry: RetryPolicy) -> None:
-        self.retry = retry
-        self._retries = Retries(retry)
+    def __init__(self, retry_policy: RetryPolicy) -> None:
+        self.retry_policy = retry_policy
+        self._retrier = Retrier(retry_policy)
         self._client: Any = None
-        self._owner = 0
+        self._client_pid = 0
 
     def check(self, sizes: Mapping[str, int]) -> None:
         names = list(sizes)
-        chosen = names[:: max(1, -(-len(names) // _LOOKED_AT))]
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            for name, found in zip(chosen, threads.map(self._look, chosen)):
+        sample = names[:: max(1, -(-len(names) // _CHECK_SAMPLE))]
+        with ThreadPoolExecutor(CHECK_THREADS) as threads:
+            for name, found in zip(sample, threads.map(self._size, sample)):
                 if found is not None:
-                    check_size(self.where(name), found, sizes[name])
+                    check_size(self.location(name), found, sizes[name])
 
     def close(self) -> None:
-        self._retries.end()
+        self._retrier.cancel()
 
     @abstractmethod
-    def _look(self, name: str) -> int | None:
-        """Size of an object, None where the place does not say.
+    def _size(self, name: str) -> int | None:
+        """Size of an object in bytes; None if the storage does not report it.
 
         Raises:
-            UnreadableError: it is missing or cannot be looked at.
+            UnreadableError: the object is missing or cannot be accessed.
         """
 
     @abstractmethod
     def _connect(self) -> Any:
-        """What holds the connections."""
+        """Make the client object that holds the connections."""
 
-    def _connections(self) -> Any:
-        """What holds the connections of this process: they must not be shared with a forked one."""
-        if self._owner != os.getpid():
-            self._client, self._owner = self._connect(), os.getpid()
+    def _connected_client(self) -> Any:
+        """The client of this process; a forked process makes its own, since connections cannot be shared."""
+        if self._client_pid != os.getpid():
+            self._client, self._client_pid = self._connect(), os.getpid()
         return self._client
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_owner": 0}
+        return {**self.__dict__, "_client": None, "_client_pid": 0}

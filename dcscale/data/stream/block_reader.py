@@ -1,4 +1,4 @@
-"""Windows made of shards by threads, ahead of need."""
+"""Shuffle blocks built from shards by threads, before they are needed."""
 
 from __future__ import annotations
 
@@ -8,162 +8,161 @@ from concurrent.futures import Future
 from typing import Any
 
 from dcscale.data.errors import DataError
-from dcscale.data.stream.sequences import Window
-
-Key = tuple[int, int]
-"""(epoch, number of the window in it)."""
+from dcscale.data.stream.order import BlockKey
+from dcscale.data.stream.sequences import ShuffleBlock
 
 _CLOSED = "reading was ended"
 
 
 class BlockPrefetcher:
-    """Makes the windows that are wanted, the first first, and keeps them as long as they are.
+    """Builds the blocks that are wanted, in order, and holds them until they are no longer wanted.
 
-    The shards of a window are read by up to ``threads`` threads at once; where a window has fewer shards, several
-    windows are made at a time. So the raw shards held are at most ``threads`` or those of one window, whichever is
-    more, and those that are still being read for windows wanted no more. The threads end with their window; being
-    daemons, they never keep a process from ending.
+    The shards of a block are read by up to ``threads`` threads at once. Where a block has fewer shards than that,
+    several blocks are built at the same time. So at most max(``threads``, shards of one block) raw shards are held,
+    plus those still being read for blocks that are no longer wanted. The threads end with their block. They are
+    daemons, so they never keep a process from ending.
 
     Args:
-        shards_of: shards of a window.
-        read: reads one shard; its last argument says that the window is needed now, and this is the last try.
-        pack: makes a window of what was read of its shards.
+        shards_of: returns the shards of a block.
+        read: reads one shard; its second argument is true if the block is needed now, at the last attempt.
+        build: builds a block from what was read of its shards.
         threads: shards read at once.
     """
 
     def __init__(
         self,
-        shards_of: Callable[[Key], list[int]],
+        shards_of: Callable[[BlockKey], list[int]],
         read: Callable[[int, bool], Any],
-        pack: Callable[[Key, list[Any]], Window],
+        build: Callable[[BlockKey, list[Any]], ShuffleBlock],
         threads: int,
     ) -> None:
-        self._shards_of, self._read, self._pack, self._threads = shards_of, read, pack, threads
+        self._shards_of, self._read, self._build, self._threads = shards_of, read, build, threads
         self._lock = threading.Lock()
-        self._wanted: dict[Key, _Making] = {}
+        self._wanted: dict[BlockKey, _PendingBlock] = {}
         self._closed = False
 
     def __len__(self) -> int:
-        """Windows held, or to be made."""
+        """Blocks held or still to be built."""
         return len(self._wanted)
 
-    def want(self, keys: Iterable[Key]) -> None:
-        """Keep these windows and no others; those that are not there are made, in this order.
+    def want(self, keys: Iterable[BlockKey]) -> None:
+        """Hold these blocks and evict all others; missing ones are built, in this order.
 
         Raises:
-            DataError: the reader is closed.
+            DataError: the prefetcher is closed.
         """
         with self._lock:
             if self._closed:
                 raise DataError(_CLOSED)
-            self._wanted = {key: self._wanted.get(key) or _Making(key) for key in keys}
+            self._wanted = {key: self._wanted.get(key) or _PendingBlock(key) for key in keys}
             self._start()
 
-    def get(self, key: Key) -> Window:
-        """A wanted window; waits for it.
-
-        What kept it from being made may have passed since, so it is then tried once more.
+    def get(self, key: BlockKey) -> ShuffleBlock:
+        """A wanted block; waits for it.
 
         Raises:
-            DataError: it cannot be made.
+            DataError: it cannot be built, or the prefetcher was closed.
         """
-        making = self._wanted.get(key)
-        if making is None:  # closed since it was wanted
+        pending = self._wanted.get(key)
+        if pending is None:  # closed since it was wanted
             raise DataError(_CLOSED)
         try:
-            return making.window.result()
+            return pending.block.result()
         except DataError:
+            # The cause may have been temporary, and the block was read too early to count: try once more, first of all.
             with self._lock:
-                if self._wanted.get(key) is not making:  # closed meanwhile
+                if self._wanted.get(key) is not pending:  # closed meanwhile
                     raise
-                again = _Making(key, needed=True)
-                self._wanted = {key: again, **{kept: made for kept, made in self._wanted.items() if kept != key}}
+                retry = _PendingBlock(key, needed=True)
+                self._wanted = {key: retry, **{other: block for other, block in self._wanted.items() if other != key}}
                 self._start()
         try:
-            return again.window.result()
+            return retry.block.result()
         except DataError:
             with self._lock:
                 self._wanted.pop(key, None)
             raise
 
     def close(self) -> None:
-        """Let go of all windows; who waits for one, or wants one, gets a DataError until it is opened again."""
+        """Release all blocks; :meth:`get` and :meth:`want` raise a DataError until :meth:`reopen`."""
         with self._lock:
             self._closed = True
-            for making in self._wanted.values():
-                making.fail(DataError(_CLOSED))
+            for pending in self._wanted.values():
+                pending.fail(DataError(_CLOSED))
             self._wanted = {}
 
-    def open(self) -> bool:
+    def reopen(self) -> bool:
         """Undo :meth:`close`; returns whether it was closed."""
         with self._lock:
             was_closed, self._closed = self._closed, False
         return was_closed
 
     def _start(self) -> None:
-        # What is wanted no more does not count: it may be stuck, and must not keep others waiting.
-        in_making = sum(making.started and not making.window.done() for making in self._wanted.values())
-        for making in self._wanted.values():
-            if making.started:
+        """Start as many of the wanted blocks as the threads allow. The lock is held."""
+        # Blocks that are no longer wanted do not count: their reads may be stuck, and must not block the others.
+        building = sum(pending.started and not pending.block.done() for pending in self._wanted.values())
+        for pending in self._wanted.values():
+            if pending.started:
                 continue
-            shards = self._shards_of(making.key)
-            if in_making and (in_making + 1) * len(shards) > self._threads:
+            shards = self._shards_of(pending.key)
+            if building and (building + 1) * len(shards) > self._threads:
                 return
-            in_making += 1
-            making.start(shards, threads=min(self._threads, len(shards)))
-            for _ in range(making.threads):
-                threading.Thread(target=self._work, args=(making,), name="dcscale-read", daemon=True).start()
+            building += 1
+            pending.start(shards, threads=min(self._threads, len(shards)))
+            for _ in range(pending.threads):
+                threading.Thread(target=self._work, args=(pending,), name="dcscale-read", daemon=True).start()
 
-    def _work(self, making: _Making) -> None:
-        """Reads shards of a window until none is left; who comes last packs it."""
-        while (item := self._next(making)) is not None:
-            place, shard = item
+    def _work(self, pending: _PendingBlock) -> None:
+        """Read shards of a block until none is left; the last thread to finish builds the block."""
+        while (item := self._next(pending)) is not None:
+            position, shard = item
             try:
-                making.parts[place] = self._read(shard, making.needed)
-            except BaseException as error:  # raised by who needs the window
-                making.fail(error)
+                pending.contents[position] = self._read(shard, pending.needed)
+            except BaseException as error:  # raised by get()
+                pending.fail(error)
         with self._lock:
-            making.threads -= 1
-            if making.threads:
+            pending.threads -= 1
+            if pending.threads:
                 return
         try:
-            if not making.window.done() and self._wanted.get(making.key) is making:
-                making.finish(self._pack(making.key, making.parts))
-        except BaseException as error:  # as above
-            making.fail(error)
-        making.parts = []
+            if not pending.block.done() and self._wanted.get(pending.key) is pending:
+                pending.finish(self._build(pending.key, pending.contents))
+        except BaseException as error:  # raised by get()
+            pending.fail(error)
+        pending.contents = []  # free the raw shards
         with self._lock:
             self._start()
 
-    def _next(self, making: _Making) -> tuple[int, int] | None:
+    def _next(self, pending: _PendingBlock) -> tuple[int, int] | None:
+        """(position in the block, shard) to read next; None if none is left or the block is no longer wanted."""
         with self._lock:
-            if not making.todo or making.window.done() or self._wanted.get(making.key) is not making:
+            if not pending.unread or pending.block.done() or self._wanted.get(pending.key) is not pending:
                 return None
-            return making.todo.pop(0)
+            return pending.unread.pop(0)
 
 
-class _Making:
-    """A window on its way."""
+class _PendingBlock:
+    """A block that is to be built, is being built, or is done."""
 
-    def __init__(self, key: Key, needed: bool = False) -> None:
+    def __init__(self, key: BlockKey, needed: bool = False) -> None:
         self.key, self.needed = key, needed
-        self.window: Future[Window] = Future()
+        self.block: Future[ShuffleBlock] = Future()
         self.started = False
-        self.todo: list[tuple[int, int]] = []
-        self.parts: list[Any] = []
+        self.unread: list[tuple[int, int]] = []
+        self.contents: list[Any] = []
         self.threads = 0
         self._end = threading.Lock()
 
     def start(self, shards: list[int], threads: int) -> None:
         self.started, self.threads = True, threads
-        self.todo, self.parts = list(enumerate(shards)), [None] * len(shards)
+        self.unread, self.contents = list(enumerate(shards)), [None] * len(shards)
 
-    def finish(self, window: Window) -> None:
+    def finish(self, block: ShuffleBlock) -> None:
         with self._end:
-            if not self.window.done():
-                self.window.set_result(window)
+            if not self.block.done():
+                self.block.set_result(block)
 
     def fail(self, error: BaseException) -> None:
         with self._end:
-            if not self.window.done():
-                self.window.set_exception(error)
+            if not self.block.done():
+                self.block.set_exception(error)

@@ -1,25 +1,30 @@
-"""The order of sequences: a pure function of a sequence's global number, from the manifest's token counts alone.
+"""The order of sequences: a pure function of a sequence's number and the token counts in the manifest.
 
-A run numbers its sequences g = 0, 1, 2, ...; optimizer step t takes [t*B, (t+1)*B). Where g lies depends on the data
-and on sequence length L, slots V, shards a window K and the seed; not on ranks, workers, batch size or prefetching.
+A run numbers its sequences g = 0, 1, 2, ...; optimizer step t takes [t*B, (t+1)*B). Where sequence g is depends on the
+data, the sequence length L, the number of slots V, the shards per block K and the seed; not on ranks, workers, batch
+size or prefetching.
 
-1. An epoch permutes the shards; each K consecutive ones form a window: the unit of shuffling and of reading.
-2. Each window's documents are permuted. All windows, one after another, are the epoch's T tokens. Sequence s is the
-   L + 1 tokens from s*L on: its L inputs and L targets. An epoch has N = ceil((T - 1) / L) sequences, whatever its
+1. An epoch permutes the shards. Each K consecutive shards form a shuffle block: the unit of shuffling and of reading.
+2. The documents of each block are permuted. All blocks, one after another, are the T tokens of the epoch. Sequence s is
+   the L + 1 tokens from s*L on: its L inputs and L targets. An epoch has N = ceil((T - 1) / L) sequences, whatever its
    permutation; only the very last is padded, and every token but the first is a target exactly once.
-   Shards made of rows (see :mod:`dcscale.data.prepare.packing`) are cut at the rows instead, and it is rows that a
-   window permutes: sequence s is the tokens from s*(L + 1) on, and N = T / (L + 1).
-3. The N sequences are cut into V contiguous runs, one a slot, whose lengths differ by at most one. Position g is row
-   (g mod N) div V of slot (g mod N) mod V. Each slot reads forward, and slots begin in the middle of windows, so
-   neighbours in a batch come from all over the epoch and window changes are spread over time.
+   Shards of packed rows (see :mod:`dcscale.data.prepare.packing`) are cut at the rows instead, and a block permutes its
+   rows: sequence s is the L + 1 tokens from s*(L + 1) on, and N = T / (L + 1).
+3. The N sequences are cut into V contiguous runs, whose lengths differ by at most one. Number g is sequence
+   (g mod N) div V of run (g mod N) mod V. Slot v reads the numbers with g mod V = v, so in each epoch it reads one run
+   forward. Runs begin in the middle of blocks, so neighbours in a batch come from all over the epoch, and slots move
+   to their next blocks at different times.
+
+:class:`Order` does 1 and 2 for one source; a :class:`Planner` does 3, for one source or several.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -28,54 +33,71 @@ ORDER_VERSION = 1
 
 
 def permutation(count: int, purpose: str, *numbers: int) -> np.ndarray:
-    """A permutation of ``range(count)``, int64 [count], decided by ``purpose`` and ``numbers``.
+    """A permutation of ``range(count)``, int64 [count], determined by ``purpose`` and ``numbers``.
 
     Sorts the raw 64-bit words of Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-    NumPy fixes those words for good, which it does not for its own ``permutation`` (NEP 19).
+    NumPy guarantees that those words never change; it does not guarantee this for its own ``permutation`` (NEP 19).
     """
     key = hashlib.blake2b(repr((purpose, *map(int, numbers))).encode(), digest_size=16).digest()
     words = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(count)
     return np.argsort(words, kind="stable")
 
 
-class Piece(NamedTuple):
-    """Part of a sequence: tokens [start, stop) of a window."""
+class BlockKey(NamedTuple):
+    """Identifies a shuffle block of a source."""
 
-    window: int
-    start: int
-    stop: int
-
-
-class Stretch(NamedTuple):
-    """Sequences that follow each other in a window, or a part of one."""
-
-    first: int
-    """Which of those asked for is the first."""
-
-    count: int
     epoch: int
-    window: int
+    index: int
+    """Position of the block in the epoch, from 0."""
 
+
+class Location(NamedTuple):
+    """Which sequences of which sources N numbers are; int64 [N] each."""
+
+    source_N: np.ndarray
+    epoch_N: np.ndarray
+    """Epoch of the source."""
+
+    index_N: np.ndarray
+    """Index of the sequence in that epoch."""
+
+    slot_N: np.ndarray
+    """Slot that reads the sequence."""
+
+    def select(self, of_n: np.ndarray) -> Location:
+        """The same of some of the numbers, by index."""
+        return Location(*(x_N[of_n] for x_N in self))
+
+
+class Placement(NamedTuple):
+    """Tokens of one block, and the rows of a group of sequences that they fill.
+
+    Row ``rows_n[i]`` takes tokens [start + i * stride, stop + i * stride) of the block, from ``column`` on, where
+    ``stride`` is :attr:`Order.stride`.
+    """
+
+    source: int
+    slot: int
+    block: BlockKey
+    rows_n: np.ndarray
     column: int
-    """Tokens of the first that lie before: above 0 where it has begun in another window."""
+    """Above 0 where the first of the sequences begins in an earlier block."""
 
     start: int
     stop: int
-    """Tokens [start, stop) of the window are those of the first; the others' lie ``stride`` further each."""
 
 
 class Order:
-    """Where every sequence of one source lies.
+    """The order of one source: shards in blocks, documents in blocks, sequences in epochs.
 
     Args:
         shard_tokens: tokens of each shard, from the manifest; their sum must exceed ``sequence_length``.
-        sequence_length: L, targets a sequence.
-        slots: V, independent read positions.
-        shuffle_shards: K, shards a window.
+        sequence_length: L, targets per sequence.
+        shuffle_shards: K, shards per block.
         seed: seed of all permutations.
         shuffle: false keeps shards and documents in the manifest's order, in every epoch.
-        source: number of the source among several that share a seed.
-        rows: the shards are made of rows of ``sequence_length + 1`` tokens.
+        source_number: number of the source among several that share a seed.
+        rows: the shards consist of packed rows of ``sequence_length + 1`` tokens.
     """
 
     def __init__(
@@ -83,99 +105,182 @@ class Order:
         shard_tokens: Sequence[int],
         *,
         sequence_length: int,
-        slots: int,
         shuffle_shards: int,
         seed: int,
         shuffle: bool = True,
-        source: int = 0,
+        source_number: int = 0,
         rows: bool = False,
     ) -> None:
         self.sequence_length = sequence_length
-        self.slots = slots
         self.shuffle_shards = shuffle_shards
         self.shuffle = shuffle
-        self._rng_key = (int(seed), int(source))
+        self._rng_key = (int(seed), int(source_number))
         self._shard_tokens = np.array(shard_tokens, dtype=np.int64)
         self.tokens = int(self._shard_tokens.sum())
         self.stride = sequence_length + rows
-        """Tokens from one sequence to the next."""
+        """Tokens from the start of one sequence to the start of the next."""
         self.sequences_per_epoch = self.tokens // self.stride if rows else -(-(self.tokens - 1) // self.stride)
+        # Two: at the end of an epoch, slots enter the next one while others still read this one.
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
 
-    def locate(self, g: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, index of the sequence in it) of global sequence numbers ``g``, in their shape."""
-        epoch, position = np.divmod(g, self.sequences_per_epoch)
-        row, slot = np.divmod(position, self.slots)
-        length, longer = divmod(self.sequences_per_epoch, self.slots)
-        return epoch, slot * length + np.minimum(slot, longer) + row
-
-    def pieces(self, epoch: int, index: int) -> list[Piece]:
-        """The L + 1 tokens of a sequence (fewer for an epoch's last), in order, as parts of windows."""
-        found = self.stretches(np.array([epoch]), np.array([index]), np.zeros(1))
-        return [Piece(stretch.window, stretch.start, stretch.stop) for stretch in found]
-
-    def stretches(self, epoch_N: np.ndarray, index_N: np.ndarray, group_N: np.ndarray) -> list[Stretch]:
-        """The tokens of N sequences, in order, as parts of windows.
-
-        Sequences of one group that follow each other there and in a window are taken together.
-        """
-        found = []
-        begin_N, end_N = self._ends(index_N)
-        for epoch in np.unique(epoch_N).tolist():
-            _, starts = self._epoch(epoch)
-            of_n = np.flatnonzero(epoch_N == epoch)
-            window_n, last_n = _windows(starts, begin_N[of_n], end_N[of_n])
-            parts_n = last_n - window_n + 1
-            # A part is that of a sequence which lies in one window.
-            of_P = np.repeat(of_n, parts_n)
-            window_P = np.arange(len(of_P)) + np.repeat(window_n - np.cumsum(parts_n) + parts_n, parts_n)
-            first_P = starts[window_P]
-            start_P = np.maximum(begin_N[of_P] - first_P, 0)
-            stop_P = np.minimum(end_N[of_P], starts[window_P + 1]) - first_P
-            column_P = start_P + first_P - begin_N[of_P]
-            steps = ((of_P, 1), (group_N[of_P], 0), (window_P, 0), (start_P, self.stride), (stop_P, self.stride))
-            goes_on = np.logical_and.reduce([np.diff(x_P) == step for x_P, step in steps])
-            heads = np.flatnonzero(np.concatenate([[True], ~goes_on]))
-            counts = np.diff(heads, append=len(of_P))
-            columns = [x[heads].tolist() for x in (of_P, window_P, column_P, start_P, stop_P)]
-            found += map(Stretch, columns[0], counts.tolist(), repeat(epoch), *columns[1:])
-        return sorted(found)
-
-    def windows(self, epoch_N: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The first and the last window of sequences, int64 [N] each, numbered through all epochs."""
-        first_N, last_N = np.empty_like(index_N), np.empty_like(index_N)
-        begin_N, end_N = self._ends(index_N)
-        for epoch in np.unique(epoch_N).tolist():
-            _, starts = self._epoch(epoch)
-            of_n = epoch_N == epoch
-            windows = _windows(starts, begin_N[of_n], end_N[of_n])
-            first_N[of_n], last_N[of_n] = (epoch * len(starts) + window_n for window_n in windows)
-        return first_N, last_N
-
-    def shards(self, epoch: int, window: int) -> list[int]:
-        """Numbers of the shards of a window, in order."""
+    def shards(self, block: BlockKey) -> list[int]:
+        """Numbers of the shards of a block, in order; empty past the last block of the epoch."""
+        epoch, index = block
         shards, _ = self._epoch(epoch)
-        return shards[window * self.shuffle_shards : (window + 1) * self.shuffle_shards].tolist()
+        return shards[index * self.shuffle_shards : (index + 1) * self.shuffle_shards].tolist()
 
-    def documents(self, epoch: int, window: int, count: int) -> np.ndarray:
-        """Order of the ``count`` documents or rows of a window, int64 [count]; they are numbered through its shards."""
+    def document_order(self, block: BlockKey, count: int) -> np.ndarray:
+        """Order of a block's ``count`` documents or rows, numbered through its shards; int64 [count]."""
         if not self.shuffle:
             return np.arange(count)
-        return permutation(count, "documents", *self._rng_key, epoch, window)
+        return permutation(count, "documents", *self._rng_key, *block)
 
-    def _ends(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def blocks(self, epoch_N: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First and last block of sequences, int64 [N] each, numbered through all epochs."""
+        first_N, last_N = np.empty_like(index_N), np.empty_like(index_N)
+        begin_N, end_N = self._token_range(index_N)
+        for epoch in np.unique(epoch_N).tolist():
+            _, block_starts = self._epoch(epoch)
+            of_n = epoch_N == epoch
+            blocks = _blocks_of(block_starts, begin_N[of_n], end_N[of_n])
+            first_N[of_n], last_N[of_n] = (epoch * len(block_starts) + block_n for block_n in blocks)
+        return first_N, last_N
+
+    def placements(self, location: Location, group_N: np.ndarray, row_N: np.ndarray) -> list[tuple[int, Placement]]:
+        """Placements of N sequences of this source, in order of (group, slot, row).
+
+        Consecutive sequences of a slot that are in one group and one block share a placement.
+
+        Args:
+            location: where the sequences are.
+            group_N: group of each sequence, int64 [N].
+            row_N: row of each sequence in its group, int64 [N].
+
+        Returns:
+            (group, placement) of each placement.
+        """
+        by_slot_N = np.lexsort((row_N, location.slot_N, group_N))
+        source_N, epoch_N, index_N, slot_N = location.select(by_slot_N)
+        group_N, row_N = group_N[by_slot_N], row_N[by_slot_N]
+        begin_N, end_N = self._token_range(index_N)
+        found = []
+        for epoch in np.unique(epoch_N).tolist():
+            _, block_starts = self._epoch(epoch)
+            of_n = np.flatnonzero(epoch_N == epoch)
+            first_n, last_n = _blocks_of(block_starts, begin_N[of_n], end_N[of_n])
+            count_n = last_n - first_n + 1
+            # Split sequences at block boundaries into P parts: part p belongs to sequence of_P[p] and block block_P[p].
+            of_P = np.repeat(of_n, count_n)
+            block_P = np.arange(len(of_P)) + np.repeat(first_n - np.cumsum(count_n) + count_n, count_n)
+            block_start_P = block_starts[block_P]
+            start_P = np.maximum(begin_N[of_P] - block_start_P, 0)
+            stop_P = np.minimum(end_N[of_P], block_starts[block_P + 1]) - block_start_P
+            column_P = start_P + block_start_P - begin_N[of_P]
+            # A part continues a placement if everything advances as from one sequence to the next.
+            steps = (
+                (of_P, 1),
+                (group_N[of_P], 0),
+                (slot_N[of_P], 0),
+                (block_P, 0),
+                (start_P, self.stride),
+                (stop_P, self.stride),
+            )
+            continues = np.logical_and.reduce([np.diff(x_P) == step for x_P, step in steps])
+            heads = np.flatnonzero(np.concatenate([[True], ~continues]))
+            # Part heads[i] begins a placement of the sequences [first[i], end[i]).
+            first = of_P[heads]
+            end = first + np.diff(heads, append=len(of_P))
+            fields = (first, end, group_N[first], source_N[first], slot_N[first])
+            fields += (block_P[heads], column_P[heads], start_P[heads], stop_P[heads])
+            for n, stop_n, group, source, slot, block, column, start, stop in zip(*(x.tolist() for x in fields)):
+                placement = Placement(source, slot, BlockKey(epoch, block), row_N[n:stop_n], column, start, stop)
+                found.append((n, group, placement))
+        # Epochs were planned one by one. The sort is stable: parts of a sequence stay in the order of their blocks.
+        found.sort(key=itemgetter(0))
+        return [(group, placement) for _, group, placement in found]
+
+    def _token_range(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token of sequences in the epoch, and the end of their tokens."""
         begin_N = index_N * self.stride
         return begin_N, np.minimum(begin_N + self.sequence_length + 1, self.tokens)
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order of the shards [S], first token of each window and the epoch's end [windows + 1])."""
+        """(order of the shards [S], first token of each block and the end of the epoch [blocks + 1])."""
         count = len(self._shard_tokens)
         shards = permutation(count, "shards", *self._rng_key, epoch) if self.shuffle else np.arange(count)
         ends = np.cumsum(self._shard_tokens[shards])
         return shards, np.concatenate([[0], ends[self.shuffle_shards - 1 : -1 : self.shuffle_shards], [self.tokens]])
 
 
-def _windows(starts: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last window that tokens [begin, end) lie in, by the windows' first tokens."""
-    return np.searchsorted(starts, begin_N, side="right") - 1, np.searchsorted(starts, end_N) - 1
+def _blocks_of(block_starts: np.ndarray, begin_N: np.ndarray, end_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last block of the tokens [begin, end), by the first token of each block."""
+    return np.searchsorted(block_starts, begin_N, side="right") - 1, np.searchsorted(block_starts, end_N) - 1
+
+
+class Planner(ABC):
+    """Maps sequence numbers to placements; a pure function.
+
+    Args:
+        orders: order of each source.
+        slots: V, independent read positions.
+    """
+
+    def __init__(self, orders: Sequence[Order], slots: int) -> None:
+        self.orders, self.slots = list(orders), slots
+
+    @abstractmethod
+    def locate(self, numbers_N: np.ndarray) -> Location:
+        """Source, epoch, index and slot of sequence numbers, int64 [N]."""
+
+    @abstractmethod
+    def count(self, source: int, stop: np.ndarray | int) -> np.ndarray | int:
+        """How many of the numbers below ``stop`` belong to a source, in the shape of ``stop``."""
+
+    def blocks(self, location: Location) -> tuple[np.ndarray, np.ndarray]:
+        """First and last block of each sequence, int64 [N] each, numbered through all sources and epochs."""
+        first_N, last_N = np.empty_like(location.index_N), np.empty_like(location.index_N)
+        for source, of_n in self._by_source(location):
+            blocks = self.orders[source].blocks(location.epoch_N[of_n], location.index_N[of_n])
+            first_N[of_n], last_N[of_n] = (block_n * len(self.orders) + source for block_n in blocks)
+        return first_N, last_N
+
+    def placements(self, location: Location, group_N: np.ndarray, row_N: np.ndarray) -> Iterator[tuple[int, Placement]]:
+        """Placements of N sequences, source by source; see :meth:`Order.placements`."""
+        for source, of_n in self._by_source(location):
+            yield from self.orders[source].placements(location.select(of_n), group_N[of_n], row_N[of_n])
+
+    def placements_of(self, number: int) -> list[Placement]:
+        """Placements of a single sequence."""
+        location, zero_N = self.locate(np.array([number])), np.zeros(1, dtype=np.int64)
+        return [placement for _, placement in self.placements(location, zero_N, zero_N)]
+
+    def _by_source(self, location: Location) -> Iterator[tuple[int, np.ndarray]]:
+        """Each source that occurs, and which sequences are its own."""
+        for source in np.unique(location.source_N).tolist():
+            yield source, np.flatnonzero(location.source_N == source)
+
+
+class SinglePlanner(Planner):
+    """Planner of a single source.
+
+    Args:
+        order: order of the source.
+        slots: V.
+    """
+
+    def __init__(self, order: Order, slots: int) -> None:
+        super().__init__([order], slots)
+
+    def locate(self, numbers_N: np.ndarray) -> Location:
+        """See :meth:`Planner.locate`."""
+        sequences = self.orders[0].sequences_per_epoch
+        epoch_N, position_N = np.divmod(numbers_N, sequences)
+        in_run_N, run_N = np.divmod(position_N, self.slots)
+        # The first ``longer`` runs have one sequence more than the others.
+        length, longer = divmod(sequences, self.slots)
+        index_N = run_N * length + np.minimum(run_N, longer) + in_run_N
+        return Location(np.zeros_like(numbers_N), epoch_N, index_N, numbers_N % self.slots)
+
+    def count(self, source: int, stop: np.ndarray | int) -> np.ndarray | int:
+        """See :meth:`Planner.count`."""
+        return stop

@@ -1,10 +1,9 @@
-"""Packing: the documents of a window one after another, and sequences of fixed length cut from them.
+"""Packing: the documents of a block one after another, and the sequences of fixed length cut from them.
 
-Either documents follow each other without a gap and are cut wherever a sequence ends (concatenate and split), or the
-shards were made of rows, which are sequences already: :mod:`dcscale.data.prepare.packing` says what is
-in them.
+Either documents follow each other without a gap and are cut where a sequence ends (concatenate and split), or the
+shards consist of packed rows, which are sequences already; see :mod:`dcscale.data.prepare.packing`.
 
-Axes: N sequences, n of them that follow each other, L tokens a sequence (inputs and targets each).
+Axes: N sequences; n of them, consecutive ones of a slot; L tokens per sequence (inputs and targets each).
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dcscale.data.shards.skipped import SkippedShard
+from dcscale.data.stream.order import Placement
 
 IGNORED = -100
 """Target of a position that has no loss."""
 
 
 @dataclass(frozen=True)
-class Window:
-    """Documents in their final order."""
+class ShuffleBlock:
+    """Documents of some shards in shuffled order."""
 
     tokens: np.ndarray
     """uint16 or uint32 [tokens]."""
@@ -30,30 +30,31 @@ class Window:
     ends: np.ndarray
     """End of each document in ``tokens``, int64 [documents]."""
 
-    lost: np.ndarray | None = None
-    """Whether a token only stands for one of a shard that was given up, bool [tokens]; None where none does."""
+    is_placeholder: np.ndarray | None = None
+    """Whether a token is a placeholder for one of a skipped shard, bool [tokens]; None if none is."""
 
     skipped: tuple[SkippedShard, ...] = ()
-    """Shards that were given up when it was made."""
+    """Shards that were skipped when the block was built."""
 
 
-def pack_block(documents: list[np.ndarray], order: np.ndarray) -> Window:
+def pack_block(documents: list[np.ndarray], order: np.ndarray) -> ShuffleBlock:
     """Put ``documents`` one after another in the given ``order`` [documents]."""
     ordered = [documents[i] for i in order.tolist()]
-    # Not NumPy, which lets other threads run after each document, and then has to wait for them.
-    return Window(np.frombuffer(b"".join(ordered), documents[0].dtype), _ends(ordered))
+    # Not np.concatenate: it releases the GIL after each document and then has to wait for the other threads.
+    return ShuffleBlock(np.frombuffer(b"".join(ordered), documents[0].dtype), _ends(ordered))
 
 
-def pack_rows(documents: list[np.ndarray], order: np.ndarray, row_tokens: int) -> Window:
-    """Put the rows that ``documents`` make up one after another in the given ``order`` [rows]."""
+def pack_rows(documents: list[np.ndarray], order: np.ndarray, row_tokens: int) -> ShuffleBlock:
+    """Put the rows that ``documents`` form one after another in the given ``order`` [rows]."""
     rows_NR = np.concatenate(documents).reshape(-1, row_tokens)
     ends = _ends(documents)
     row = (ends - 1) // row_tokens
-    return Window(rows_NR[order].reshape(-1), np.sort(ends + (np.argsort(order)[row] - row) * row_tokens))
+    # argsort(order) is the inverse permutation: the new position of each row, with which its documents move.
+    return ShuffleBlock(rows_NR[order].reshape(-1), np.sort(ends + (np.argsort(order)[row] - row) * row_tokens))
 
 
 def fills_rows(documents: list[np.ndarray], row_tokens: int) -> bool:
-    """Whether some document ends wherever a row does."""
+    """Whether a document ends at the end of every row."""
     ends = _ends(documents)
     return np.count_nonzero(ends % row_tokens == 0) * row_tokens == ends[-1]
 
@@ -64,22 +65,23 @@ def _ends(documents: list[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Packed sequences, one a row."""
+    """Packed sequences, one per row."""
 
     tokens_NL1: np.ndarray
     """int32 [N, L + 1]; inputs are all but the last, targets all but the first. Padding is end-of-document tokens."""
 
     targets_NL: np.ndarray
-    """int32 [N, L]; ``IGNORED`` in padding, in what was lost and, under the document mask, where a document begins."""
+    """int32 [N, L]; ``IGNORED`` in padding, in placeholders and, with the document mask, where a document begins."""
 
     document_ids_NL: np.ndarray | None = None
-    """int32 [N, L]: number of the input's document in its row, from 0; padding counts as one. None without mask."""
+    """int32 [N, L]: index of the input's document in its row, from 0; padding counts as one document. None without
+    the document mask."""
 
     skipped: dict[int, tuple[SkippedShard, ...]] = field(default_factory=dict)
-    """By row, the shards of its windows that were given up when these were made."""
+    """By row, the shards that were skipped when the row's blocks were built."""
 
     def split(self, sizes: Iterable[int]) -> Iterator[Sequences]:
-        """Views of so many rows each."""
+        """Views of the given numbers of consecutive rows."""
         begin, ids_NL = 0, self.document_ids_NL
         for size in sizes:
             end = begin + size
@@ -93,70 +95,82 @@ class Sequences:
 
 
 class SequenceBuffer:
-    """Builds ``count`` sequences of ``length`` targets each; rows that get no tokens are padding as a whole."""
+    """Assembles ``count`` sequences of ``length`` targets each. Rows that get no tokens are all padding."""
 
     def __init__(self, count: int, length: int, pad_id: int) -> None:
         self._tokens_NL1, self._pad_id = np.empty((count, length + 1), dtype=np.int32), pad_id
         self._filled_N = np.zeros(count, dtype=np.int64)
         none = np.zeros(0, dtype=np.int64)
-        self._parts = [(none, 0, 1, none)]  # one there always is, also without rows
-        self._lost_NL1: np.ndarray | None = None
+        # (rows_n, column, stride, document starts) of each placement. The empty entry keeps np.concatenate working
+        # where there are no placements.
+        self._starts = [(none, 0, 1, none)]
+        self._is_placeholder_NL1: np.ndarray | None = None
         self._skipped: dict[int, tuple[SkippedShard, ...]] = {}
 
-    def append(self, rows_n: np.ndarray, column: int, window: Window, start: int, stop: int, stride: int) -> None:
-        """Add tokens [start, stop) of ``window`` to the first of ``rows_n``, from ``column`` on, where its tokens so
-        far end; and to each of the others those ``stride`` further than the one before."""
+    def append(self, placement: Placement, block: ShuffleBlock, stride: int) -> None:
+        """Copy the tokens of a placement into their rows; the tokens of each row must be appended in order.
+
+        Args:
+            placement: which tokens, and where to.
+            block: the block of the placement.
+            stride: tokens from one row's to the next row's.
+        """
+        rows_n, column, start, stop = placement.rows_n, placement.column, placement.start, placement.stop
         width = stop - start
 
         def put(to_NL1: np.ndarray, of: np.ndarray) -> None:
+            # A strided view [n, width] of the block: consecutive sequences without a loop, overlapping by a token.
             size = of.itemsize
-            parts = np.ndarray((len(rows_n), width), of.dtype, of, start * size, (stride * size, size))
-            to_NL1[:, column : column + width][rows_n] = parts
+            view = np.ndarray((len(rows_n), width), of.dtype, of, start * size, (stride * size, size))
+            to_NL1[:, column : column + width][rows_n] = view
 
         self._filled_N[rows_n] = column + width
-        put(self._tokens_NL1, window.tokens)
-        if window.lost is not None:
-            if self._lost_NL1 is None:
-                self._lost_NL1 = np.zeros(self._tokens_NL1.shape, dtype=bool)
-            put(self._lost_NL1, window.lost)
-        if window.skipped:
+        put(self._tokens_NL1, block.tokens)
+        if block.is_placeholder is not None:
+            if self._is_placeholder_NL1 is None:
+                self._is_placeholder_NL1 = np.zeros(self._tokens_NL1.shape, dtype=bool)
+            put(self._is_placeholder_NL1, block.is_placeholder)
+        if block.skipped:
             for row in rows_n.tolist():
-                self._skipped[row] = (*self._skipped.get(row, ()), *window.skipped)
-        # Documents begin where others end, and where a window begins.
+                self._skipped[row] = (*self._skipped.get(row, ()), *block.skipped)
+        # A document starts where another ends, and where a block begins.
         last = stop + (len(rows_n) - 1) * stride
-        begins = window.ends[window.ends.searchsorted(start) : window.ends.searchsorted(last)] - start
-        self._parts.append((rows_n, column, stride, np.append(0, begins) if start == 0 else begins))
+        starts = block.ends[block.ends.searchsorted(start) : block.ends.searchsorted(last)] - start
+        self._starts.append((rows_n, column, stride, np.append(0, starts) if start == 0 else starts))
 
     def finish(self, document_mask: bool) -> Sequences:
-        """The sequences, with targets and document ids."""
+        """The sequences, with targets and, if ``document_mask``, document ids."""
         width = self._tokens_NL1.shape[1]
         targets_NL1 = self._tokens_NL1.copy()
         for row in np.flatnonzero(self._filled_N < width).tolist():
             filled = int(self._filled_N[row])
             self._tokens_NL1[row, filled:] = self._pad_id
             targets_NL1[row, filled:] = IGNORED
-            self._parts.append((np.array([row]), filled, width, np.array([0])))
-        if self._lost_NL1 is not None:
-            targets_NL1[self._lost_NL1] = IGNORED
+            self._starts.append((np.array([row]), filled, width, np.array([0])))
+        if self._is_placeholder_NL1 is not None:
+            targets_NL1[self._is_placeholder_NL1] = IGNORED
         document_ids_NL = None
         if document_mask:
-            begins = self._document_begins()
-            targets_NL1.reshape(-1)[begins] = IGNORED
-            begins_NL1 = np.zeros(targets_NL1.shape, dtype=bool)
-            begins_NL1.reshape(-1)[begins] = True
-            begins_NL1[:, 0] = False
-            document_ids_NL = np.cumsum(begins_NL1[:, :-1], axis=1, dtype=np.int32)
+            # The first token of a document cannot be predicted from the document before it.
+            starts = self._document_starts()
+            targets_NL1.reshape(-1)[starts] = IGNORED
+            starts_NL1 = np.zeros(targets_NL1.shape, dtype=bool)
+            starts_NL1.reshape(-1)[starts] = True
+            starts_NL1[:, 0] = False
+            # id = document starts in the row so far, without that of column 0
+            document_ids_NL = np.cumsum(starts_NL1[:, :-1], axis=1, dtype=np.int32)
         return Sequences(self._tokens_NL1, targets_NL1[:, 1:], document_ids_NL, self._skipped)
 
-    def _document_begins(self) -> np.ndarray:
-        """Where documents begin, counted through all rows.
+    def _document_starts(self) -> np.ndarray:
+        """Positions of the tokens at which documents start, in the flattened rows.
 
-        A token that two sequences share is the last target of one, and the first input of the other. It is given for
-        the first: in the other it does not matter whether it begins a document.
+        A token that two sequences share is the last target of one and the first input of the other. It is returned for
+        the former: in the latter it does not matter whether it starts a document.
         """
-        rows, columns, strides, begins = zip(*self._parts)
-        width, part = self._tokens_NL1.shape[1], np.repeat(np.arange(len(begins)), list(map(len, begins)))
-        begin, stride = np.concatenate(begins), np.array(strides)[part]
-        nth = np.maximum(begin - (width - stride), 0) // stride
+        rows, columns, strides, starts = zip(*self._starts)
+        width, part = self._tokens_NL1.shape[1], np.repeat(np.arange(len(starts)), list(map(len, starts)))
+        start, stride = np.concatenate(starts), np.array(strides)[part]
+        # The sequence of its placement that a start is in, and that sequence's row.
+        nth = np.maximum(start - (width - stride), 0) // stride
         row = np.concatenate(rows)[np.cumsum([0, *map(len, rows)])[part] + nth]
-        return row * width + np.array(columns)[part] + begin - nth * stride
+        return row * width + np.array(columns)[part] + start - nth * stride

@@ -1,19 +1,19 @@
-"""A folder of shards as an endless, numbered stream of packed sequences."""
+"""Folders of shards as an endless, numbered stream of packed sequences.
+
+A stream plans (sequence numbers -> placements), prefetches the blocks of the placements and assembles sequences from
+them. :class:`Stream` does this for any number of sources, :class:`SequenceStream` is the one of a single source, and
+:class:`dcscale.data.stream.mixture.MixedStream` that of several.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from dcscale.config import Config
 from dcscale.data.errors import DataError
@@ -21,37 +21,37 @@ from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, TokenizerInfo,
 from dcscale.data.shards.shard import check_shards
 from dcscale.data.storage import RetryPolicy, Storage, StorageOptions, open_storage
 from dcscale.data.stream.block_builder import BlockBuilder
-from dcscale.data.stream.block_reader import BlockPrefetcher, Key
-from dcscale.data.stream.lookahead import Group, Numbers, made_ahead, placed
-from dcscale.data.stream.order import ORDER_VERSION, Order
+from dcscale.data.stream.block_reader import BlockPrefetcher
+from dcscale.data.stream.lookahead import BlockSchedule, Group, Numbers, assemble_ahead, plan_groups
+from dcscale.data.stream.order import ORDER_VERSION, Order, Placement, Planner, SinglePlanner
 from dcscale.data.stream.sequences import SequenceBuffer, Sequences
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Which sequences a stream has, in which order, and how their shards are read. Can be sent to other processes.
+    """Which sequences a stream has, in which order, and how their shards are read. Picklable.
 
     Raises:
         DataError: a value is out of range.
     """
 
     vocab_size: int
-    """The model's; at least the tokenizer's."""
+    """Of the model; at least the tokenizer's."""
 
     sequence_length: int
-    """L, inputs (and targets) of a sequence."""
+    """L, inputs (and targets) per sequence."""
 
     seed: int
     """Seed of the order, any whole number."""
 
     shuffle_shards: int
-    """Shards whose documents are shuffled together: a block."""
+    """K, shards whose documents are shuffled together: a shuffle block."""
 
     slots: int
-    """Independent read positions over an epoch."""
+    """V, independent read positions spread over an epoch."""
 
     document_mask: bool
-    """Mask targets in another document than their input, and make document ids."""
+    """Ignore targets in another document than their input, and produce document ids."""
 
     verify: bool
     """Check every shard's SHA-256 when it is read."""
@@ -64,11 +64,10 @@ class StreamConfig:
     """Number of the source in a mixture, whose sources share a seed."""
 
     storage_options: StorageOptions | None = None
-    """How a root outside this machine is read; None takes the defaults."""
+    """How a remote root is read; None is the defaults."""
 
     read_ahead: int | None = None
-    """Blocks that are read before a sequence needs them, where :meth:`SequenceStream.each` knows which; None is one for
-    each slot."""
+    """Blocks that :meth:`Stream.each` prefetches for each source; None is one for each slot in use."""
 
     read_threads: int = 8
     """Shards read at once."""
@@ -78,7 +77,7 @@ class StreamConfig:
     outside its block changes."""
 
     max_skipped: float = 0.0
-    """Largest part of the tokens that may be lost so."""
+    """Largest fraction of the tokens that may be lost to skipped shards."""
 
     def __post_init__(self) -> None:
         for name, minimum in (
@@ -94,8 +93,8 @@ class StreamConfig:
                 raise DataError(f"{name} is {value}, but must be at least {minimum}")
 
     @classmethod
-    def of(cls, config: Config, **changes: Any) -> StreamConfig:
-        """What the config of a run says of its training data."""
+    def from_config(cls, config: Config, **changes: Any) -> StreamConfig:
+        """The settings of a run's training data, with ``changes``."""
         data = config.data
         settings = {
             "vocab_size": config.model.vocab_size,
@@ -118,30 +117,93 @@ class StreamConfig:
         return cls(**{**settings, **changes})
 
 
-def open_stream(
-    root: str | Path | Storage, stream_config: StreamConfig, *, skipped: Collection[str] = ()
-) -> SequenceStream:
-    """Open a folder of shards. Only its manifest is read here.
+@dataclass(frozen=True)
+class Source:
+    """An opened folder of shards: what it holds, in which order, and the blocks read from it."""
 
-    Args:
-        root: folder with a ``manifest.json``, as ``tools/make_shards.py`` writes it, or see
-            :func:`dcscale.data.storage.open_storage`.
-        stream_config: which sequences, and how they are read.
-        skipped: checksums of shards that were skipped before.
+    storage: Storage
+    manifest: Manifest
+    order: Order
+    identity: dict[str, Any]
+    """What determines the content of every sequence."""
+    builder: BlockBuilder
+    blocks: BlockSchedule
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Checksums of the shards that are skipped."""
+        return self.builder.skipped
+
+    def check_shard_files(self, rank: int, world_size: int) -> None:
+        """See :meth:`Stream.check_shard_files`."""
+        # Where shards may be skipped, a defect is reported when its shard is needed.
+        if self.builder.on_error != "skip":
+            check_shards(self.storage, self.manifest.shards[rank::world_size])
+
+    def skip(self, sha256: Collection[str]) -> None:
+        """See :meth:`Stream.skip`."""
+        self.builder.skip(sha256)
+        self.blocks.close()  # held blocks may contain documents of the shards that are skipped from now on
+
+    def close(self) -> None:
+        """See :meth:`Stream.close`."""
+        self.blocks.close()
+        self.storage.close()
+
+
+def open_source(root: str | Path | Storage, stream_config: StreamConfig, skipped: Collection[str] = ()) -> Source:
+    """Open a folder of shards; see :func:`open_stream`."""
+    storage = open_storage(root, stream_config.storage_options)
+    manifest = read_manifest(storage)
+    _check_manifest(storage.location(MANIFEST_NAME), manifest, stream_config)
+    # Without shuffling these settings have no effect. Fixed values keep them from changing the fingerprint.
+    unshuffled = {"slots": 1, "shuffle_shards": 1, "seed": 0, "shuffle": False}
+    settings = {name: getattr(stream_config, name) for name in unshuffled} if stream_config.shuffle else unshuffled
+    order = Order(
+        [shard.tokens for shard in manifest.shards],
+        sequence_length=stream_config.sequence_length,
+        shuffle_shards=settings["shuffle_shards"],
+        seed=settings["seed"],
+        shuffle=settings["shuffle"],
+        source_number=stream_config.source_number,
+        rows=manifest.row_tokens is not None,
+    )
+    identity = {
+        "order_version": ORDER_VERSION,
+        "data": manifest.fingerprint,
+        "sequence_length": stream_config.sequence_length,
+        "document_mask": stream_config.document_mask,
+        **settings,
+        # Only where it is not 0, so that the first source of a mixture has the identity of a single source.
+        **({"source": stream_config.source_number} if stream_config.source_number else {}),
+    }
+    builder = BlockBuilder(
+        storage,
+        manifest,
+        order,
+        vocab_size=stream_config.vocab_size,
+        verify=stream_config.verify,
+        on_error=stream_config.on_error,
+        max_skipped=stream_config.max_skipped,
+        skipped=skipped,
+    )
+    prefetcher = BlockPrefetcher(order.shards, builder.read, builder.build, stream_config.read_threads)
+    blocks = BlockSchedule(prefetcher, settings["slots"], stream_config.read_ahead)
+    return Source(storage, manifest, order, identity, builder, blocks)
+
+
+def _check_manifest(path: str, manifest: Manifest, stream_config: StreamConfig) -> None:
+    """Check that shards suit the model and the sequence length.
 
     Raises:
-        DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, or
-            the data do not fill one sequence, give no target or are rows of another length.
+        DataError: they do not.
     """
     vocab_size, sequence_length = stream_config.vocab_size, stream_config.sequence_length
     document_mask = stream_config.document_mask
-    source = open_storage(root, stream_config.storage_options)
-    manifest = read_manifest(source)
-    path = source.where(MANIFEST_NAME)
     if manifest.tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{path}: tokenizer.vocab_size is {manifest.tokenizer.vocab_size}, but model.vocab_size is {vocab_size}: "
-            f"tokens could lie outside the embedding; set model.vocab_size to at least {manifest.tokenizer.vocab_size}"
+            f"tokens could be outside the embedding; set model.vocab_size to at least {manifest.tokenizer.vocab_size}"
         )
     tokens = manifest.totals["tokens"]
     if tokens < sequence_length + 1:
@@ -166,275 +228,194 @@ def open_stream(
             f"which only the document mask keeps from being learned; set data.document_mask=true, or make the shards "
             f"again without --pack"
         )
-    in_order = {"slots": 1, "shuffle_shards": 1, "seed": 0, "shuffle": False}
-    order_settings = (
-        in_order if not stream_config.shuffle else {name: getattr(stream_config, name) for name in in_order}
-    )
-    order = Order(
-        [shard.tokens for shard in manifest.shards],
-        sequence_length=sequence_length,
-        source=stream_config.source_number,
-        rows=manifest.row_tokens is not None,
-        **order_settings,
-    )
-    identity = {
-        "order_version": ORDER_VERSION,
-        "data": manifest.fingerprint,
-        "sequence_length": sequence_length,
-        "document_mask": document_mask,
-        **order_settings,
-        **({"source": stream_config.source_number} if stream_config.source_number else {}),
-    }
-    builder = BlockBuilder(
-        source,
-        manifest,
-        order,
-        vocab_size=vocab_size,
-        verify=stream_config.verify,
-        on_error=stream_config.on_error,
-        max_skipped=stream_config.max_skipped,
-        skipped=skipped,
-    )
-    reopen = partial(open_stream, root, stream_config)
-    return SequenceStream(source, manifest, order, identity, builder, reopen, stream_config)
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """Hash of what decides the content of every sequence."""
+    """Hash of what determines the content of every sequence."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class Place(NamedTuple):
-    """Where sequences of a group lie that follow each other in a lane and a window, or a part of one."""
+class Stream:
+    """Packed sequences of one or several sources, by sequence number. Any thread may read.
 
-    rows_n: np.ndarray
-    """Their rows in the group."""
+    Memory of each source: the stream holds the current block of each slot that it was asked for, shared between slots,
+    and the prefetched ones. For a stream that is read by one of R ranks these are
 
-    lane: int
-    window: Key
+        at most min(slots / gcd(slots, R), blocks in use) blocks, and ``read_ahead`` or as many more,
+        plus max(``read_threads``, ``shuffle_shards``) raw shards of blocks being built, and a copy of one,
 
-    column: int
-    start: int
-    stop: int
-    """See :class:`dcscale.data.stream.order.Stretch`."""
-
-
-class SequenceStream:
-    """Packed sequences by global number; made by :func:`open_stream`. Any thread may read.
-
-    Memory: position g belongs to lane g mod ``slots``, and the stream keeps the window in which each lane that it was
-    asked for stands, shared between lanes, and those that are read ahead. Of a stream read by one of R ranks that is
-
-        at most min(slots / gcd(slots, R), windows in use) windows, and ``read_ahead`` or as many once more,
-        plus max(``read_threads``, ``shuffle_shards``) raw shards of those in the making, and a copy of one,
-
-    where a window is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes a token and 8 a document, and a raw
-    shard is the bytes of its file and 128 a document. Beside these a process has some MB of libraries and of sequences
-    in the making, and what its C library keeps of freed blocks: glibc in an arena for each thread, of blocks below
-    32 MB, which can be half as much again with shards of 2 MB; ``MALLOC_ARENA_MAX=1`` in the environment keeps it from
+    where a block is ``shuffle_shards`` shards of 2 (uint16) or 4 (uint32) bytes per token and 8 per document, and a raw
+    shard is the bytes of its file and 128 per document. In addition a process holds some MB of libraries and of
+    sequences being assembled, and freed memory that its C library keeps: glibc keeps chunks below 32 MB in one arena
+    per thread, which can add half as much again with shards of 2 MB; ``MALLOC_ARENA_MAX=1`` in the environment avoids
     that.
-    To go on at any place, at most the two windows are read that a lane's first sequence lies in, 2 ``shuffle_shards``
-    shards a lane: its documents may come from any shard of the window. So two shards a slot is with one shard a window.
-    Reading: an epoch reads each of its windows once and once more for each slot that begins inside it, as long as the
-    number of ranks divides ``slots``; otherwise each rank visits more slots and reads what those need.
+
+    Reading: an epoch reads each of its blocks once, and once more for each run that begins inside it (see
+    :mod:`dcscale.data.stream.order`), as long as the number of ranks divides ``slots``; otherwise each rank reads more
+    slots and the blocks that those need. Resuming at any number reads at most two blocks per slot, those that the
+    slot's first sequence is in: its documents may come from any of their shards. That is two shards per slot if
+    ``shuffle_shards`` is 1.
+
+    Args:
+        names: name of each source; a single source has the empty name.
+        sources: opened sources.
+        planner: maps sequence numbers to placements in the blocks of the sources.
+        identity: what determines the content of every sequence.
+        reopen: opens the same stream; takes ``skipped``.
     """
 
     def __init__(
         self,
-        source: Storage,
-        manifest: Manifest,
-        order: Order,
+        names: Sequence[str],
+        sources: Sequence[Source],
+        planner: Planner,
         identity: dict[str, Any],
-        builder: BlockBuilder,
-        reopen: Callable[[], SequenceStream],
-        stream_config: StreamConfig,
+        reopen: Callable[..., Stream],
     ) -> None:
-        self.source = source
-        self.manifest = manifest
+        self.names, self.sources, self.planner = list(names), list(sources), planner
         self.identity = identity
-        """What decides the content of every sequence, for messages about what has changed."""
+        """What determines the content of every sequence, for messages about what has changed."""
         self.fingerprint = fingerprint_of(identity)
         """Hash of :attr:`identity`: equal fingerprints mean the same sequence under every number."""
-        self._order, self._builder, self._reopen = order, builder, reopen
-        self._windows = BlockPrefetcher(builder.shards, builder.read, builder.pack, stream_config.read_threads)
-        self._read_ahead = stream_config.read_ahead
-        self._lock = threading.Lock()
-        self._lanes: dict[int, Key] = {}
-        self._expected: deque[Place] = deque()
-        self._wanted: dict[Key, None] = {}
-        self._room = 0
+        self._reopen = reopen
 
     @property
-    def reopen(self) -> Callable[[], SequenceStream]:
-        """Opens the same stream in another process, to which it can be sent."""
+    def reopen(self) -> Callable[[], Stream]:
+        """Opens the same stream in another process. Picklable."""
         return partial(self._reopen, skipped=self.skipped)
 
     @property
     def skipped(self) -> frozenset[str]:
-        """Checksums of the shards that were given up."""
-        return self._builder.skipped
+        """Checksums of the shards that are skipped, of all sources."""
+        return frozenset().union(*(source.skipped for source in self.sources))
 
     @property
     def shards_read(self) -> int:
         """Shards read so far, repetitions included."""
-        return self._builder.shards_read
+        return sum(source.builder.shards_read for source in self.sources)
 
     @property
     def tokenizer(self) -> TokenizerInfo:
-        """The tokenizer that made the tokens."""
-        return self.manifest.tokenizer
+        """The tokenizer that made the tokens of all sources."""
+        return self.sources[0].manifest.tokenizer
+
+    def epochs(self, count: int) -> dict[str, float]:
+        """How many epochs of each source the first ``count`` sequences are, by name."""
+        return {
+            name: self.planner.count(number, count) / source.order.sequences_per_epoch
+            for number, (name, source) in enumerate(zip(self.names, self.sources))
+        }
+
+    def check_shard_files(self, rank: int = 0, world_size: int = 1) -> None:
+        """Check, without reading them, that this rank's share of the shards exists with the right sizes.
+
+        Does nothing where shards may be skipped.
+
+        Raises:
+            DataError: a shard is missing or has another size.
+        """
+        for source in self.sources:
+            source.check_shard_files(rank, world_size)
+
+    def sequence(self, number: int) -> Sequences:
+        """A single sequence, N = 1; see :meth:`sequences`."""
+        return self.sequences([number])
+
+    def sequences(self, numbers: Numbers) -> Sequences:
+        """The sequences with these numbers, one per row; None is a row of padding.
+
+        Raises:
+            DataError: a shard that they need cannot be used, or a number is negative.
+        """
+        return next(self.each([numbers]))
+
+    def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
+        """:meth:`sequences` of each step, prefetching the blocks of later steps. Cancels earlier calls."""
+        for source in self.sources:
+            source.blocks.restart()
+        groups = plan_groups(steps, self.planner, self.identity["sequence_length"])
+        yield from assemble_ahead(groups, self._announce, self._wants_more, self._assemble)
+
+    def skip(self, sha256: Collection[str]) -> None:
+        """Skip the shards with these checksums too; no call of :meth:`each` may be running.
+
+        Raises:
+            DataError: more of a source would be lost than allowed.
+        """
+        for source in self.sources:
+            source.skip(sha256)
+
+    def close(self) -> None:
+        """Release all blocks, and fail threads that wait for one with a DataError. The next call reads again."""
+        for source in self.sources:
+            source.close()
+
+    def _announce(self, placement: Placement) -> None:
+        self.sources[placement.source].blocks.announce(placement)
+
+    def _wants_more(self) -> bool:
+        return any(source.blocks.wants_more for source in self.sources)
+
+    def _assemble(self, group: Group) -> Iterator[Sequences]:
+        buffer = SequenceBuffer(len(group), self.identity["sequence_length"], self.tokenizer.eos_id)
+        for placement in group.placements:
+            source = self.sources[placement.source]
+            # Take one block at a time: taking the next may evict it.
+            buffer.append(placement, source.blocks.take(placement), source.order.stride)
+        return buffer.finish(self.identity["document_mask"]).split(group.sizes)
+
+
+class SequenceStream(Stream):
+    """Stream of a single source; made by :func:`open_stream`."""
+
+    def __init__(self, source: Source, reopen: Callable[..., SequenceStream]) -> None:
+        planner = SinglePlanner(source.order, source.identity["slots"])
+        super().__init__([""], [source], planner, source.identity, reopen)
+
+    @property
+    def storage(self) -> Storage:
+        """Where the shards are."""
+        return self.sources[0].storage
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the shards hold."""
+        return self.sources[0].manifest
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Sequences in an epoch; numbers [e * this, (e + 1) * this) are epoch e."""
-        return self._order.sequences_per_epoch
-
-    def epochs(self, count: int) -> dict[str, float]:
-        """How many epochs the first ``count`` sequences are, by the source's name: the only one has none."""
-        return {"": count / self.sequences_per_epoch}
+        """N, sequences in an epoch; numbers [e * N, (e + 1) * N) are epoch e."""
+        return self.sources[0].order.sequences_per_epoch
 
     @property
     def targets_per_epoch(self) -> int:
         """Targets with a loss in an epoch."""
         totals = self.manifest.totals
+        # Every token is a target but the first of each document, or of the epoch without the document mask.
         return totals["tokens"] - (totals["documents"] if self.identity["document_mask"] else 1)
 
     @property
     def text_bytes_per_target(self) -> float | None:
-        """UTF-8 bytes of text a target stands for, on average; None where the text is not known.
+        """Mean UTF-8 bytes of text per target; None where the text is not known.
 
-        Bits per byte = (mean loss in nats a target) / ln 2 / this.
+        Bits per byte = (mean loss in nats per target) / ln 2 / this.
         """
         return self.manifest.totals["text_bytes"] / self.targets_per_epoch or None
 
-    def check_shard_files(self, rank: int = 0, world_size: int = 1) -> None:
-        """Check, without reading them, that this rank's share of the shards is there with the right sizes.
 
-        Where shards may be given up, a defect is told when its shard is needed, and not here.
+def open_stream(
+    root: str | Path | Storage, stream_config: StreamConfig, *, skipped: Collection[str] = ()
+) -> SequenceStream:
+    """Open a folder of shards. Only its manifest is read here.
 
-        Raises:
-            DataError: a shard is missing or has another size.
-        """
-        if self._builder.on_error == "skip":
-            return
-        check_shards(self.source, self.manifest.shards[rank::world_size])
+    Args:
+        root: folder with a ``manifest.json``, as ``tools/make_shards.py`` writes it, or anything else that
+            :func:`dcscale.data.storage.open_storage` takes.
+        stream_config: which sequences, and how they are read.
+        skipped: checksums of shards that were skipped before.
 
-    def sequence(self, g: int) -> Sequences:
-        """Sequence ``g`` as one row, N = 1; see :meth:`sequences`."""
-        return self.sequences([g])
-
-    def sequences(self, numbers: Numbers) -> Sequences:
-        """The sequences with these global numbers, a row each; None gives a row of padding.
-
-        Raises:
-            DataError: a shard that they lie in cannot be used, or a number is negative.
-        """
-        return next(self.each([numbers]))
-
-    def each(self, steps: Iterable[Numbers]) -> Iterator[Sequences]:
-        """:meth:`sequences` of each step, reading ahead what the next ones need; ends what an earlier call reads."""
-        self.begin()
-        groups = placed(steps, self._needed, self._places, self.identity["sequence_length"])
-        yield from made_ahead(groups, self.expect, self.hungry, self._make)
-
-    def skip(self, sha256: Collection[str]) -> None:
-        """Give up the shards with these checksums too; no call of :meth:`each` may be running.
-
-        Raises:
-            DataError: more would be lost than may be.
-        """
-        self._builder.skip(sha256)
-        self._windows.close()
-
-    def close(self) -> None:
-        """Free who waits for a sequence, with a DataError, and keep nothing; the next call reads anew."""
-        self._windows.close()
-        self.source.close()
-
-    def _make(self, group: Group[Place]) -> Iterator[Sequences]:
-        buffer = self.buffer(len(group))
-        for place in group:
-            self.append(buffer, place)
-        return buffer.finish(self.identity["document_mask"]).split(group.sizes)
-
-    def _needed(self, numbers_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.windows(*self._order.locate(numbers_N))
-
-    def _places(self, numbers_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray) -> Iterator[tuple[int, Place]]:
-        return self.places(numbers_N % self._order.slots, *self._order.locate(numbers_N), group_N, row_N)
-
-    def buffer(self, count: int) -> SequenceBuffer:
-        """Room for ``count`` sequences."""
-        return SequenceBuffer(count, self._order.sequence_length, self.tokenizer.eos_id)
-
-    # -- for what leads several streams: it says what comes next, and takes it in that order ------------------------
-
-    def windows(self, epoch_N: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`dcscale.data.stream.order.Order.windows`."""
-        return self._order.windows(epoch_N, index_N)
-
-    def places(
-        self, lane_N: np.ndarray, epoch_N: np.ndarray, index_N: np.ndarray, group_N: np.ndarray, row_N: np.ndarray
-    ) -> Iterator[tuple[int, Place]]:
-        """Where sequences ``index`` of an epoch lie that ``lane`` is to read for rows of groups, and in which group."""
-        by_lane = np.lexsort((row_N, lane_N, group_N))
-        lane_N, group_N, row_N = lane_N[by_lane], group_N[by_lane], row_N[by_lane]
-        lanes, groups = lane_N.tolist(), group_N.tolist()
-        for stretch in self._order.stretches(epoch_N[by_lane], index_N[by_lane], group_N * self._order.slots + lane_N):
-            first, count, epoch, window, column, start, stop = stretch
-            rows_n = row_N[first : first + count]
-            yield groups[first], Place(rows_n, lanes[first], (epoch, window), column, start, stop)
-
-    def begin(self) -> None:
-        """Expect nothing any more."""
-        with self._lock:
-            if self._windows.open():
-                self._lanes.clear()
-            self._expected.clear()
-            self._look_ahead()
-
-    def expect(self, place: Place) -> None:
-        """Say that a place will be asked for, after those said before."""
-        with self._lock:
-            self._expected.append(place)
-            if self._room > 0 and place.window not in self._wanted:
-                self._want([*self._wanted, place.window])
-
-    def hungry(self) -> bool:
-        """Whether it would read ahead if it were told of more sequences."""
-        return self._room > 0
-
-    def append(self, buffer: SequenceBuffer, place: Place) -> None:
-        """Put sequences into their rows.
-
-        Raises:
-            DataError: a shard that they lie in cannot be used.
-        """
-        with self._lock:
-            if self._expected and self._expected[0] is place:
-                self._expected.popleft()
-            if self._lanes.get(place.lane) != place.window:
-                self._lanes[place.lane] = place.window
-                self._look_ahead()
-            window, stride = self._windows.get(place.window), self._order.stride
-            buffer.append(place.rows_n, place.column, window, place.start, place.stop, stride)
-
-    def _look_ahead(self) -> None:
-        """Let go of windows that no lane stands in any more, and read those that are needed next."""
-        wanted = dict.fromkeys(self._lanes.values())
-        most = len(wanted) + self._most_ahead()
-        for place in self._expected:
-            if len(wanted) >= most:
-                break
-            wanted[place.window] = None
-        self._want(list(wanted)[:most])
-
-    def _most_ahead(self) -> int:
-        if self._read_ahead is not None:
-            return self._read_ahead
-        return len(self._lanes.keys() | {place.lane for place in islice(self._expected, self._order.slots)})
-
-    def _want(self, windows: list[Key]) -> None:
-        self._wanted = dict.fromkeys(windows)
-        self._room = self._most_ahead() - len(self._wanted.keys() - self._lanes.values())
-        self._windows.want(windows)
+    Raises:
+        DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, or
+            the data does not fill one sequence, has no target or consists of rows of another length.
+    """
+    return SequenceStream(open_source(root, stream_config, skipped), partial(open_stream, root, stream_config))

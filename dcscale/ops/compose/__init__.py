@@ -1,4 +1,4 @@
-"""Dynamically composable multi-head attention: the definition, and implementations of it that are made to be fast."""
+"""Dynamically composable multi-head attention (DCMHA): the definition, and its faster backends."""
 
 from dcscale.ops.compose.api import choose_backend, compose_attention
 from dcscale.ops.compose.weights import ComposeWeights, identity_distance

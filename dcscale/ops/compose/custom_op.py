@@ -1,112 +1,162 @@
-"""A forward and a backward function of compose attention as custom operators of torch.
+"""Registers the forward and backward functions of a compose attention backend as custom torch operators.
 
-torch.compile and activation checkpointing then see one call each way, not the loops and kernels inside.
+torch.compile and activation checkpointing then see one call in each direction, not the loops and kernels inside.
+torch.library wants flat argument lists; this module is the only place that knows their order, everything else passes
+a :class:`Call`.
 
 Axes in names: B batch, T queries, S keys, H query heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcscale.ops.compose.weights import ComposeWeights
 
-_WEIGHTS = [f"{stage}_{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
-DIFFERENTIABLE = 3 + len(_WEIGHTS)
-"""Of the arguments: q, k, v and the twelve weights; document ids, window, scale, query offset, scratch bytes follow."""
-TENSORS = DIFFERENTIABLE + 1
 SCRATCH_BYTES = 2**28
-"""Scratch of a call unless told otherwise."""
+"""Default scratch memory of a call."""
+
+
+class Call(NamedTuple):
+    """Arguments of compose attention, checked and with all defaults filled in; see :func:`compose_attention`."""
+
+    q: Tensor
+    """[B, T, H, D]."""
+    k: Tensor
+    """[B, S, G, D]."""
+    v: Tensor
+    """[B, S, G, D]."""
+    pre: ComposeWeights = ComposeWeights()
+    """Without any weights it is the identity."""
+    post: ComposeWeights = ComposeWeights()
+    document_ids: Tensor | None = None
+    """Integers [B, S]."""
+    window: int | None = None
+    scale: float = 1.0
+    query_offset: int = 0
+    scratch_bytes: int = SCRATCH_BYTES
+
+    def differentiable(self) -> list[Tensor | None]:
+        """q, k, v and the twelve weights: the inputs that have gradients, in the order of the operator."""
+        return [self.q, self.k, self.v, *self.pre, *self.post]
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs of a :class:`Call`, in their shapes and dtypes; None for absent weights."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pre: ComposeWeights
+    post: ComposeWeights
+
+    @classmethod
+    def empty(cls, call: Call) -> Gradients:
+        """Uninitialized, contiguous gradients."""
+
+        def empty(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+        pre, post = (ComposeWeights(*map(empty, weights)) for weights in (call.pre, call.post))
+        return cls(empty(call.q), empty(call.k), empty(call.v), pre, post)
+
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of :meth:`Call.differentiable`."""
+        return [self.q, self.k, self.v, *self.pre, *self.post]
+
+
+_WEIGHT_NAMES = [f"{stage}_{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, "
-    + ", ".join(f"Tensor? {name}" for name in _WEIGHTS)
+    + ", ".join(f"Tensor? {name}" for name in _WEIGHT_NAMES)
     + ", Tensor? document_ids, int? window, float scale, int query_offset, int scratch_bytes"
 )
+_DIFFERENTIABLE = 3 + len(_WEIGHT_NAMES)
+_TENSORS = _DIFFERENTIABLE + 1  # document_ids
 
 
-def complete_terms(weights: ComposeWeights | None) -> list[Tensor | None]:
-    """q1, q2, qg, k1, k2, kg, without a low-rank factor whose partner is missing."""
-    if weights is None:
-        return [None] * 6
-    terms = []
-    for into, out_of, gate in ((weights.q1, weights.q2, weights.qg), (weights.k1, weights.k2, weights.kg)):
-        complete = into is not None and out_of is not None
-        terms += [into, out_of, gate] if complete else [None, None, gate]
-    return terms
+def _pack(call: Call) -> tuple[Any, ...]:
+    """The arguments in the order of the schema."""
+    weights = (*call.pre.without_unpaired(), *call.post.without_unpaired())
+    options = (call.window, call.scale, call.query_offset, call.scratch_bytes)
+    return call.q, call.k, call.v, *weights, call.document_ids, *options
+
+
+def _unpack(arguments: Sequence[Any]) -> Call:
+    """The inverse of :func:`_pack`."""
+    q, k, v, *weights, document_ids, window, scale, query_offset, scratch_bytes = arguments
+    half = len(ComposeWeights._fields)
+    pre, post = ComposeWeights(*weights[:half]), ComposeWeights(*weights[half:])
+    return Call(q, k, v, pre, post, document_ids, window, scale, query_offset, scratch_bytes)
 
 
 def define_operator(
     name: str,
-    forward: Callable[..., list[Tensor]],
-    backward: Callable[..., list[Tensor | None]],
+    forward: Callable[[Call], list[Tensor]],
+    backward: Callable[[Tensor, list[Tensor], Call], Gradients],
     kept: Callable[[Tensor], list[Tensor]] = lambda q_BTHD: [],
-) -> Callable[..., Tensor]:
-    """The function that a backend is, from its two directions.
+) -> Callable[[Call], Tensor]:
+    """Register a backend as an operator of torch.
 
     Args:
-        name: of the operator, in torch.ops.dcscale; that of backward ends in ``_backward``.
-        forward: (q, k, v, the weights as :func:`complete_terms` gives them for pre and post, document ids, window,
-            scale, query offset, scratch bytes) -> [the output [B, T, H, D], and what backward needs beside these].
-        backward: (gradient of the output, what forward kept, the arguments of forward) -> the gradients of q, k, v and
-            the weights; None for a weight that is not there.
-        kept: empty tensors like those which forward keeps, from q.
+        name: of the operator, in torch.ops.dcscale; the operator of the backward pass is called ``name`` + "_backward".
+        forward: returns the output [B, T, H, D], and what backward needs besides the inputs. In the calls that it gets,
+            low-rank factors come in pairs.
+        backward: (gradient of the output, what forward kept, the call) -> the gradients.
+        kept: maps q to empty tensors of the shapes and dtypes that forward keeps.
+
+    Returns:
+        The differentiable function: a call -> its output [B, T, H, D] in q's dtype.
     """
+
+    def run_forward(*arguments: Any) -> list[Tensor]:
+        return forward(_unpack(arguments))
+
+    def run_backward(dout_BTHD: Tensor, kept: list[Tensor], *arguments: Any) -> list[Tensor]:
+        # An operator cannot return optional tensors, so drop the absent ones.
+        return [x for x in backward(dout_BTHD, kept, _unpack(arguments)).tensors() if x is not None]
+
     forward_op = torch.library.custom_op(
-        f"dcscale::{name}", forward, mutates_args=(), schema=f"({_SCHEMA}) -> Tensor[]"
+        f"dcscale::{name}", run_forward, mutates_args=(), schema=f"({_SCHEMA}) -> Tensor[]"
     )
-
-    def present(dout_BTHD: Tensor, kept: list[Tensor], *arguments: Any) -> list[Tensor]:
-        return [x for x in backward(dout_BTHD, kept, *arguments) if x is not None]
-
     backward_op = torch.library.custom_op(
         f"dcscale::{name}_backward",
-        present,
+        run_backward,
         mutates_args=(),
         schema=f"(Tensor dout, Tensor[] kept, {_SCHEMA}) -> Tensor[]",
     )
 
+    # Shapes and dtypes only, for tracing; the results must be contiguous like the real ones.
     @forward_op.register_fake
-    def _(q_BTHD: Tensor, *_: Any) -> list[Tensor]:
+    def _(*arguments: Any) -> list[Tensor]:
+        q_BTHD = _unpack(arguments).q
         return [q_BTHD.new_empty(q_BTHD.shape), *kept(q_BTHD)]
 
     @backward_op.register_fake
     def _(dout_BTHD: Tensor, kept: list[Tensor], *arguments: Any) -> list[Tensor]:
-        return [x.new_empty(x.shape) for x in arguments[:DIFFERENTIABLE] if x is not None]
+        return [x.new_empty(x.shape) for x in _unpack(arguments).differentiable() if x is not None]
 
-    def save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs[:TENSORS], *output[1:])
-        ctx.numbers = inputs[TENSORS:]
+        ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
+        ctx.options = inputs[_TENSORS:]
 
     def differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: activation checkpointing does not give them twice
-        tensors, kept = saved[:TENSORS], list(saved[TENSORS:])
-        found = iter(backward_op(gradients[0], kept, *tensors, *ctx.numbers))
-        of_tensors = [None if x is None else next(found) for x in tensors[:DIFFERENTIABLE]]
-        return (*of_tensors, *[None] * (1 + len(ctx.numbers)))
+        saved = ctx.saved_tensors  # read once: activation checkpointing does not provide them twice
+        tensors, kept = saved[:_TENSORS], list(saved[_TENSORS:])
+        present = iter(backward_op(gradients[0], kept, *tensors, *ctx.options))
+        of_tensors = [None if x is None else next(present) for x in tensors[:_DIFFERENTIABLE]]
+        # One gradient for each argument: None for document_ids and the options.
+        return (*of_tensors, None, *[None] * len(ctx.options))
 
-    forward_op.register_autograd(differentiate, setup_context=save)
+    forward_op.register_autograd(differentiate, setup_context=setup_context)
 
-    def attention(
-        q_BTHD: Tensor,
-        k_BSGD: Tensor,
-        v_BSGD: Tensor,
-        pre: ComposeWeights | None,
-        post: ComposeWeights | None,
-        *,
-        window: int | None,
-        scale: float,
-        document_ids_BS: Tensor | None,
-        query_offset: int,
-        scratch_bytes: int,
-    ) -> Tensor:
-        """Arguments as :func:`dcscale.ops.compose_attention`, already checked -> [B, T, H, D] in q's type."""
-        weights = complete_terms(pre) + complete_terms(post)
-        numbers = (window, scale, query_offset, scratch_bytes)
-        return forward_op(q_BTHD, k_BSGD, v_BSGD, *weights, document_ids_BS, *numbers)[0]
+    def attention(call: Call) -> Tensor:
+        """Compose attention of a checked call -> [B, T, H, D] in q's dtype."""
+        return forward_op(*_pack(call))[0]
 
     return attention

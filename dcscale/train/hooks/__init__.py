@@ -1,4 +1,4 @@
-"""The features of a training run, each next to the loop and with its own state. :func:`build_hooks` lists them all."""
+"""Hooks: features that run next to the training loop, with their own state. :func:`build_hooks` lists all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Hook", "build_hooks"]
 
 
 def build_hooks(config: Config, environment: Environment, data: RunData, state: TrainState) -> list[Hook]:
-    """The hooks that ``config`` asks for, in the order in which they are called, restored from ``state``."""
+    """Builds the hooks that ``config`` enables, in calling order, with their state restored from ``state``."""
     hooks: list[Hook] = [
         Throughput(
             count_flops(config.model, config.data.sequence_length).total,
@@ -34,6 +34,7 @@ def build_hooks(config: Config, environment: Environment, data: RunData, state: 
         hooks.append(ComposeDistance(config.log.compose_interval))
     if data.tokenizer is not None:
         hooks.append(Samples(config.samples, data.tokenizer, config.train.seed))
+    # Last, so that a checkpoint contains what the other hooks did in its step.
     hooks.append(Saving(config.checkpoint.interval, config.checkpoint.on_error))
     for hook in hooks:
         if hook.name in state.hooks:

@@ -1,4 +1,4 @@
-"""What a feature of the training loop may do, and when."""
+"""The interface of hooks."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """A feature beside the loop. Every method runs on every rank, at the same point; all do nothing by default."""
+    """A feature of training. Every method is called on all ranks at the same point; by default it does nothing."""
 
     name: str = ""
-    """Key of the hook's state in a checkpoint."""
+    """Key of the hook's state in checkpoints."""
 
     def after_step(self, trainer: Trainer) -> None:
-        """After each optimizer step, and after its record was written if it had one."""
+        """Called after each optimizer step, and after its record if the step is logged."""
 
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
-        """Before a logged step's record is written: add to it."""
+        """Called before the record of a logged step is written; adds metrics to it."""
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
-        """After the last step of this start; ``completed`` tells the run's end from an early stop."""
+        """Called after the last step of this start; ``completed``: the run is complete, not stopped early."""
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
-        """What the hook adds to ``summary.json``, as JSON values."""
+        """Entries to add to ``summary.json``, as JSON values."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the hook needs to go on after a resume, as JSON values."""
+        """State to store in checkpoints, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something done every ``interval`` steps (0: never) is done at ``step``."""
+    """Whether something that happens every ``interval`` steps (0: never) happens at ``step``."""
     return interval > 0 and step % interval == 0

@@ -1,4 +1,4 @@
-"""How far each layer's compose has moved from the identity."""
+"""Distance of each layer's head composition from the identity, as a metric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ComposeDistance(Hook):
-    """Measures the first sequence of rank 0's latest micro-batch; see :func:`dcscale.ops.identity_distance`."""
+    """Records :func:`dcscale.ops.identity_distance` of the first sequence of rank 0's latest micro-batch, per layer."""
 
     name = "compose_distance"
 

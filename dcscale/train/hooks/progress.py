@@ -1,4 +1,4 @@
-"""What every record has besides the loss: speed, use of the hardware, memory, and what was used of the data."""
+"""Metrics in every record besides the loss: throughput, hardware utilization, memory, data epochs, skipped data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 class Throughput(Hook):
     """Adds tokens/s, TFLOP/s, MFU, step time, data wait and memory to each record.
 
-    MFU = tokens/s * FLOPs a token / (devices * peak FLOP/s). FLOPs a token are those of forward and
-    backward of the model, compose terms included (:func:`dcscale.models.count_flops`); what activation
-    checkpointing computes again is not counted. Validation, samples and checkpoints are not timed.
+    Only training steps are timed: not validation, samples and checkpoints.
+
+    Args:
+        flops_per_token: FLOPs of forward and backward per token, compose terms included
+            (:func:`dcscale.models.count_flops`); recomputation by activation checkpointing is not counted.
+        peak: peak TFLOP/s of a device; None: unknown, so MFU is not computed.
     """
 
     name = "throughput"
@@ -27,19 +30,20 @@ class Throughput(Hook):
         self._peak = peak
 
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
-        seconds, waited, steps = trainer.take_times()
-        rate = steps * trainer.tokens_per_step / seconds
-        tflops = rate * self._flops_per_token / trainer.environment.world_size / 1e12
-        record["tokens_per_second"] = rate
+        seconds, wait_seconds, steps = trainer.pop_timings()
+        tokens_per_second = steps * trainer.tokens_per_step / seconds
+        # MFU = tokens/s * FLOPs per token / (devices * peak FLOP/s)
+        tflops = tokens_per_second * self._flops_per_token / trainer.environment.world_size / 1e12
+        record["tokens_per_second"] = tokens_per_second
         record["tflops_per_device"] = tflops
         record["mfu"] = None if self._peak is None else tflops / self._peak
         record["step_seconds"] = seconds / steps
-        record["data_wait"] = waited / seconds
+        record["data_wait"] = wait_seconds / seconds
         record["memory_gib"] = peak_memory_gib(trainer.environment.device)
 
 
 class DataEpochs(Hook):
-    """Adds the epochs used so far to each record, of each source by its name where several are mixed."""
+    """Adds the epochs trained on so far to each record; for a mixture those of each source, by its name."""
 
     name = "data_epochs"
 
@@ -49,7 +53,7 @@ class DataEpochs(Hook):
 
 
 class SkippedData(Hook):
-    """Adds the shards given up so far and their tokens to each record, where shards may be given up or were."""
+    """Adds the number of skipped shards and their tokens to each record, if shards may be or have been skipped."""
 
     name = "skipped_data"
 

@@ -1,4 +1,4 @@
-"""Text the model writes while it trains."""
+"""Text samples generated during training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
 
 class Samples(Hook):
-    """Continues each prompt every ``interval`` steps and when the run is complete, into TensorBoard.
-
-    All ranks generate the same text together: under ZeRO-3 none could alone.
+    """Continues each prompt every ``interval`` steps and at the end of the run, and shows the text in TensorBoard.
 
     Raises:
-        DataError: the tokenizer makes no tokens of a prompt.
+        DataError: the tokenizer encodes a prompt to no tokens.
     """
 
     name = "samples"
@@ -31,25 +29,26 @@ class Samples(Hook):
         for prompt, ids in zip(config.prompts, self._prompt_ids):
             if not ids:
                 raise DataError(
-                    f"samples.prompts has {prompt!r}, of which the tokenizer {tokenizer.spec} makes no tokens, but a "
-                    f"prompt needs at least one; give another text, or set samples.interval=0"
+                    f"samples.prompts contains {prompt!r}, which the tokenizer {tokenizer.spec} encodes to no "
+                    "tokens, but a prompt needs at least one; use another prompt, or set samples.interval=0"
                 )
-        self._done_at = -1
+        self._last_step = -1
         self.last: str = ""
-        """First prompt with its latest continuation."""
+        """The first prompt with its latest continuation."""
 
     def after_step(self, trainer: Trainer) -> None:
         if due(trainer.state.step, self._config.interval):
             self._sample(trainer)
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
-        if completed and self._done_at != trainer.state.step:
+        if completed and self._last_step != trainer.state.step:
             self._sample(trainer)
 
     def _sample(self, trainer: Trainer) -> None:
         config, step = self._config, trainer.state.step
+        # All ranks generate the same text together: under ZeRO-3 no rank has all weights.
         with trainer.engine.evaluating():
-            written = generate(
+            generated = generate(
                 trainer.engine.module,
                 self._prompt_ids,
                 new_tokens=config.new_tokens,
@@ -58,17 +57,17 @@ class Samples(Hook):
                 seed=self._seed,
                 stop_id=self._tokenizer.eos_id,
             )
-        texts = [prompt + self._tokenizer.decode(ids) for prompt, ids in zip(config.prompts, written)]
-        self._done_at, self.last = step, texts[0]
+        texts = [prompt + self._tokenizer.decode(ids) for prompt, ids in zip(config.prompts, generated)]
+        self._last_step, self.last = step, texts[0]
         for number, text in enumerate(texts):
-            # The browser must show the model's text, not interpret it.
+            # Escape the text, so that the browser shows HTML in it instead of interpreting it.
             trainer.report_text(f"samples/prompt_{number}", f"<pre>{html.escape(text)}</pre>")
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         return {"sample": self.last or None}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done_at": self._done_at, "last": self.last}
+        return {"done_at": self._last_step, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._done_at, self.last = state["done_at"], state["last"]
+        self._last_step, self.last = state["done_at"], state["last"]

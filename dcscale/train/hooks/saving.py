@@ -1,4 +1,4 @@
-"""Checkpoints at an interval and whenever the run stops."""
+"""Saves checkpoints, at an interval and whenever the run stops."""
 
 from __future__ import annotations
 
@@ -15,45 +15,50 @@ if TYPE_CHECKING:
     from dcscale.train.trainer import Trainer
 
 
-WAIT_WORTH_TELLING = 1.0
-"""Seconds."""
+WARN_AFTER_SECONDS = 1.0
+"""Default of ``warn_after_seconds``."""
 
 
 class Saving(Hook):
-    """Must be the last hook, so that a checkpoint holds what the others did at its step.
+    """Saves checkpoints and records stall time, write time, size and failures. Must be the last hook.
 
-    With ``on_error`` = ``warn`` only the checkpoint at the end of a start must succeed. Adds to a record how long
-    saving has held training up, what the newest checkpoint took, and how many could not be written.
+    Args:
+        interval: steps between checkpoints; 0: only when the run stops.
+        on_error: ``fail`` raises if a checkpoint cannot be written; ``warn`` prints a warning and continues, and only
+            the checkpoint at the end of a start must succeed.
+        warn_after_seconds: print a warning if a step waits at least this long for the previous checkpoint.
     """
 
     name = "saving"
 
-    def __init__(self, interval: int, on_error: str = "fail"):
-        self._interval, self._on_error = interval, on_error
+    def __init__(self, interval: int, on_error: str = "fail", *, warn_after_seconds: float = WARN_AFTER_SECONDS):
+        self._interval, self._on_error, self._warn_after_seconds = interval, on_error, warn_after_seconds
         self._stall_seconds, self._failures = 0.0, 0
         self._recorded: Path | None = None
 
     def after_step(self, trainer: Trainer) -> None:
-        checkpoints = trainer.checkpoints
-        if checkpoints.busy:
-            self._try(trainer, checkpoints.poll)
-        # The last step is saved in finish, after the others' last work.
+        checkpointer = trainer.checkpointer
+        if checkpointer.busy:
+            self._try(trainer, checkpointer.poll)
+        # finish() saves the last step, after the last work of the other hooks.
         if due(trainer.state.step, self._interval) and trainer.state.step < trainer.config.train.steps:
-            if checkpoints.busy and (waited := self._try(trainer, checkpoints.wait)) >= WAIT_WORTH_TELLING:
-                trainer.warn(
-                    f"step {trainer.state.step} waited {waited:.1f} s for the earlier checkpoint to be written: they "
-                    "come too fast for the disk (checkpoint.interval)"
-                )
+            if checkpointer.busy:
+                wait_seconds = self._try(trainer, checkpointer.wait)
+                if wait_seconds >= self._warn_after_seconds:
+                    trainer.warn(
+                        f"step {trainer.state.step} waited {wait_seconds:.1f} s for the previous checkpoint to be "
+                        "written: the disk is too slow for this checkpoint.interval"
+                    )
             self._try(trainer, trainer.save)
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
-        self._try(trainer, trainer.checkpoints.wait)
+        self._try(trainer, trainer.checkpointer.wait)
         if trainer.state.step > 0:
             trainer.save()
-            trainer.checkpoints.wait()
+            trainer.checkpointer.wait()
 
     def _try(self, trainer: Trainer, call: Callable[[], None]) -> float:
-        """Calls, and treats a failure as configured; returns the seconds it took."""
+        """Calls ``call`` and handles a failure as ``on_error`` says; returns the seconds it took."""
         start = time.perf_counter()
         try:
             call()
@@ -61,7 +66,7 @@ class Saving(Hook):
             if self._on_error == "fail":
                 raise
             self._failures += 1
-            trainer.warn(f"{error}. Training goes on (checkpoint.on_error=warn)")
+            trainer.warn(f"{error}. Training continues (checkpoint.on_error=warn)")
         seconds = time.perf_counter() - start
         self._stall_seconds += seconds
         return seconds
@@ -71,8 +76,8 @@ class Saving(Hook):
             record["checkpoint_stall_seconds"], self._stall_seconds = self._stall_seconds, 0.0
         if self._on_error == "warn":
             record["checkpoint_failures"] = self._failures
-        checkpoints = trainer.checkpoints
-        if checkpoints.written_bytes and checkpoints.latest != self._recorded:
-            self._recorded = checkpoints.latest
-            record["checkpoint_write_seconds"] = checkpoints.write_seconds
-            record["checkpoint_bytes"] = checkpoints.written_bytes
+        checkpointer = trainer.checkpointer
+        if checkpointer.written_bytes and checkpointer.latest != self._recorded:
+            self._recorded = checkpointer.latest
+            record["checkpoint_write_seconds"] = checkpointer.write_seconds
+            record["checkpoint_bytes"] = checkpointer.written_bytes

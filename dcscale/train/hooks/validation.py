@@ -1,4 +1,4 @@
-"""Loss on held-out data, the same number for any count of ranks."""
+"""Loss on held-out data, independent of the number of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from dcscale.data import BatchLoader, DataError
 from dcscale.ops import bits_per_byte
 from dcscale.parallel import Engine
-from dcscale.train.data import next_on_all_ranks
+from dcscale.train.data import next_step_batches
 from dcscale.train.hooks.base import Hook, due
 
 if TYPE_CHECKING:
@@ -18,67 +18,70 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ValidationResult:
     loss: float
-    """Nats a token, mean over the targets."""
+    """Mean over the targets, nats/token."""
 
     targets: int
-    """Targets that were predicted."""
+    """Number of target tokens."""
 
     def bits_per_byte(self, text_bytes_per_target: float) -> float:
         """See :func:`dcscale.ops.bits_per_byte`."""
         return bits_per_byte(self.loss, text_bytes_per_target)
 
 
-def evaluate(engine: Engine, loader: BatchLoader) -> Evaluation:
-    """Mean loss over all sequences of ``loader``; every rank calls it and gets the same result.
+def evaluate(engine: Engine, loader: BatchLoader) -> ValidationResult:
+    """Mean loss over all sequences of ``loader``; all ranks call it together and get the same result.
 
     Raises:
-        DataError: on every rank, if the held-out data of any cannot be read, or there is nothing to predict in them.
+        DataError: on every rank, if any rank cannot read its data, or the sequences have no targets.
     """
     device = engine.environment.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets = 0
     with engine.evaluating() as forward:
         steps = loader.steps()
-        while (step := next_on_all_ranks(engine, steps)) is not None:
+        while (step := next_step_batches(engine, steps)) is not None:
             targets += step.targets
             for batch in step.micro_batches:
                 batch = batch.to(device)
                 total += forward(batch.input_ids, batch.targets, batch.document_ids)
     if not targets:
         raise DataError(
-            "data.validation: there is nothing to predict in the sequences that are used; raise validation.sequences, "
-            "or set validation.interval=0"
+            "data.validation: the sequences that are used have no targets to predict; raise validation.sequences, or "
+            "set validation.interval=0"
         )
-    return Evaluation(float(engine.sum_tensor_over_ranks(total)) / targets, targets)
+    return ValidationResult(float(engine.sum_tensor_over_ranks(total)) / targets, targets)
 
 
 class Validation(Hook):
-    """Evaluates ``loader``'s sequences every ``interval`` steps and when the run is complete.
+    """Computes the validation loss every ``interval`` steps and at the end of the run.
 
-    ``text_bytes_per_target`` None (the shards do not say) leaves bits per byte out.
+    Args:
+        loader: this rank's validation batches.
+        interval: steps between validations.
+        text_bytes_per_target: mean UTF-8 bytes of text per target token; None (unknown): no bits per byte.
     """
 
     name = "validation"
 
     def __init__(self, loader: BatchLoader, interval: int, text_bytes_per_target: float | None):
         self._loader, self._interval, self._text_bytes_per_target = loader, interval, text_bytes_per_target
-        self._done_at = -1
+        self._last_step = -1
         self.last: dict[str, float] = {}
-        """``validation_loss`` and ``bits_per_byte`` of the latest validation; empty before the first."""
+        """``validation_loss`` and ``bits_per_byte`` of the latest validation; empty before the first one."""
 
     def after_step(self, trainer: Trainer) -> None:
         if due(trainer.state.step, self._interval):
             self._validate(trainer)
 
     def finish(self, trainer: Trainer, completed: bool) -> None:
-        if completed and self._done_at != trainer.state.step:
+        if completed and self._last_step != trainer.state.step:
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
         result = evaluate(trainer.engine, self._loader)
-        self._done_at = trainer.state.step
+        self._last_step = trainer.state.step
         self.last = {"validation_loss": result.loss}
         trainer.state.validation_loss = result.loss
         if self._text_bytes_per_target is not None:
@@ -89,7 +92,7 @@ class Validation(Hook):
         return self.last
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done_at": self._done_at, "last": self.last}
+        return {"done_at": self._last_step, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._done_at, self.last = state["done_at"], state["last"]
+        self._last_step, self.last = state["done_at"], state["last"]

@@ -1,1 +1,1 @@
-"""What a run starts from: the checkpoint that it resumes, or the weights that a new run begins with."""
+"""What a run starts from: a checkpoint to resume from, given initial weights, or random weights."""

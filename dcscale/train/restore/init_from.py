@@ -1,4 +1,4 @@
-"""Weights that a new run begins with, where ``checkpoint.init_from`` names some."""
+"""Initial weights of a new run from another model (``checkpoint.init_from``)."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.data.tokenizers import TOKENIZER_NAME, ByteTokenizer
 from dcscale.models import DCFormer
 from dcscale.parallel.zero_state import MASTER, SavedState
-from dcscale.train.restore.resume import MODEL_FIELDS_WITHOUT_WEIGHT
+from dcscale.train.restore.resume import COMPUTE_ONLY_MODEL_FIELDS
 
-_WITHOUT_MEANING = (*MODEL_FIELDS_WITHOUT_WEIGHT, "model.compose.gate_init")
-"""Settings of the model that say nothing about what weights mean that are there already."""
+_FIELDS_THAT_MAY_DIFFER = (*COMPUTE_ONLY_MODEL_FIELDS, "model.compose.gate_init")
+"""Fields of the model section that do not change what existing weights compute, so differences are not reported."""
 
 
 @dataclass(frozen=True)
 class InitialWeights(SavedState):
-    """The state of a run that has not made a step, for :meth:`dcscale.parallel.Engine.load`.
+    """The training state of a run before its first step, for :meth:`dcscale.parallel.Engine.load`.
 
-    Its float32 weights are those of the source, also where the model computes in bfloat16.
+    The float32 weights are the source's values, also if the model computes in bfloat16.
     """
 
     source: Path
-    """The checkpoint or model folder."""
+    """The checkpoint or model folder that the weights are from."""
     weights: Weights
     warnings: list[str]
-    """In what the source and the run differ that may be meant."""
+    """Differences between source and run that may be intended."""
     steps: int = 0
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """They were checked when ``weights`` was made."""
+        """Nothing to do: creating ``weights`` checked the shapes."""
 
     def fill(self, targets: Mapping[tuple[str, str], tuple[int, Tensor]]) -> None:
-        """Copies weights; moments are zero."""
+        """Copies the weights; the Adam moments are zero."""
         for (name, kind), (start, target) in targets.items():
             if kind != MASTER:
                 target.zero_()
@@ -52,60 +52,54 @@ class InitialWeights(SavedState):
 
 
 def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ranks: int = 1) -> InitialWeights:
-    """What ``checkpoint.init_from`` names, for the model of ``config`` and data of ``tokenizer``.
+    """Opens the model that ``checkpoint.init_from`` names and checks that it fits the run. Loads no weights yet.
 
-    Nothing is loaded yet, but a rank compares the checksums of its share of the files.
+    Args:
+        config: the settings of the run.
+        tokenizer: of the training data.
+        rank: with ``ranks``, selects the share of the files whose checksums this rank verifies.
+        ranks: number of shares.
 
     Raises:
-        CheckpointError: it is not there or damaged, its weights do not fit the model, or its tokens mean other texts.
+        CheckpointError: the model is missing or corrupt, its weights do not fit the config, or its tokenizer differs.
     """
     try:
         source = find_checkpoint(Path(config.checkpoint.init_from))
-        there, state = read_config(source), read_state(source)
+        source_config, state = read_config(source), read_state(source)
     except CheckpointError as error:
         raise CheckpointError(
-            f"checkpoint.init_from: {error}. A model of others is converted first, by tools/convert_checkpoint.py"
+            f"checkpoint.init_from: {error}. Convert models of other formats first, with tools/convert_checkpoint.py"
         ) from error
-    if problem := corrupt_reason(source, left_out=OPTIMIZER, rank=rank, ranks=ranks):
-        raise CheckpointError(f"checkpoint.init_from: {problem}; copy it again, or name another")
+    if problem := corrupt_reason(source, skip=OPTIMIZER, rank=rank, ranks=ranks):
+        raise CheckpointError(f"checkpoint.init_from: {problem}; copy it again, or name another model")
+    # The meta device gives the shapes without allocating the model.
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in DCFormer(config.model).named_parameters()}
     try:
         weights = Weights(source / WEIGHTS, shapes)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"checkpoint.init_from: {error}. Begin with the settings under model in {source / CONFIG}"
-        ) from error
+        raise CheckpointError(f"checkpoint.init_from: {error}. Use the model settings of {source / CONFIG}") from error
     warnings = [
-        f"{path} is {show(value)} in {source} and {show(here)} here: the weights fit, but were trained with the former"
-        for path, value, here in differences(there, config)
-        if path.startswith("model.") and path not in _WITHOUT_MEANING
+        f"{path} is {show(saved)} in {source} and {show(current)} in this run: the weights fit, but were trained with "
+        "the former"
+        for path, saved, current in differences(source_config, config)
+        if path.startswith("model.") and path not in _FIELDS_THAT_MAY_DIFFER
     ]
     known = state.get("tokenizer") or {}
     fingerprint = _fingerprint(source, known)
     if fingerprint is None:
-        warnings.append(f"{source} does not say which tokenizer it was trained with: it should be that of the data")
+        warnings.append(f"{source} does not record its tokenizer: make sure that the data have the same one")
     elif fingerprint != tokenizer.fingerprint:
         raise CheckpointError(
             f"checkpoint.init_from: {source} was trained with another tokenizer (SHA-256 {fingerprint[:16]}...) than "
-            f"that of the data ({tokenizer.fingerprint[:16]}...): the same token would mean another text. Make the "
+            f"that of the data ({tokenizer.fingerprint[:16]}...): token ids would decode to different text. Make the "
             f"shards with tools/make_shards.py --tokenizer {_spec(source, known)}"
         )
     elif known["eos_id"] != tokenizer.eos_id:
         warnings.append(
-            f"a document ends with token {known['eos_id']} for {source}, with {tokenizer.eos_id} in the data"
+            f"the end-of-document token is {known['eos_id']} in {source} and {tokenizer.eos_id} in the data"
         )
     return InitialWeights(source, weights, warnings)
-
-
-def init_from_changes(began_with: str | None, init_from: str | None) -> list[str]:
-    """In words, that a run which goes on began with other weights than ``checkpoint.init_from`` names now."""
-    if init_from is None:
-        return []
-    if began_with is not None and Path(init_from).resolve() in (Path(began_with), *Path(began_with).parents):
-        return []
-    there = "random weights" if began_with is None else f"the weights of {began_with}"
-    return [f"this run began with {there}; checkpoint.init_from is only read when a run begins"]
 
 
 def _spec(source: Path, known: dict[str, Any]) -> str:
@@ -113,7 +107,7 @@ def _spec(source: Path, known: dict[str, Any]) -> str:
 
 
 def _fingerprint(source: Path, known: dict[str, Any]) -> str | None:
-    """Of the tokenizer that the model's state names, as in manifests of shards; None where there is none."""
+    """SHA-256 of the tokenizer that the model's state names, as in shard manifests; None if it names none."""
     if not known:
         return None
     if known["spec"] == "byte":

@@ -1,4 +1,4 @@
-"""Whether a run starts anew or goes on, and from where; and whether the checkpoint belongs to this run."""
+"""Find the checkpoint that a run resumes from, and check that it is compatible with the config and the data."""
 
 from __future__ import annotations
 
@@ -8,184 +8,236 @@ from typing import Any
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import (
-    OLD_OPTIMIZER,
     OPTIMIZER,
     WEIGHTS,
     corrupt_reason,
     incomplete_reason,
-    read_config,
     read_state,
     step_of,
 )
 from dcscale.config import Config, differences
 from dcscale.config.errors import show
+from dcscale.data import Stream
 from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.parallel import broadcast_from_rank0, gather_objects
 from dcscale.train.state import TrainState
 
-MODEL_FIELDS_WITHOUT_WEIGHT = ("model.backend", "model.scratch_mib")
-"""Fields of the model section that may change between starts of a run."""
+COMPUTE_ONLY_MODEL_FIELDS = ("model.backend", "model.scratch_mib")
+"""Fields of the model section that decide how the model is computed, not what; they may change on a resume."""
 
-_COURSE = ("optimizer", "schedule", "train.steps", "train.gradient_clipping")
-"""Settings that may change too, but decide the weights: a run that goes on says what was changed of them."""
+_HYPERPARAMETERS = ("optimizer", "schedule", "train.steps", "train.gradient_clipping")
+"""Sections and fields that may change on a resume, too, but affect the weights, so changes are reported."""
 
 
 def find_resumable_checkpoint(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint this start goes on from, read and found undamaged, or None for a new run; all ranks call it.
+    """Finds the checkpoint to resume from and verifies its checksums; all ranks call it together.
 
-    Every rank reads a share of the files. With ``checkpoint.on_corrupt=previous`` newer checkpoints of the run that are
-    damaged are passed over, and returned with what is wrong with them.
+    Every rank reads a share of the files. With ``checkpoint.on_corrupt=previous``, corrupt checkpoints of the run are
+    passed over in favour of the previous one.
+
+    Returns:
+        The checkpoint, or None for a new run; and the corrupt checkpoints that were passed over, with their problems.
 
     Raises:
-        CheckpointError: as :func:`checkpoint_to_resume`, or the checkpoint is damaged.
+        CheckpointError: as :func:`checkpoint_to_resume`, or the checkpoint is corrupt.
     """
-    damaged: dict[Path, str] = {}
+    corrupt: dict[Path, str] = {}
     while True:
-        checkpoint = broadcast_from_rank0(lambda: checkpoint_to_resume(config, damaged))
+        checkpoint = broadcast_from_rank0(lambda: checkpoint_to_resume(config, corrupt))
         if checkpoint is None:
-            return None, damaged
-        # Training reads everything but the weights, which are made of the optimizer's float32 ones.
-        problems = gather_objects(corrupt_reason(checkpoint, left_out=WEIGHTS, rank=rank, ranks=ranks))
+            return None, corrupt
+        # A resume does not read WEIGHTS: the engine takes the optimizer's float32 weights.
+        problems = gather_objects(corrupt_reason(checkpoint, skip=WEIGHTS, rank=rank, ranks=ranks))
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
-            return checkpoint, damaged
+            return checkpoint, corrupt
         if not _is_of_run(checkpoint, config):
-            raise CheckpointError(f"the checkpoint to go on from is damaged: {problem}; name another one")
+            raise CheckpointError(f"the checkpoint to resume from is corrupt: {problem}; name another one")
         if config.checkpoint.on_corrupt == "fail":
             raise CheckpointError(
-                f"the newest checkpoint is damaged: {problem}. Restore it from a copy, or set "
-                "checkpoint.on_corrupt=previous to set it aside and go on from the newest good one"
+                f"the newest checkpoint is corrupt: {problem}. Restore it from a copy, or set "
+                "checkpoint.on_corrupt=previous to quarantine it and resume from the newest intact one"
             )
-        damaged[checkpoint] = problem
+        corrupt[checkpoint] = problem
 
 
 def _is_of_run(checkpoint: Path, config: Config) -> bool:
-    """Whether it lies among the run's own; their folder may be a link to another disk."""
+    """Whether the checkpoint is one of the run itself, not of a run that it branches from."""
+    # Resolve both, as the run's checkpoints folder may be a link to another disk.
     return checkpoint.resolve().parent == (Path(config.run.folder) / "checkpoints").resolve()
 
 
-def checkpoint_to_resume(config: Config, damaged: Mapping[Path, str] | None = None) -> Path | None:
-    """The checkpoint this start goes on from, or None for a new run. It may be damaged, but is none of ``damaged``,
-    the checkpoints that are known to be and what is wrong with them.
+def checkpoint_to_resume(config: Config, corrupt: Mapping[Path, str] | None = None) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` and the run folder select, or None for a new run. It is not verified.
+
+    Args:
+        config: the settings of the run.
+        corrupt: checkpoints that are known to be corrupt, with their problems; none of them is returned.
 
     Raises:
-        CheckpointError: the run's folder and ``checkpoint.resume`` do not go together, or all of a run's checkpoints
-            are damaged.
+        CheckpointError: the run folder and ``checkpoint.resume`` contradict each other, or all checkpoints of the run
+            are corrupt.
     """
     run, resume = Path(config.run.folder), config.checkpoint.resume
-    damaged = damaged or {}
-    existing = [checkpoint for checkpoint in checkpoints_of(run) if checkpoint not in damaged]
+    corrupt = corrupt or {}
+    existing = [checkpoint for checkpoint in checkpoints_of(run) if checkpoint not in corrupt]
     if resume == "never":
         if existing or (run / "metrics.jsonl").exists():
             raise CheckpointError(
-                f"run.folder {run} holds a run already and checkpoint.resume is 'never': choose another run.name, "
-                "or checkpoint.resume=auto to go on"
+                f"run.folder {run} already contains a run and checkpoint.resume is 'never': use another run.name, "
+                "or checkpoint.resume=auto to resume it"
             )
         return None
     if resume == "auto":
-        if damaged and not existing:
+        if corrupt and not existing:
             raise CheckpointError(
-                f"none of the checkpoints in {run} is good; the newest: {next(iter(damaged.values()))}. Restore one "
-                "from a copy, or start anew with another run.name"
+                f"all checkpoints in {run} are corrupt; the newest: {next(iter(corrupt.values()))}. Restore one from "
+                "a copy, or start a new run with another run.name"
             )
         return existing[-1] if existing else None
     try:
         checkpoint = find_checkpoint(Path(resume))
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint.resume: {error}; or use auto or never") from error
-    if checkpoint in damaged:
-        raise CheckpointError(f"checkpoint.resume is damaged: {damaged[checkpoint]}; name another one")
-    if not any((checkpoint / name).is_dir() for name in (OPTIMIZER, OLD_OPTIMIZER)):
+    if checkpoint in corrupt:
+        raise CheckpointError(f"checkpoint.resume names a corrupt checkpoint: {corrupt[checkpoint]}; name another one")
+    if not (checkpoint / OPTIMIZER).is_dir():
         raise CheckpointError(
-            f"checkpoint.resume is {checkpoint}, which holds a model without optimizer state ({OPTIMIZER}/): training "
-            "cannot go on from it; name a checkpoint that a run has written"
+            f"checkpoint.resume is {checkpoint}, which contains a model without optimizer state ({OPTIMIZER}/): "
+            "training cannot resume from it; name a checkpoint that a run has written"
         )
     if existing:
         newest = existing[-1]
+        # The same command, started again, resumes the branch instead of branching off once more.
         if incomplete_reason(newest) or read_state(newest).get("branched_from") == str(checkpoint.resolve()):
-            return newest  # the same words, said again, go on with the branch
+            return newest
     newer = [p.name for p in existing if step_of(p) > step_of(checkpoint)]
     if newer:
         raise CheckpointError(
-            f"checkpoint.resume is {checkpoint}, but run.folder {run} has gone on to {newer[-1]}: choose another "
-            "run.name to branch off, or delete the newer checkpoints"
+            f"checkpoint.resume is {checkpoint}, but run.folder {run} has newer checkpoints, up to {newer[-1]}: use "
+            "another run.name to branch off, or delete the newer checkpoints"
         )
     return checkpoint
 
 
-def data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between two identities of data, in words."""
+def data_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Describes each difference between two data identities, of a checkpoint and of the data as they are now."""
     return [
-        f"the data's {key} was {there.get(key)!r} there and is {here.get(key)!r} here: those are other sequences"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
+        f"the data's {key} was {saved.get(key)!r} in the checkpoint and is {current.get(key)!r} now: "
+        "the sequences would differ"
+        for key in {**saved, **current}
+        if saved.get(key) != current.get(key)
     ]
 
 
 def topology_changes(content: dict[str, Any], config: Config, world_size: int) -> list[str]:
-    """In what the state is spread and computed with in another way than it was, in words."""
+    """Describes each change of rank count, ZeRO stage and precision since the checkpoint. All of them are allowed."""
     settings = {
         "ranks": ("world_size", world_size),
         "parallel.zero_stage": ("zero_stage", config.parallel.zero_stage),
         "train.precision": ("precision", config.train.precision),
     }
     return [
-        f"{name} was {content[key]} there and is {here} here; the state is saved in float32, free of ranks and stages"
-        for name, (key, here) in settings.items()
-        if content[key] != here
+        f"{name} was {content[key]} in the checkpoint and is {current} now; the saved state is float32 and independent "
+        "of ranks and ZeRO stage"
+        for name, (key, current) in settings.items()
+        if content[key] != current
     ]
 
 
-def hyperparameter_changes(checkpoint: Path, config: Config) -> list[str]:
-    """In what the updates from now on are made in another way than those before, in words."""
+def hyperparameter_changes(saved_config: Config, config: Config) -> list[str]:
+    """Describes each changed setting of optimizer, schedule and update since the checkpoint. All are allowed."""
     return [
-        f"{path} was {show(there)} there and is {show(here)} here"
-        for path, there, here in differences(read_config(checkpoint), config)
-        if path in _COURSE or path.partition(".")[0] in _COURSE
+        f"{path} was {show(saved)} in the checkpoint and is {show(current)} now"
+        for path, saved, current in differences(saved_config, config)
+        if path in _HYPERPARAMETERS or path.partition(".")[0] in _HYPERPARAMETERS
+    ]
+
+
+def init_from_changes(initial_weights: str | None, init_from: str | None) -> list[str]:
+    """Describes the change if a resumed run was started from other weights than ``checkpoint.init_from`` names now.
+
+    Args:
+        initial_weights: the source recorded in the run's state; None: random weights.
+        init_from: the current ``checkpoint.init_from``.
+    """
+    if init_from is None:
+        return []
+    if initial_weights is not None:
+        # init_from may also name a run folder, whose newest checkpoint was the source.
+        recorded = Path(initial_weights)
+        if Path(init_from).resolve() in (recorded, *recorded.parents):
+            return []
+    source = "random weights" if initial_weights is None else f"the weights of {initial_weights}"
+    return [f"this run was started from {source}; checkpoint.init_from has no effect on a resume"]
+
+
+def restore_state(
+    checkpoint: Path, content: dict[str, Any], saved_config: Config, config: Config, ranks: int, stream: Stream
+) -> tuple[TrainState, list[str]]:
+    """The state to resume with, and a console line for each change since the checkpoint.
+
+    Raises:
+        CheckpointError: as :func:`check_compatible`.
+    """
+    state = check_compatible(checkpoint, content, saved_config, config, stream.identity, stream.tokenizer)
+    allowed = [*topology_changes(content, config, ranks), *hyperparameter_changes(saved_config, config)]
+    of_data = data_changes(state.data_identity, stream.identity)
+    state.data_identity = stream.identity
+    return state, [
+        *(f"resuming   {change}" for change in allowed),
+        *(f"warning    {change} (checkpoint.allow_data_change=true)" for change in of_data),
+        *(f"warning    {change}" for change in init_from_changes(state.initial_weights, config.checkpoint.init_from)),
     ]
 
 
 def check_compatible(
     checkpoint: Path,
     content: dict[str, Any],
+    saved_config: Config,
     config: Config,
     identity: dict[str, Any],
     tokenizer: TokenizerInfo,
 ) -> TrainState:
-    """The state to go on with. Its data may differ where ``checkpoint.allow_data_change`` is set, its tokenizer never.
+    """Checks that a run can resume from a checkpoint, and returns its state.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        content: its ``state.json``.
+        saved_config: its ``config.yaml``.
+        config: the settings of the run.
+        identity: of the training data. May differ with ``checkpoint.allow_data_change``.
+        tokenizer: of the training data. Must not differ.
 
     Raises:
-        CheckpointError: model, batch or data differ, or the checkpoint is too old; every difference is named.
+        CheckpointError: model, global batch size or data differ, or the checkpoint is beyond ``train.steps``; lists
+            all differences.
     """
-    if (checkpoint / OLD_OPTIMIZER).is_dir():
-        raise CheckpointError(
-            f"{checkpoint} has its optimizer state in {OLD_OPTIMIZER}/, pickled by an earlier version of dcscale, and "
-            "pickles are not loaded: go on with that version, or start a new run with another run.name. Its weights/ "
-            "can be converted and evaluated as ever"
-        )
     problems = [
-        f"{path} is {show(there)} there and {show(here)} here: that is another model"
-        for path, there, here in differences(read_config(checkpoint), config)
-        if path.startswith("model.") and path not in MODEL_FIELDS_WITHOUT_WEIGHT
+        f"{path} is {show(saved)} in the checkpoint and {show(current)} now: this changes the model"
+        for path, saved, current in differences(saved_config, config)
+        if path.startswith("model.") and path not in COMPUTE_ONLY_MODEL_FIELDS
     ]
-    there, here = content["global_batch_size"], config.train.global_batch_size
-    if there != here:
-        problems.append(f"train.global_batch_size is {there} there and {here} here: steps would have another meaning")
+    saved, current = content["global_batch_size"], config.train.global_batch_size
+    if saved != current:
+        problems.append(
+            f"train.global_batch_size is {saved} in the checkpoint and {current} now: it must match to resume"
+        )
     state = TrainState.from_json(content)
     changes = data_changes(state.data_identity, identity)
     way_out = ""
     if changes and not config.checkpoint.allow_data_change:
         problems += changes
-        way_out = ", or set checkpoint.allow_data_change=true to go on with other sequences"
+        way_out = ", or set checkpoint.allow_data_change=true to continue with other sequences"
     elif changes and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        problems.append("the data's tokenizer is another one: the same token would mean another text")
+        problems.append("the data have another tokenizer: token ids would decode to different text")
     if not _is_of_run(checkpoint, config):
         state.branched_from = str(checkpoint.resolve())
     if state.step > config.train.steps:
         problems.append(f"it is at step {state.step}, past train.steps {config.train.steps}")
     if problems:
         raise CheckpointError(
-            f"{checkpoint} cannot be gone on from: " + "; ".join(problems) + ". Restore these settings, or start a new "
+            f"cannot resume from {checkpoint}: " + "; ".join(problems) + ". Restore these settings, or start a new "
             f"run with another run.name{way_out}"
         )
     return state

@@ -1,4 +1,4 @@
-"""From text to shards: nothing lost, reproducible for any workers, and nothing half-made."""
+"""From text to shards: no text is lost, any number of workers gives the same bytes, and output is never incomplete."""
 
 import gzip
 import hashlib
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dcscale.data import DataError, StreamConfig, build_shards, open_stream, read_manifest
 from dcscale.data.prepare.documents import find_files, zstd
-from dcscale.data.prepare.shuffle import document_key, part_of
+from dcscale.data.prepare.shuffle import document_key, split_of
 from dcscale.data.shards.shard import read_shard
 from dcscale.data.storage import open_storage
 
@@ -79,12 +79,12 @@ def test_every_text_is_in_exactly_one_shard(corpus, tmp_path):
     assert sorted(train + validation) == texts_of_corpus(corpus)
     assert report.empty == 2
     assert report.undecodable == ()
-    assert list(report.parts) == [tmp_path / "out/train", tmp_path / "out/validation"]
-    for folder, part in report.parts.items():
-        manifest = part.manifest
+    assert list(report.splits) == [tmp_path / "out/train", tmp_path / "out/validation"]
+    for folder, split in report.splits.items():
+        manifest = split.manifest
         assert manifest == read_manifest(folder)
         texts = texts_of_shards(folder)
-        assert (part.documents, part.cut, part.filling) == (len(texts), 0, 0)
+        assert (split.documents, split.cut_documents, split.padding_tokens) == (len(texts), 0, 0)
         assert manifest.totals["documents"] == len(texts)
         assert manifest.totals["text_bytes"] == sum(len(text.encode()) for text in texts)
         assert manifest.totals["tokens"] == manifest.totals["text_bytes"] + len(texts)
@@ -107,14 +107,14 @@ def test_shards_and_bundles_have_the_sizes_asked_for(corpus, tmp_path):
     assert not (tmp_path / "out/validation").exists()
 
 
-def test_documents_are_scattered(corpus, tmp_path):
+def test_documents_are_shuffled_over_shards(corpus, tmp_path):
     small(corpus, tmp_path / "out", hold_out=0)
     kinds = [text.split()[0] for text in texts_of_shards(tmp_path / "out/train")]
     changes = sum(here != there for here, there in itertools.pairwise(kinds))
-    assert 40 < changes < 80, "files and lines, about 60 of each, must alternate like coin tosses"
+    assert 40 < changes < 80, "files and lines, about 60 of each, must alternate at random"
 
 
-def test_the_result_is_the_same_for_any_workers_buckets_batches_and_time(corpus, tmp_path, monkeypatch):
+def test_the_result_is_the_same_for_any_workers_buckets_batches_and_time(corpus, tmp_path):
     small(corpus, tmp_path / "one")
     small(corpus, tmp_path / "two", workers=2)
     small(corpus, tmp_path / "buckets", bucket_bytes=50)
@@ -122,21 +122,20 @@ def test_the_result_is_the_same_for_any_workers_buckets_batches_and_time(corpus,
     assert len(expected) > 8
     assert tree(tmp_path / "two") == expected
     assert tree(tmp_path / "buckets") == expected
-    monkeypatch.setattr("dcscale.data.prepare.shuffle.CHUNK_BYTES", 50)
-    assert small(corpus, tmp_path / "batches").empty == 2
+    assert small(corpus, tmp_path / "batches", batch_chars=50).empty == 2
     assert tree(tmp_path / "batches") == expected
 
 
 def test_seed_changes_the_order_but_not_what_is_held_out(corpus, tmp_path):
     small(corpus, tmp_path / "a")
     small(corpus, tmp_path / "b", seed=1)
-    for part in ("train", "validation"):
-        a, b = texts_of_shards(tmp_path / "a" / part), texts_of_shards(tmp_path / "b" / part)
+    for split in ("train", "validation"):
+        a, b = texts_of_shards(tmp_path / "a" / split), texts_of_shards(tmp_path / "b" / split)
         assert sorted(a) == sorted(b)
         assert a != b
 
 
-def test_what_is_held_out_follows_from_the_name_alone(corpus, tmp_path):
+def test_the_split_of_a_document_depends_on_its_name_alone(corpus, tmp_path):
     small(corpus, tmp_path / "all")
     small(corpus / "sub1" / "..", tmp_path / "again", exclude=["sub0", "*.jsonl*"])
     held_out = set(texts_of_shards(tmp_path / "all/validation"))
@@ -144,17 +143,17 @@ def test_what_is_held_out_follows_from_the_name_alone(corpus, tmp_path):
     assert not set(texts_of_shards(tmp_path / "again/train")) & held_out
 
 
-def test_a_larger_part_held_out_contains_the_smaller():
+def test_a_larger_hold_out_contains_a_smaller_one():
     names = [f"file-{i}.txt" for i in range(5000)]
-    parts = [{name for name in names if part_of(name, fraction) == "validation"} for fraction in (0, 0.02, 0.5)]
-    assert parts[0] == set()
-    assert parts[1] < parts[2]
-    assert 60 < len(parts[1]) < 140
-    assert 2350 < len(parts[2]) < 2650
+    held_out = [{name for name in names if split_of(name, fraction) == "validation"} for fraction in (0, 0.02, 0.5)]
+    assert held_out[0] == set()
+    assert held_out[1] < held_out[2]
+    assert 60 < len(held_out[1]) < 140
+    assert 2350 < len(held_out[2]) < 2650
 
 
-def test_names_that_are_no_text_have_keys_too():
-    assert document_key(os.fsdecode(b"\xff.txt"), "scatter") != document_key(os.fsdecode(b"\xfe.txt"), "scatter")
+def test_names_that_are_not_utf8_have_different_keys():
+    assert document_key(os.fsdecode(b"\xff.txt"), "order") != document_key(os.fsdecode(b"\xfe.txt"), "order")
 
 
 def test_documents_with_the_same_name_are_all_kept(tmp_path):
@@ -183,7 +182,7 @@ def make_word_tokenizer(path, vocabulary):
     tokenizer.save(str(path))
 
 
-def test_a_tokenizer_that_changes_under_its_name_is_noticed(tmp_path, monkeypatch):
+def test_a_tokenizer_file_that_changes_during_the_build_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     (tmp_path / "a.txt").write_text("one two")
     for number in (1, 2):
@@ -201,7 +200,7 @@ def test_a_tokenizer_that_changes_under_its_name_is_noticed(tmp_path, monkeypatc
 
     monkeypatch.setattr("dcscale.data.prepare.build.find_files", change_then_find)
     make_word_tokenizer(path, {"<|endoftext|>": 0, "[UNK]": 1, "two": 2})
-    with pytest.raises(DataError, match=r"t\.json: was changed while shards were made with it"):
+    with pytest.raises(DataError, match=r"t\.json: was changed while shards were built with it"):
         build_shards([tmp_path / "a.txt"], tmp_path / "out3", tokenizer=str(path))
 
 
@@ -225,7 +224,7 @@ def test_an_output_in_the_way(corpus, tmp_path):
     out.mkdir()
     small(corpus, out)
     before = tree(out)
-    with pytest.raises(DataError, match=r"out: exists already; .*--overwrite"):
+    with pytest.raises(DataError, match=r"out: already exists; .*--overwrite"):
         small(corpus, out)
     assert tree(out) == before
     small(corpus, out, overwrite=True, seed=1)
@@ -237,13 +236,13 @@ def test_only_shards_are_ever_overwritten(corpus, tmp_path):
     out = tmp_path / "out"
     small(corpus, out)
     (out / "thesis.txt").write_text("do not delete")
-    with pytest.raises(DataError, match=r"out: holds other things than shards, so it is not overwritten"):
+    with pytest.raises(DataError, match=r"out: holds more than shards, so it is not overwritten"):
         small(corpus, out, overwrite=True)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"file: holds other things than shards"):
+    with pytest.raises(DataError, match=r"file: holds more than shards"):
         small(corpus, tmp_path / "file", overwrite=True)
     (tmp_path / "other" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"other: holds other things than shards"):
+    with pytest.raises(DataError, match=r"other: holds more than shards"):
         small(corpus, tmp_path / "other", overwrite=True)
     assert (out / "thesis.txt").read_text() == "do not delete"
 
@@ -258,7 +257,7 @@ def test_a_failed_overwrite_keeps_the_old_shards(corpus, tmp_path):
     assert tree(out) == before
 
 
-def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(corpus, tmp_path, monkeypatch):
+def test_an_overwrite_that_fails_at_the_last_rename_restores_the_old_shards(corpus, tmp_path, monkeypatch):
     out = tmp_path / "out"
     small(corpus, out)
     before, rename = tree(out), Path.rename
@@ -286,24 +285,21 @@ def test_an_overwrite_that_fails_at_the_last_moment_puts_the_old_shards_back(cor
         ({"workers": 0}, "workers is 0, but must be at least 1"),
         ({"hold_out": 1.0}, r"hold_out is 1\.0, but must be at least 0 and below 1"),
         ({"hold_out": -0.1}, r"hold_out is -0\.1, but must be"),
-        (
-            {"hold_out": 1e-9},
-            r"give no document for validation: .*; give more text, or another --hold-out",
-        ),
-        ({"tokenizer": "nowhere.json"}, r"nowhere\.json: cannot be read"),
+        ({"hold_out": 1e-9}, r"have no document for validation: .*; give more text, or another --hold-out"),
+        ({"tokenizer": "missing.json"}, r"missing\.json: cannot be read"),
         ({"pack": "tight", "sequence_length": 8}, r"pack is 'tight', but must be best-fit or one-per-sequence"),
         ({"pack": "best-fit"}, r"sequence_length is None and pack is best-fit, but with pack it must be at least 1"),
         ({"pack": "best-fit", "sequence_length": 0}, r"sequence_length is 0 and pack is best-fit"),
         ({"sequence_length": 8}, r"sequence_length is 8 and pack is None, .* without pack it must be left out"),
     ],
 )
-def test_arguments_that_cannot_be_met(corpus, tmp_path, changes, message):
+def test_invalid_arguments_are_refused(corpus, tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         small(corpus, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
-def test_text_that_is_all_empty(tmp_path):
+def test_inputs_without_any_text_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="the inputs hold no text: all their documents are empty"):
         build_shards([tmp_path / "a.txt"], tmp_path / "out")
@@ -315,7 +311,7 @@ def run_tool(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_the_tool_makes_shards_that_a_stream_reads_and_says_what_to_do_next(corpus, tmp_path):
+def test_the_tool_builds_shards_that_a_stream_reads_and_prints_the_settings(corpus, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     out = tmp_path / "out"
     options = ["--hold-out", 0.2, "--workers", 2, "--skip-undecodable", "--shard-tokens", 500]
@@ -323,8 +319,8 @@ def test_the_tool_makes_shards_that_a_stream_reads_and_says_what_to_do_next(corp
     done = run_tool(corpus, tmp_path / "bad.txt", "--output", out, *options)
     assert done.returncode == 0, done.stderr
     assert f"data.train={out / 'train'} data.validation={out / 'validation'} model.vocab_size=257" in done.stdout
-    assert "Left out, since empty: 1\n" in done.stdout
-    assert "Left out, since not UTF-8: 1, such as bad.txt\n" in done.stdout
+    assert "Skipped empty documents: 1\n" in done.stdout
+    assert "Skipped documents that are not UTF-8: 1, such as bad.txt\n" in done.stdout
     assert "tokenize" in done.stderr, "a progress bar"
     totals = read_manifest(out / "train").totals
     assert f"{out / 'train'}: {totals['tokens']:,} tokens of {totals['documents']:,} documents" in done.stdout
@@ -339,7 +335,7 @@ def test_the_tool_makes_shards_that_a_stream_reads_and_says_what_to_do_next(corp
 
 @pytest.mark.parametrize(
     ("given", "output", "message"),
-    [("nowhere", "out", "nowhere: is neither a file nor a folder"), ("", "a" * 300, "File name too long")],
+    [("missing", "out", "missing: is neither a file nor a folder"), ("", "a" * 300, "File name too long")],
 )
 def test_the_tool_reports_bad_input_without_a_traceback(tmp_path, given, output, message):
     (tmp_path / "a.txt").write_text("text")
@@ -350,4 +346,4 @@ def test_the_tool_reports_bad_input_without_a_traceback(tmp_path, given, output,
     assert "Traceback" not in done.stderr
     (tmp_path / "a.txt").write_text("text")
     done = run_tool(tmp_path / "a.txt", "--output", "/")
-    assert done.stderr.startswith("make_shards: /: is no folder that could be made")
+    assert done.stderr.startswith("make_shards: /: is not a folder that can be created")

@@ -1,4 +1,4 @@
-"""Shards made of rows: what is in them, and that they read as what was packed."""
+"""Shards of packed rows: their content, and that a stream reads it back."""
 
 import hashlib
 import itertools
@@ -66,36 +66,35 @@ def test_each_shard_is_the_packed_rows_of_its_documents(corpus, tmp_path, pack):
     build_shards([corpus], tmp_path / "plain", **SIZES)
     report = build_shards([corpus], tmp_path / "rows", **SIZES, pack=pack, sequence_length=LENGTH)
     shuffled = 0
-    for part in ("train", "validation"):
-        plain, packed = read_manifest(tmp_path / "plain" / part), read_manifest(tmp_path / "rows" / part)
+    for split in ("train", "validation"):
+        plain, packed = read_manifest(tmp_path / "plain" / split), read_manifest(tmp_path / "rows" / split)
         assert packed.row_tokens == LENGTH + 1
         assert [shard.text_bytes for shard in packed.shards] == [shard.text_bytes for shard in plain.shards]
-        documents = filling = cut = 0
+        documents = padding = cut = 0
         for before, after in zip(
-            shards_of(tmp_path / "plain" / part), shards_of(tmp_path / "rows" / part), strict=True
+            shards_of(tmp_path / "plain" / split), shards_of(tmp_path / "rows" / split), strict=True
         ):
             expected = []
             for row in PACKINGS[pack](list(map(len, before)), LENGTH + 1):
-                parts = [before[document][start:stop] for document, start, stop in row]
-                slack = LENGTH + 1 - sum(map(len, parts))
-                expected.append(parts + [[256]] * slack)
-                filling += slack
+                fragments = [before[document][start:stop] for document, start, stop in row]
+                free = LENGTH + 1 - sum(map(len, fragments))
+                expected.append(fragments + [[256]] * free)
+                padding += free
             found = rows_of(after)
             assert sorted(found) == sorted(expected)
             shuffled += found != expected
             documents += len(before)
             cut += sum(len(document) > LENGTH + 1 for document in before)
-        of_part = report.parts[tmp_path / "rows" / part]
-        assert (of_part.documents, of_part.cut, of_part.filling) == (documents, cut, filling)
+        found = report.splits[tmp_path / "rows" / split]
+        assert (found.documents, found.cut_documents, found.padding_tokens) == (documents, cut, padding)
         assert cut > 3
-    assert shuffled > 3, "rows must not stand in the order in which they were packed, with the full ones first"
+    assert shuffled > 3, "rows must not be in the order of packing, with the full ones first"
 
 
 def test_best_fit_fills_rows(corpus, tmp_path):
-    (train, _) = build_shards(
-        [corpus], tmp_path / "rows", **SIZES, pack="best-fit", sequence_length=LENGTH
-    ).parts.values()
-    assert train.filling < 0.05 * train.manifest.totals["tokens"]
+    report = build_shards([corpus], tmp_path / "rows", **SIZES, pack="best-fit", sequence_length=LENGTH)
+    train = report.splits[tmp_path / "rows/train"]
+    assert train.padding_tokens < 0.05 * train.manifest.totals["tokens"]
 
 
 def test_bundles_end_where_rows_end(corpus, tmp_path):
@@ -139,16 +138,16 @@ def test_a_stream_gives_every_target_of_every_document_once(corpus, tmp_path):
     assert sorted(found) == sorted(pairs)
 
 
-def test_the_tool_says_how_full_the_rows_are(corpus, tmp_path, capsys):
+def test_the_tool_prints_how_full_the_rows_are(corpus, tmp_path, capsys):
     tool = runpy.run_path(str(REPOSITORY / "tools/make_shards.py"))
     arguments = [corpus, "--output", tmp_path / "out", "--pack", "one-per-sequence", "--sequence-length", LENGTH]
     assert tool["main"](list(map(str, [*arguments, "--workers", 1]))) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     manifest = read_manifest(tmp_path / "out/train")
     rows, tokens = manifest.totals["tokens"] // 65, manifest.totals["tokens"]
-    assert f"{tokens:,} tokens of 400 documents" in said
+    assert f"{tokens:,} tokens of 400 documents" in output
     documents = [document for documents in shards_of(tmp_path / "out/train") for document in documents]
     filled = sum(len(document) for document in documents if document != [256])
-    assert f"in {rows:,} rows of 65 tokens, {filled / tokens:.2%} of them filled; " in said
-    assert "documents had to be cut" in said
-    assert "data.sequence_length=64 model.vocab_size=257\n" in said
+    assert f"in {rows:,} rows of 65 tokens, {filled / tokens:.2%} filled; " in output
+    assert "documents were cut because they are longer than a row" in output
+    assert "data.sequence_length=64 model.vocab_size=257\n" in output

@@ -1,4 +1,4 @@
-"""Documents out of files: order, names, and every way in which text can be unreadable."""
+"""Reading documents from files: their order and names, and errors for every kind of unreadable text."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from dcscale.data import DataError
 from dcscale.data.prepare import documents
-from dcscale.data.prepare.documents import find_files, read_documents, split
+from dcscale.data.prepare.documents import find_files, read_documents, split_into_chunks
 
 zstd = documents.zstd
 
@@ -20,7 +20,7 @@ zstd = documents.zstd
 def documents_of(inputs, chunk_bytes=1 << 22, text_field="text", skip_undecodable=False, **options):
     return [
         document
-        for chunk in split(find_files(inputs, **options), text_field=text_field, chunk_bytes=chunk_bytes)
+        for chunk in split_into_chunks(find_files(inputs, **options), text_field=text_field, chunk_bytes=chunk_bytes)
         for document in read_documents(chunk, text_field=text_field, skip_undecodable=skip_undecodable)
     ]
 
@@ -46,7 +46,7 @@ def make_tree(folder):
     return folder
 
 
-def test_folders_are_read_at_any_depth_sorted_by_suffix(tmp_path):
+def test_folders_are_read_at_any_depth_sorted_by_path(tmp_path):
     found = documents_of([make_tree(tmp_path)])
     assert [document.name for document in found] == [
         "a/b/c.txt", "a/tests/u.txt", "a/z.txt", "a-.txt", "a.txt", "b.txt", "tests/t.txt", "x.tmp.txt",
@@ -88,7 +88,7 @@ def test_lines_of_jsonl_and_packed_jsonl_are_documents(tmp_path):
     ]  # fmt: skip
 
 
-def test_kinds_of_files_are_told_by_suffixes_in_capitals_too(tmp_path):
+def test_suffixes_in_capitals_are_recognised(tmp_path):
     (tmp_path / "A.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "three"}'))
     write_parquet(tmp_path / "C.PARQUET", ["four"])
@@ -129,15 +129,15 @@ def test_only_the_column_of_the_text_is_read(tmp_path):
         parquet.ParquetFile(tmp_path / "a.parquet", page_checksum_verification=True).read()
 
 
-def test_a_parquet_file_that_has_lost_rows_meanwhile_is_refused(tmp_path):
+def test_a_parquet_file_that_lost_rows_after_it_was_listed_is_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["x"] * 5)
-    (chunk,) = split(find_files([tmp_path]))
+    (chunk,) = split_into_chunks(find_files([tmp_path]))
     write_parquet(tmp_path / "a.parquet", ["x"] * 5, rows=1)
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read .*row groups 0 to 2 hold 3 rows instead of 5"):
         list(read_documents(chunk))
 
 
-def test_a_parquet_file_whose_counts_contradict_is_refused(tmp_path):
+def test_a_parquet_file_with_inconsistent_row_counts_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, ["x"] * 5)
     data, contradictions = path.read_bytes(), 0
@@ -146,14 +146,14 @@ def test_a_parquet_file_whose_counts_contradict_is_refused(tmp_path):
         try:
             footer = parquet.read_metadata(path)
             counts = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
-        except Exception:  # damage of another kind
+        except Exception:  # corrupt in another way
             continue
         if min(counts) >= 0 and sum(counts) != footer.num_rows:
             contradictions += 1
             with pytest.raises(
                 DataError, match=rf"its row groups hold {sum(counts)} rows instead of {footer.num_rows}"
             ):
-                list(split(find_files([path])))
+                list(split_into_chunks(find_files([path])))
         if contradictions == 3:
             break
     assert contradictions == 3
@@ -182,16 +182,16 @@ def test_numbers_and_names_do_not_depend_on_the_chunks(tmp_path):
     assert [document.number for document in whole] == list(range(81))
     for chunk_bytes in (1, 20, 100, 700):
         assert documents_of([tmp_path], chunk_bytes) == whole
-    chunks = list(split(find_files([tmp_path]), chunk_bytes=100))
+    chunks = list(split_into_chunks(find_files([tmp_path]), chunk_bytes=100))
     assert len(chunks) > 10
     assert sum(chunk.bytes for chunk in chunks) == sum(file.bytes for file in find_files([tmp_path]))
 
 
-def test_row_groups_are_the_smallest_chunks_and_small_ones_come_together(tmp_path):
+def test_row_groups_are_never_divided_and_small_ones_share_a_chunk(tmp_path):
     write_parquet(tmp_path / "a.parquet", [f"row {i}" for i in range(10, 34)], rows=4)
     group = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).total_byte_size
     for chunk_bytes, expected in ((1, [1] * 6), (2 * group, [2] * 3), (1 << 20, [6])):
-        chunks = list(split(find_files([tmp_path]), chunk_bytes=chunk_bytes))
+        chunks = list(split_into_chunks(find_files([tmp_path]), chunk_bytes=chunk_bytes))
         assert [len(chunk.row_groups) for chunk in chunks] == expected
         assert [number for chunk in chunks for number in chunk.row_groups] == list(range(6))
 
@@ -204,7 +204,7 @@ def test_text_that_is_not_utf8_is_named_or_skipped(tmp_path):
     assert named(documents_of([tmp_path], skip_undecodable=True)) == {"good.txt": "gut", "latin.txt": None}
 
 
-def test_jsonl_lines_that_are_no_text_are_named_or_skipped(tmp_path):
+def test_jsonl_lines_that_are_not_utf8_are_named_or_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: byte 10 is 0xff, which is not UTF-8"):
         documents_of([tmp_path])
@@ -234,7 +234,7 @@ def test_parquet_text_that_is_not_utf8_is_named_or_skipped(tmp_path):
         ("[" * 100_000, r"is not JSON"),
         ('"text"', r"must be an object whose field 'text' is a string, but has str"),
         ('{"body": "x", "id": 1}', r".* but has \['body', 'id'\]; name the right field with --text-field"),
-        ('{"text": null}', r"must be an object whose field 'text' is a string, but there it is null; name"),
+        ('{"text": null}', r"must be an object whose field 'text' is a string, but the field is null; name"),
     ],
 )
 @pytest.mark.parametrize("skip", [False, True])
@@ -245,7 +245,7 @@ def test_malformed_lines_are_never_skipped(tmp_path, line, message, skip):
 
 
 @pytest.mark.parametrize("keep", [15, 40, -4])
-def test_damaged_gz_is_named(tmp_path, keep):
+def test_corrupt_gz_is_named(tmp_path, keep):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "some text"}\n' * 50)[:keep])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read after line \d+: .*replace the file"):
@@ -253,8 +253,8 @@ def test_damaged_gz_is_named(tmp_path, keep):
 
 
 @pytest.mark.parametrize("change", [lambda d: d[:15], lambda d: d[:-4], lambda d: d + b"more", lambda d: d[1:]])
-def test_damaged_zst_is_named(tmp_path, change):
-    """Also where it was cut off, which some readers take for its end."""
+def test_corrupt_zst_is_named(tmp_path, change):
+    """Also where the file is truncated, which some readers take for its end."""
     lines = b'{"text": "some text"}\n' * 50
     (tmp_path / "a.jsonl.zst").write_bytes(change(zstd.compress(lines)))
     with pytest.raises(DataError, match=r"a\.jsonl\.zst: cannot be read after line \d+: .*replace the file"):
@@ -282,7 +282,7 @@ def test_zst_and_parquet_without_their_packages(tmp_path, monkeypatch):
         ([b"x"], pyarrow.dictionary(pyarrow.int8(), pyarrow.binary()), r"column 'text' is dictionary<.*binary.*>, but"),
     ],
 )
-def test_parquet_columns_that_are_no_text_are_refused(tmp_path, texts, kind, message):
+def test_parquet_columns_that_are_not_text_are_refused(tmp_path, texts, kind, message):
     write_parquet(tmp_path / "a.parquet", texts, kind)
     with pytest.raises(DataError, match=rf"a\.parquet: {message}"):
         documents_of([tmp_path])
@@ -299,7 +299,7 @@ def test_parquet_files_without_the_column_or_with_null_are_refused(tmp_path):
             documents_of([tmp_path], skip_undecodable=skip)
 
 
-def test_random_damage_to_parquet_gives_the_texts_or_a_data_error(tmp_path):
+def test_parquet_with_a_random_bit_flipped_gives_the_texts_or_a_data_error(tmp_path):
     texts = [f"text number {i}" for i in range(30)]
     write_parquet(tmp_path / "a.parquet", texts, rows=10)
     data, generator = (tmp_path / "a.parquet").read_bytes(), random.Random(0)
@@ -320,12 +320,12 @@ def test_random_damage_to_parquet_gives_the_texts_or_a_data_error(tmp_path):
             documents_of([tmp_path])
 
 
-def test_inputs_that_give_nothing(tmp_path):
+def test_inputs_without_documents_are_refused(tmp_path):
     (tmp_path / "a.md").write_text("x")
     with pytest.raises(DataError, match=r"no file in it ends in \.txt, \.jsonl, .*\.parquet; .*--suffix"):
         find_files([tmp_path])
-    with pytest.raises(DataError, match=r"nowhere: is neither a file nor a folder"):
-        find_files([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match=r"missing: is neither a file nor a folder"):
+        find_files([tmp_path / "missing"])
 
 
 def test_a_file_given_twice(tmp_path):
@@ -335,15 +335,15 @@ def test_a_file_given_twice(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.arrow", "a.txt.zst", "a.zip", "A.ZIP"])
-def test_packed_files_are_refused(tmp_path, name):
+def test_unsupported_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"{name}: files of this kind are not read; unpack it"):
+    with pytest.raises(DataError, match=rf"{name}: this kind of file is not supported; unpack it"):
         find_files([tmp_path / name])
 
 
 def test_files_that_vanish_or_cannot_be_listed(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
-    (chunk,) = split(find_files([tmp_path]))
+    (chunk,) = split_into_chunks(find_files([tmp_path]))
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match=r"a\.txt: cannot be read: No such file"):
         list(read_documents(chunk))

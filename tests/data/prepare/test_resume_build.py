@@ -1,4 +1,4 @@
-"""Builds that were interrupted, at any moment and in any way, end with the bytes of one that was not."""
+"""A build that is interrupted, at any moment and in any way, resumes to the same bytes as an uninterrupted one."""
 
 import hashlib
 import json
@@ -15,8 +15,9 @@ import pytest
 
 from dcscale.data import ByteTokenizer, DataError, build_shards, read_manifest
 from dcscale.data.prepare import shuffle
-from dcscale.data.prepare.documents import find_files, split
+from dcscale.data.prepare.documents import find_files, split_into_chunks
 from dcscale.data.prepare.journal import Journal
+from dcscale.files import publish_folder
 
 REPOSITORY = Path(__file__).parents[3]
 SIZES = {"shard_tokens": 400, "bundle_tokens": 100, "hold_out": 0.3, "bucket_bytes": 1000}
@@ -42,8 +43,8 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(corpus):
-    build_shards([corpus], corpus.parent / "whole", **SIZES)
-    return tree(corpus.parent / "whole")
+    build_shards([corpus], corpus.parent / "reference", **SIZES)
+    return tree(corpus.parent / "reference")
 
 
 KILL_AT_EVERY_STEP = """
@@ -73,7 +74,7 @@ def build(out, kill_at):
 sys.addaudithook(count)
 first = 1
 while build(f"{folder}/{first}", first) != 0:
-    # Killed once more, elsewhere, and then let go.
+    # Killed again at another step, then run to its end.
     build(f"{folder}/{first}", 1 + first * 7 % 40)
     if not os.path.exists(f"{folder}/{first}"):
         assert build(f"{folder}/{first}", 0) == 0
@@ -82,7 +83,7 @@ print(first)
 """
 
 
-def test_a_build_killed_at_any_step_goes_on_to_the_same_bytes(corpus, expected, tmp_path):
+def test_a_build_killed_at_any_step_resumes_to_the_same_bytes(corpus, expected, tmp_path):
     command = [sys.executable, "-c", KILL_AT_EVERY_STEP, str(corpus), str(tmp_path), "6", repr(SIZES)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
@@ -134,15 +135,12 @@ def test_what_is_done_is_not_done_again(corpus, expected, tmp_path, monkeypatch,
     did = count_work(monkeypatch)
     build_shards([corpus], out, **SIZES, progress=True)
     assert did == {"spool_chunk": 0, "write_planned_shard": shards - 3}
-    assert (
-        "Going on with the build that was interrupted: 6 pieces of text and 3 shards are done."
-        in capsys.readouterr().err
-    )
+    assert "Resuming the interrupted build: 6 chunks of text and 3 shards are done." in capsys.readouterr().err
     assert tree(out) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no state is left"
 
 
-def test_what_is_done_is_noted_at_once(corpus, tmp_path, monkeypatch):
+def test_every_chunk_is_in_the_journal_before_the_next_one_starts(corpus, tmp_path, monkeypatch):
     noted, spool_chunk = [], sys.modules["dcscale.data.prepare.build"].spool_chunk
 
     def count_lines(*arguments):
@@ -154,20 +152,20 @@ def test_what_is_done_is_noted_at_once(corpus, tmp_path, monkeypatch):
     assert noted == list(range(6))
 
 
-def test_the_report_covers_what_was_done_before(corpus, tmp_path, monkeypatch):
+def test_the_report_includes_what_earlier_calls_did(corpus, tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": ""}\n')
-    whole = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "whole", **SIZES, skip_undecodable=True)
+    reference = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "reference", **SIZES, skip_undecodable=True)
     count_work(monkeypatch, shards=4)
     with pytest.raises(KeyboardInterrupt):
         build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, skip_undecodable=True)
     monkeypatch.undo()
     again = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, skip_undecodable=True)
-    assert (again.empty, again.undecodable) == (whole.empty, whole.undecodable) == (1, ("bad.jsonl:1",))
-    assert list(again.parts.values()) == list(whole.parts.values())
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert (again.empty, again.undecodable) == (reference.empty, reference.undecodable) == (1, ("bad.jsonl:1",))
+    assert list(again.splits.values()) == list(reference.splits.values())
+    assert tree(tmp_path / "out") == tree(tmp_path / "reference")
 
 
-def test_a_build_that_a_document_has_stopped_goes_on_when_it_may_be_left_out(corpus, tmp_path, monkeypatch):
+def test_a_build_stopped_by_an_undecodable_document_resumes_when_it_may_be_skipped(corpus, tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n')
     inputs, out = [corpus, tmp_path / "bad.jsonl"], tmp_path / "out"
     with pytest.raises(DataError, match="bad.jsonl, line 1"):
@@ -178,7 +176,7 @@ def test_a_build_that_a_document_has_stopped_goes_on_when_it_may_be_left_out(cor
     assert did["spool_chunk"] == 1
     monkeypatch.undo()
     with pytest.raises(
-        DataError, match=r"is this build, interrupted, and bad\.jsonl:1 was left out .*--skip-undecodable"
+        DataError, match=r"holds this build, interrupted, and bad\.jsonl:1 was left out .*--skip-undecodable"
     ):
         build_shards(inputs, out, **SIZES)
     assert build_shards(inputs, out, **SIZES, skip_undecodable=True).undecodable == ("bad.jsonl:1",)
@@ -198,7 +196,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_build_starts_anew_and_says_so(corpus, tmp_path, monkeypatch, capsys, name):
+def test_a_build_with_other_arguments_or_inputs_starts_over_and_reports_it(corpus, tmp_path, monkeypatch, capsys, name):
     text, out = tmp_path / "text", tmp_path / "out"
     shutil.copytree(corpus, text)
     for path in text.iterdir():
@@ -208,16 +206,16 @@ def test_another_build_starts_anew_and_says_so(corpus, tmp_path, monkeypatch, ca
     state = state_of(out)
     changed = CHANGES[name](text)
     options = {**SIZES, **(changed if isinstance(changed, dict) else {})}
-    build_shards([text], tmp_path / "whole", **options)
+    build_shards([text], tmp_path / "reference", **options)
     build_shards([text], out, **options, progress=True)
-    said = capsys.readouterr().err
-    assert "Starting anew: an interrupted build is another one. It is kept until this one is complete." in said
-    assert re.search(rf"{state}: .*{name} .* \(now ", said)
-    assert tree(out) == tree(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text", "whole"]
+    printed = capsys.readouterr().err
+    assert "Starting a new build: there is an interrupted build with other arguments or inputs. " in printed
+    assert re.search(rf"{state}: .*{name} .* \(now ", printed)
+    assert tree(out) == tree(tmp_path / "reference")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "reference", "text"]
 
 
-def test_an_interrupted_build_survives_a_mistaken_one(corpus, expected, tmp_path, monkeypatch):
+def test_an_interrupted_build_survives_a_call_with_other_arguments(corpus, expected, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupt(monkeypatch, corpus, out, shards=3)
     interrupt(monkeypatch, corpus, out, chunks=1, seed=7)
@@ -228,8 +226,8 @@ def test_an_interrupted_build_survives_a_mistaken_one(corpus, expected, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_state_is_no_input(corpus, expected, tmp_path, monkeypatch):
-    """With the output inside the input, and a suffix that the state's files have too."""
+def test_the_state_of_a_build_is_never_an_input(corpus, expected, tmp_path, monkeypatch):
+    """Even if the output is inside the input, and the suffixes match files of the state."""
     text = tmp_path / "text"
     shutil.copytree(corpus, text)
     options = {**SIZES, "suffixes": (".jsonl", ".json", ".tokens", ".index", "journal")}
@@ -243,27 +241,32 @@ def test_state_is_no_input(corpus, expected, tmp_path, monkeypatch):
 def test_one_process_at_a_time(corpus, tmp_path):
     with (
         Journal(tmp_path / "out", {}),
-        pytest.raises(DataError, match=r"lock: cannot be locked \(.*\): another process is making this output"),
+        pytest.raises(DataError, match=r"lock: cannot be locked \(.*\): another process is building this output"),
     ):
         build_shards([corpus], tmp_path / "out", **SIZES)
     build_shards([corpus], tmp_path / "out", **SIZES)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_process_killed_between_the_two_renames_has_replaced_nothing(corpus, expected, tmp_path):
+def test_the_old_output_is_restored_after_a_kill_between_the_two_renames(corpus, expected, tmp_path):
     out = tmp_path / "out"
     build_shards([corpus], out, **SIZES)
     (tmp_path / ".out.building").mkdir()
     out.rename(tmp_path / ".out.building/replaced")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         build_shards([corpus], out, **{**SIZES, "seed": 1})
     assert tree(out) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_process_killed_after_the_last_rename_has_left_nothing_to_go_on_with(corpus, expected, tmp_path, monkeypatch):
+def test_state_left_by_a_kill_after_publishing_is_not_resumed(corpus, expected, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr("dcscale.data.prepare.journal.sync_folder", lambda folder: os.kill(os.getpid(), signal.SIGINT))
+
+    def publish_and_die(*folders):
+        publish_folder(*folders)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("dcscale.data.prepare.journal.publish_folder", publish_and_die)
     with pytest.raises(KeyboardInterrupt):
         build_shards([corpus], out, **SIZES)
     monkeypatch.undo()
@@ -279,25 +282,25 @@ def largest(state, pattern):
     return max(state.glob(f"spool/{pattern}"), key=lambda path: path.stat().st_size)
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "tokens zeroed": (
         lambda s: largest(s, "*.tokens").write_bytes(bytes(largest(s, "*.tokens").stat().st_size)),
-        "whose",
+        r"tokens of \S+ from \d+ on differ",
     ),
-    "tokens cut": (lambda s: os.truncate(largest(s, "*.tokens"), 301), r"whose tokens from \d+ on are not those"),
-    "tokens lost": (lambda s: os.truncate(largest(s, "*.tokens"), 0), r"whose tokens from \d+ on are not those"),
+    "tokens cut": (lambda s: os.truncate(largest(s, "*.tokens"), 301), r"tokens of \S+ from \d+ on differ"),
+    "tokens lost": (lambda s: os.truncate(largest(s, "*.tokens"), 0), r"tokens of \S+ from \d+ on differ"),
     "index cut": (lambda s: os.truncate(largest(s, "*.index"), 50), r"\d+ documents of \w+ instead of \d+"),
-    "index zeroed": (lambda s: largest(s, "*.index").write_bytes(bytes(400)), r"whose tokens from 0 on"),
+    "index zeroed": (lambda s: largest(s, "*.index").write_bytes(bytes(400)), r"tokens of \S+ from 0 on differ"),
     "index lost": (lambda s: largest(s, "*.index").unlink(), r"\d+ documents of \w+ instead of \d+"),
 }
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_spool_files_that_lack_something_are_refused(corpus, expected, tmp_path, monkeypatch, damage, message):
+@pytest.mark.parametrize(("corrupt", "message"), CORRUPTIONS.values(), ids=CORRUPTIONS)
+def test_corrupt_spool_files_are_refused(corpus, expected, tmp_path, monkeypatch, corrupt, message):
     out = tmp_path / "out"
     interrupt(monkeypatch, corpus, out, shards=0)
-    damage(state_of(out))
-    with pytest.raises(DataError, match=rf"spool: holds .*{message}.*remove the folder"):
+    corrupt(state_of(out))
+    with pytest.raises(DataError, match=rf"spool: is corrupt: .*{message}.*remove the folder"):
         build_shards([corpus], out, **SIZES)
     assert not out.exists()
     shutil.rmtree(state_of(out))
@@ -306,10 +309,8 @@ def test_spool_files_that_lack_something_are_refused(corpus, expected, tmp_path,
 
 
 @pytest.mark.parametrize("suffix", [".tokens", ".index"])
-def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_written(
-    corpus, tmp_path, monkeypatch, suffix
-):
-    """As when the disk is full for a moment, and the worker has chunks left."""
+def test_a_worker_starts_new_spool_files_after_a_failure(corpus, tmp_path, monkeypatch, suffix):
+    """As when the disk is full for a moment, and the worker has more chunks to do."""
     task = shuffle.SpoolTask(
         tmp_path, "run", "byte", ByteTokenizer.fingerprint, None, "uint16", "text", False, 0.0, 0, 1
     )
@@ -336,7 +337,7 @@ def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_wr
         return FullDisk(open(path, mode)) if path.suffix == suffix else open(path, mode)
 
     done = []
-    for numbered in enumerate(split(find_files([corpus]))):
+    for numbered in enumerate(split_into_chunks(find_files([corpus]))):
         with monkeypatch.context() as patch:
             if numbered[0] == 2:
                 patch.setattr(shuffle, "open", open_on_full_disk, raising=False)
@@ -345,12 +346,12 @@ def test_what_a_worker_spools_after_a_failure_is_apart_from_what_it_left_half_wr
                 continue
         done.append(shuffle.spool_chunk(task, numbered))
     plans = list(shuffle.plan_shards(tmp_path, "train", 400, done))
-    layout = shuffle.Layout("uint16", 100, 256, 0, None, None)
+    layout = shuffle.ShardLayout("uint16", 100, 256, 0, None, None)
     written = [shuffle.write_planned_shard(tmp_path, layout, plan) for plan in plans]
     assert sum(shard.documents for shard in written) == 5 * 12
 
 
-def test_of_a_damaged_journal_the_good_lines_count(corpus, expected, tmp_path, monkeypatch):
+def test_the_lines_before_a_corrupt_one_in_the_journal_count(corpus, expected, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for tail in (b'["chunk", [3', b'["chunk", [3, "x"\n["spooled", null]\n', b"\0" * 50):
         interrupt(monkeypatch, corpus, out, chunks=2, overwrite=True)
@@ -372,7 +373,7 @@ def start_tool(corpus, out, workers):
 
 
 def wait_for_lines(out, kind, count):
-    """Until the journal has that many lines of a kind."""
+    """Wait until the journal has ``count`` lines of a kind."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for journal in out.with_name(f".{out.name}.building").glob("*/journal"):
@@ -384,8 +385,8 @@ def wait_for_lines(out, kind, count):
 
 def test_the_tool_killed_in_each_pass_with_any_workers(tmp_path):
     corpus, out = make_corpus(tmp_path / "text", files=150, lines=8), tmp_path / "out"
-    build_shards([corpus], tmp_path / "whole", shard_tokens=400, bundle_tokens=100, hold_out=0.3)
-    expected = tree(tmp_path / "whole")
+    build_shards([corpus], tmp_path / "reference", shard_tokens=400, bundle_tokens=100, hold_out=0.3)
+    expected = tree(tmp_path / "reference")
 
     tool = start_tool(corpus, out, workers=2)
     wait_for_lines(out, "chunk", 10)
@@ -395,17 +396,17 @@ def test_the_tool_killed_in_each_pass_with_any_workers(tmp_path):
     tool = start_tool(corpus, out, workers=3)
     wait_for_lines(out, "shard", 10)
     tool.send_signal(signal.SIGKILL)  # its first process only
-    tool.communicate(timeout=60)  # which ends when the last worker has closed the pipe
+    tool.communicate(timeout=60)  # returns when the last worker has closed the pipe
     assert not out.exists()
 
     tool = start_tool(corpus, out, workers=2)
     wait_for_lines(out, "shard", 30)
     os.killpg(tool.pid, signal.SIGINT)  # Ctrl-C
-    _, said = tool.communicate(timeout=60)
-    assert "Going on with the build that was interrupted: 150 pieces of text" in said
+    _, printed = tool.communicate(timeout=60)
+    assert "Resuming the interrupted build: 150 chunks of text" in printed
     state = tmp_path / ".out.building"
-    assert "make_shards: interrupted\nThe same command goes on where it stopped; or to give up, remove" in said
-    assert said.endswith(f"{state}\n")
+    assert "make_shards: interrupted\nTo resume, run the same command again; to discard the build, remove" in printed
+    assert printed.endswith(f"{state}\n")
     assert tool.returncode == 130
     assert not out.exists()
 

@@ -1,4 +1,4 @@
-"""The manifest: round trip, and everything malformed refused by name."""
+"""Manifests: round trips, and the error for every kind of malformed manifest."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dcscale.data import DataError, read_manifest
-from dcscale.data.prepare.inspect import sample_documents, survey
+from dcscale.data.prepare.inspect import inspect_shards, sample_documents
 from dcscale.data.shards.manifest import Manifest, ShardInfo, TextInfo, TokenizerInfo, write_manifest
 
 TOKENIZER = TokenizerInfo("byte", "0" * 64, 257, 256)
@@ -27,7 +27,7 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_folder_written_by_hand_after_the_description_is_read(tmp_path):
+def test_a_folder_written_by_hand_as_the_format_describes_is_read(tmp_path):
     documents = [[100, 101, 256], [102, 256], [103, 104, 105, 256]]
     members = {
         "k0.tokens.npy": np.array(documents[0] + documents[1], "<u2"),
@@ -51,12 +51,12 @@ def test_a_folder_written_by_hand_after_the_description_is_read(tmp_path):
         "shards": [{"name": "one.tar", "sha256": hashlib.sha256(data).hexdigest(), **counts}],
     }
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    assert survey(tmp_path).defects == []
+    assert inspect_shards(tmp_path).defects == []
     assert [document.text for document in sample_documents(tmp_path)] == ["de", "f", "ghi"]
 
 
-def test_rows_are_written_only_where_there_are_any(tmp_path):
-    """So manifests of before there were rows stay as they are, and so do the fingerprints that runs remember."""
+def test_row_tokens_is_written_only_if_set(tmp_path):
+    """Manifests without rows, and their fingerprints in checkpoints, do not depend on this later field."""
     write_manifest(tmp_path, MANIFEST)
     assert "row_tokens" not in json.loads((tmp_path / "manifest.json").read_text())
     assert MANIFEST.fingerprint == "e53854e206332dd7af2799efc5f1430e16cc80c59cac22a463984ff211eba16c"
@@ -67,7 +67,7 @@ def test_rows_are_written_only_where_there_are_any(tmp_path):
     assert read_manifest(tmp_path) == rows
 
 
-def test_text_is_part_of_the_identity(tmp_path):
+def test_text_is_part_of_the_fingerprint(tmp_path):
     text = [dataclasses.replace(MANIFEST, text=TextInfo(*info)) for info in (("txt", ""), ("json", "a"), ("json", "b"))]
     assert len({manifest.fingerprint for manifest in [MANIFEST, *text]}) == 4
     for manifest in text:
@@ -75,7 +75,7 @@ def test_text_is_part_of_the_identity(tmp_path):
         assert read_manifest(tmp_path) == manifest
     shards = tuple(dataclasses.replace(shard, tokens=8) for shard in SHARDS)
     write_manifest(tmp_path, dataclasses.replace(text[0], shards=shards, row_tokens=8))
-    with pytest.raises(DataError, match=r"text is .* cannot be where there is row_tokens"):
+    with pytest.raises(DataError, match=r"text is .* must be .* without row_tokens"):
         read_manifest(tmp_path)
 
 
@@ -154,8 +154,14 @@ FAULTS = {
         set_at(["text"], {"member": "md", "field": ""}),
         r"text\.member is 'md', but must be 'txt'",
     ),
-    "text without a field": (set_at(["text"], {"member": "json", "field": ""}), r"text is .*with a field for json and"),
-    "txt with a field": (set_at(["text"], {"member": "txt", "field": "x"}), r"text is .*an empty one for txt"),
+    "text without a field": (
+        set_at(["text"], {"member": "json", "field": ""}),
+        r"text is .*json with the name",
+    ),
+    "txt with a field": (
+        set_at(["text"], {"member": "txt", "field": "x"}),
+        r"text is .*txt with an empty",
+    ),
     "text is no object": (set_at(["text"], "txt"), r"text is 'txt', but must be an object with field, member"),
     "totals incomplete": (drop("totals", "tokens"), r"fields of totals .*'missing': \['tokens'\]"),
 }
@@ -178,7 +184,7 @@ def test_malformed_manifests_are_refused(tmp_path, change, message):
     ["/etc/x.tar", "../x.tar", "a/../../x.tar", "./x.tar", "a//x.tar", "x.tgz", ".tar", "", "pipe:cat x.tar",
      "a\\x.tar", "http://host/x.tar", "x.tar\n", "-x.tar", "$(x).tar", ".hidden/x.tar"],
 )  # fmt: skip
-def test_names_that_leave_the_folder_or_mean_something_else_are_refused(tmp_path, name):
+def test_names_outside_the_folder_or_with_special_meaning_are_refused(tmp_path, name):
     write_manifest(tmp_path, MANIFEST)
     path = tmp_path / "manifest.json"
     content = json.loads(path.read_text())
@@ -189,7 +195,7 @@ def test_names_that_leave_the_folder_or_mean_something_else_are_refused(tmp_path
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"x"', "\xff"])
-def test_what_is_no_manifest_at_all_is_refused(tmp_path, text):
+def test_a_file_that_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"manifest\.json: (the content|format) is .* must be"):
         read_manifest(tmp_path)
@@ -205,15 +211,15 @@ def test_uint32_tokens_may_be_large(tmp_path):
 
 
 def test_missing_folder_and_missing_manifest(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: no such folder; .*make_shards\.py"):
-        read_manifest(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="aaa: cannot be looked at: File name too long; give a folder that can be"):
+    with pytest.raises(DataError, match=r"absent: no such folder; .*make_shards\.py"):
+        read_manifest(tmp_path / "absent")
+    with pytest.raises(DataError, match="aaa: cannot be accessed: File name too long; give an accessible folder"):
         read_manifest(tmp_path / ("a" * 300))
     with pytest.raises(DataError, match=r"manifest\.json: no such file, .*make the shards"):
         read_manifest(tmp_path)
 
 
-def test_the_folder_above_is_pointed_down(tmp_path):
+def test_the_parent_of_a_folder_of_shards_gets_a_hint(tmp_path):
     (tmp_path / "train").mkdir()
     write_manifest(tmp_path / "train", MANIFEST)
     with pytest.raises(DataError, match=r"no such file.*did you mean .*train\?"):

@@ -1,4 +1,4 @@
-"""Shards on disk: what is written is what any WebDataset reader reads, and nothing damaged is ever read."""
+"""Shards on disk: any WebDataset reader can read them, and corrupt shards are refused."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def check(folder, info):
 
 
 def info_of(folder, info):
-    """The entry that matches what is in the file now, so that only the content can be found wrong."""
+    """The entry with the current size and checksum of the file, so that only its content can be refused."""
     data = (folder / info.name).read_bytes()
     return dataclasses.replace(info, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -70,26 +70,26 @@ def sample(key, documents, dtype="uint16"):
     return [(f"{key}.lens.npy", npy(lengths)), (f"{key}.tokens.npy", npy(tokens))]
 
 
-def test_the_headers_that_numpy_writes_are_read_without_its_parser(tmp_path, monkeypatch):
-    """Which fails now and then in threads."""
+def test_headers_written_by_numpy_are_read_without_its_parser(tmp_path, monkeypatch):
+    """NumPy's parser occasionally fails in threads (CPython issue 106905)."""
     info = write(tmp_path)
     monkeypatch.setattr("numpy.lib.format.read_array_header_1_0", None)
     assert [document.tolist() for document in read(tmp_path, info)] == DOCUMENTS
 
 
-def test_headers_that_others_write_are_read_too(tmp_path):
+def test_headers_of_other_writers_are_read(tmp_path):
     text = "{'shape':(13,), 'descr': '<u2', 'fortran_order': False}".ljust(117) + "\n"
     tokens = TOKENS[1][10 + int.from_bytes(TOKENS[1][8:10], "little") :]
-    of_others = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + tokens
+    npy_of_other_writer = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + tokens
     info = write(tmp_path)
-    write_tar(tmp_path / info.name, [LENS, ("k.tokens.npy", of_others)])
+    write_tar(tmp_path / info.name, [LENS, ("k.tokens.npy", npy_of_other_writer)])
     info = dataclasses.replace(info_of(tmp_path, info), samples=1)
     assert [document.tolist() for document in read(tmp_path, info)] == DOCUMENTS
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("verify", [True, False])
-def test_documents_come_back(tmp_path, dtype, verify):
+def test_documents_round_trip(tmp_path, dtype, verify):
     info = write(tmp_path, dtype)
     found = read(tmp_path, info, dtype=dtype, verify=verify)
     assert [document.tolist() for document in found] == DOCUMENTS
@@ -125,7 +125,7 @@ def test_writing_is_reproducible_and_leaves_nothing_else(tmp_path):
 
 
 def test_shards_of_other_writers_are_read(tmp_path):
-    """Other members beside the tokens, keys in folders, kinds in capitals, and names too long for a plain header."""
+    """Additional members, keys in folders, upper-case extensions, and names too long for a plain header."""
     info = write(tmp_path)
     long = "x" * 200
     for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
@@ -147,10 +147,10 @@ def test_shards_of_other_writers_are_read(tmp_path):
         assert keys == ["./v1.0/k0", long], "the keys are WebDataset's"
 
 
-@pytest.mark.parametrize("kind", ["tokens.npy", "npy"])
-def test_a_sample_without_lens_is_a_document(tmp_path, kind):
+@pytest.mark.parametrize("extension", ["tokens.npy", "npy"])
+def test_a_sample_without_lens_is_a_document(tmp_path, extension):
     info = write(tmp_path)
-    members = [(f"k{i}.{kind}", npy(np.array(document, "uint16"))) for i, document in enumerate(DOCUMENTS)]
+    members = [(f"k{i}.{extension}", npy(np.array(document, "uint16"))) for i, document in enumerate(DOCUMENTS)]
     write_tar(tmp_path / "s.tar", members)
     found = read(tmp_path, dataclasses.replace(info_of(tmp_path, info), samples=5))
     assert [document.tolist() for document in found] == DOCUMENTS
@@ -160,7 +160,7 @@ def flip(data, at):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "empty file": lambda data: b"",
     "cut at a member": lambda data: data[: data.index(b"a-1.")],
     "cut inside a member": lambda data: data[:700],
@@ -172,11 +172,11 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_every_damage_is_found_by_size_or_checksum(tmp_path, damage):
+@pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS)
+def test_every_corruption_is_found_by_size_or_checksum(tmp_path, corrupt):
     info = write(tmp_path)
     path = tmp_path / "s.tar"
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(corrupt(path.read_bytes()))
     with pytest.raises(DataError, match=r"s\.tar: (it has \d+ bytes, but the manifest says|its SHA-256 is)"):
         read(tmp_path, info)
 
@@ -192,10 +192,10 @@ STRUCTURAL = [
 
 
 @pytest.mark.parametrize("name", STRUCTURAL)
-def test_damage_to_the_structure_is_found_without_checksum_and_size(tmp_path, name):
+def test_a_corrupt_structure_is_found_without_checksum_and_size(tmp_path, name):
     info = write(tmp_path)
     path = tmp_path / "s.tar"
-    path.write_bytes(DAMAGE[name](path.read_bytes()))
+    path.write_bytes(CORRUPTIONS[name](path.read_bytes()))
     with pytest.raises(DataError, match=r"s\.tar: "):
         read(tmp_path, info_of(tmp_path, info), verify=False)
 
@@ -271,11 +271,14 @@ MALFORMED = {
         [("k.npy", npy(np.array([], "uint16")))],
         r"sample k: lens\.npy must be positive and sum",
     ),
-    "interleaved": ([LENS, *sample("m", DOCUMENTS), TOKENS], r"sample k has no tokens\.npy, or its members do not lie"),
+    "interleaved": (
+        [LENS, *sample("m", DOCUMENTS), TOKENS],
+        r"sample k has no tokens\.npy, or its members are not",
+    ),
     "a key twice": ([*GOOD, *sample("m", DOCUMENTS), *GOOD], r"sample k appears twice"),
     "a member twice": ([LENS, LENS, TOKENS], r"member k\.lens\.npy appears twice"),
     "other members only": ([("k.txt", b"x")], r"sample k has no tokens\.npy"),
-    "something after the end": ([*GOOD, ("m.json", b""), None], r"not a whole tar: at byte \d+ there is neither"),
+    "something after the end": ([*GOOD, ("m.json", b""), None], r"not a complete tar: at byte \d+ there is neither"),
     "no samples": ([], r"it holds 0 samples, but the manifest says 2"),
 }
 
@@ -290,8 +293,8 @@ def test_malformed_samples_are_refused(tmp_path, members, message):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_random_damage_gives_the_data_or_a_data_error(tmp_path, format):
-    """With the checksum off: no other exception, whatever byte is changed; tokens below the vocabulary may differ."""
+def test_random_corruption_gives_documents_or_a_data_error(tmp_path, format):
+    """Without the checksum, tokens may differ, but a changed byte never raises any other exception."""
     info = write(tmp_path)
     name = "k" if format == tarfile.USTAR_FORMAT else "k" * 150
     write_tar(tmp_path / "s.tar", [*sample(name, DOCUMENTS[:2]), *sample("m", DOCUMENTS[2:])], format)
@@ -311,12 +314,12 @@ def test_random_damage_gives_the_data_or_a_data_error(tmp_path, format):
 @pytest.mark.parametrize(
     "header",
     [
-        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},  # its map is then looked for in the content
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},  # tarfile then expects the map in the content
         {"GNU.sparse.map": "1,x"},
         {"GNU.sparse.size": "x"},
     ],
 )
-def test_headers_on_which_tarfile_stumbles_are_refused(tmp_path, header):
+def test_headers_that_tarfile_cannot_parse_are_refused(tmp_path, header):
     info = write(tmp_path)
     with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         member = tarfile.TarInfo("k.tokens.npy")
@@ -326,12 +329,12 @@ def test_headers_on_which_tarfile_stumbles_are_refused(tmp_path, header):
         read(tmp_path, info_of(tmp_path, info), verify=False)
 
 
-def test_a_tar_that_ends_without_a_mark_is_refused(tmp_path):
-    """As where it was cut off between two members; without the manifest's size nothing else would tell."""
+def test_a_tar_without_end_marker_is_refused(tmp_path):
+    """It may be cut off between two members, which only the size in the manifest would reveal otherwise."""
     info = write(tmp_path)
     data = (tmp_path / "s.tar").read_bytes().rstrip(b"\0")
     (tmp_path / "s.tar").write_bytes(data + bytes(-len(data) % 512))
-    with pytest.raises(DataError, match=r"not a whole tar: at byte \d+ there is neither a member nor the end"):
+    with pytest.raises(DataError, match=r"not a complete tar: at byte \d+ there is neither a member nor the end"):
         read(tmp_path, info_of(tmp_path, info))
 
 
@@ -345,8 +348,8 @@ def test_links_in_a_shard_are_refused(tmp_path):
         read(tmp_path, info_of(tmp_path, info))
 
 
-def test_plain_tars_are_walked_to_what_tarfile_finds_and_no_others_are(tmp_path):
-    """A long name, a folder, a flipped bit or a missing end leaves a tar to tarfile."""
+def test_plain_tars_are_parsed_as_by_tarfile_and_others_are_left_to_it(tmp_path):
+    """A long name, a folder, a flipped bit or a missing end marker makes a tar not plain."""
     info = write(tmp_path)
     data = (tmp_path / info.name).read_bytes()
     members, end = tars._plain_members(data)

@@ -1,4 +1,4 @@
-"""Several roots as one: which ones, in which order, and only if they belong together."""
+"""Several roots read as one: which ones, in which order, and only if their tokens are of the same kind."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def data(tmp_path):
     for number, part in enumerate(PARTS):
         write_token_shards(tmp_path / "data" / part / "train", shards[2 * number : 2 * number + 2], vocab_size=5000)
     (tmp_path / "data/notes.txt").write_text("not a folder")
-    write_token_shards(tmp_path / "whole", shards, vocab_size=5000)
+    write_token_shards(tmp_path / "all", shards, vocab_size=5000)
     return tmp_path / "data"
 
 
@@ -35,12 +35,12 @@ def parts_of(root, storage_options=None):
     return [re.search(r"data/(.*)/train", str(part))[1] for part in open_storage(root, storage_options).parts]
 
 
-def test_several_folders_read_as_one_give_the_sequences_of_one(data):
-    joined, whole = stream(f"{data}/{{b,a,part-{{00..02}}}}/train"), stream(data.parent / "whole")
-    assert joined.manifest.totals == whole.manifest.totals
+def test_several_folders_give_the_sequences_of_a_single_folder(data):
+    joined, single = stream(f"{data}/{{b,a,part-{{00..02}}}}/train"), stream(data.parent / "all")
+    assert joined.manifest.totals == single.manifest.totals
     joined.check_shard_files()
-    for g in range(whole.sequences_per_epoch):
-        assert joined.sequence(g).tokens_NL1.tobytes() == whole.sequence(g).tokens_NL1.tobytes()
+    for g in range(single.sequences_per_epoch):
+        assert joined.sequence(g).tokens_NL1.tobytes() == single.sequence(g).tokens_NL1.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_several_folders_read_as_one_give_the_sequences_of_one(data):
         ("part-0[12]/train/", ["part-01", "part-02"]),
     ],
 )
-def test_the_order_is_that_of_the_braces_and_sorted_within_a_glob(data, pattern, parts):
+def test_braces_keep_their_order_and_globs_are_sorted(data, pattern, parts):
     assert parts_of(f"{data}/{pattern}") == parts
 
 
@@ -69,11 +69,11 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_itself(data):
     assert isinstance(open_storage(data / "x[1]{2,3}/train"), LocalStorage)
 
 
-def test_objects_of_a_part_are_named_with_their_place(data):
-    source = open_storage(f"{data}/{{b,a}}/train")
-    assert isinstance(source, UnionStorage)
-    assert str(source) == f"{data}/b/train and 1 more"
-    assert source.where("1/shard-000.tar") == f"{data}/a/train/shard-000.tar"
+def test_messages_name_the_folder_of_a_part(data):
+    storage = open_storage(f"{data}/{{b,a}}/train")
+    assert isinstance(storage, UnionStorage)
+    assert str(storage) == f"{data}/b/train and 1 more"
+    assert storage.location("1/shard-000.tar") == f"{data}/a/train/shard-000.tar"
     (data / "a/train/shard-001.tar").unlink()
     joined = stream(f"{data}/{{b,a}}/train")
     with pytest.raises(
@@ -106,7 +106,7 @@ def test_parts_must_hold_the_same_kind_of_tokens(data, change, message):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("none-*/train", r"none-\*/train: no folder has such a name; check the pattern"),
+        ("none-*/train", r"none-\*/train: no folder matches; check the pattern"),
         ("{a,none}/train", r"none/train: no such folder"),
         ("{a,b/train", r"the braces do not match; write them as in part-\{00\.\.15\}"),
         ("{a,b,a}/train", r"names .*a/train twice, so its data would be trained on twice"),
@@ -114,17 +114,17 @@ def test_parts_must_hold_the_same_kind_of_tokens(data, change, message):
         ("{a,a/}", r"names .*a/ twice"),
     ],
 )
-def test_patterns_that_name_nothing_or_something_twice(data, pattern, message):
+def test_patterns_that_match_nothing_or_a_folder_twice_are_refused(data, pattern, message):
     with pytest.raises(DataError, match=message):
         open_storage(f"{data}/{pattern}")
 
 
-def test_braces_name_folders_of_a_web_server_and_stars_are_refused(data):
+def test_web_servers_support_braces_but_not_globs(data):
     with ShardServer(data.parent) as server:
         joined = stream(f"{server.address}/data/{{b,a}}/train?key=1")
-        near = stream(f"{data}/{{b,a}}/train")
-        assert joined.fingerprint == near.fingerprint
-        assert joined.sequence(0).tokens_NL1.tobytes() == near.sequence(0).tokens_NL1.tobytes()
+        local = stream(f"{data}/{{b,a}}/train")
+        assert joined.fingerprint == local.fingerprint
+        assert joined.sequence(0).tokens_NL1.tobytes() == local.sequence(0).tokens_NL1.tobytes()
         for pattern in ("data/*/train", "data/[ab]/train"):
             with pytest.raises(DataError, match="a web server does not list its folders; name them, as in part-"):
                 open_storage(f"{server.address}/{pattern}", QUICK)

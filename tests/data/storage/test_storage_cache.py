@@ -1,4 +1,4 @@
-"""The cache: never wrong data, never more than its limit, whoever dies or writes at the same time."""
+"""The cache: never wrong data and never above its limit, even with killed and concurrent processes."""
 
 import errno
 import hashlib
@@ -35,27 +35,27 @@ def sha256(data):
 
 
 class Numbers(Storage):
-    """Object ``7`` is ``content(7)``; counts what is read."""
+    """Object ``7`` is ``content(7)``; records what is read."""
 
     def __init__(self):
-        self.asked = []
+        self.requested = []
 
-    def where(self, name):
+    def location(self, name):
         return f"numbers/{name}"
 
     def read(self, name, size=None, sha256=None):
-        self.asked.append(int(name))
+        self.requested.append(int(name))
         return content(int(name))
 
     def check(self, sizes):
         pass
 
     def close(self):
-        self.asked.append("closed")
+        self.requested.append("closed")
 
 
-def fetch(source, number):
-    data = source.read(str(number), SIZE, sha256(content(number)))
+def fetch(storage, number):
+    data = storage.read(str(number), SIZE, sha256(content(number)))
     assert data == content(number)
 
 
@@ -78,28 +78,28 @@ def cached(tmp_path):
     return CachedStorage(Numbers(), tmp_path / "cache", 10 * SIZE)
 
 
-def test_what_was_read_is_not_fetched_again(cached, tmp_path):
+def test_cached_objects_are_not_fetched_again(cached, tmp_path):
     for _ in range(3):
         for number in range(10):
             fetch(cached, number)
-    assert cached._source.asked == list(range(10))
+    assert cached._storage.requested == list(range(10))
     assert entries(tmp_path / "cache") == {sha256(content(number)) for number in range(10)}
 
 
-def test_closing_closes_the_source(cached):
+def test_closing_closes_the_wrapped_storage(cached):
     cached.close()
-    assert cached._source.asked == ["closed"]
+    assert cached._storage.requested == ["closed"]
 
 
 def test_objects_of_unknown_checksum_are_not_kept(cached, tmp_path):
     for _ in range(2):
         assert cached.read("3") == content(3)
         assert cached.read("3", SIZE) == content(3)
-    assert cached._source.asked == [3] * 4
+    assert cached._storage.requested == [3] * 4
     assert entries(tmp_path / "cache") == set()
 
 
-def test_from_a_web_server_with_equal_names_in_two_folders(tmp_path):
+def test_equal_names_in_two_folders_of_a_web_server(tmp_path):
     for number, folder in enumerate(("a", "b", "mirror")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.tar").write_bytes(content(number % 2))
@@ -107,37 +107,37 @@ def test_from_a_web_server_with_equal_names_in_two_folders(tmp_path):
     with ShardServer(tmp_path) as server:
         for _ in range(2):
             for number, folder in enumerate(("a", "b", "mirror")):
-                source = open_storage(f"{server.address}/{folder}?token={number}", storage_options)
+                storage = open_storage(f"{server.address}/{folder}?token={number}", storage_options)
                 expected = content(number % 2)
-                assert source.read("x.tar", SIZE, sha256(expected)) == expected
+                assert storage.read("x.tar", SIZE, sha256(expected)) == expected
         assert server.paths() == ["a/x.tar", "b/x.tar"], "the mirror has the shard that came from a"
-        assert str(source) == f"{server.address}/mirror?..."
-        source.check({"x.tar": SIZE})
+        assert str(storage) == f"{server.address}/mirror?..."
+        storage.check({"x.tar": SIZE})
     assert isinstance(open_storage(tmp_path / "a", storage_options), type(open_storage(tmp_path / "b"))), (
         "folders need no cache"
     )
 
 
-def test_what_came_damaged_is_not_kept(tmp_path):
+def test_corrupt_downloads_are_not_kept(tmp_path):
     (tmp_path / "x.tar").write_bytes(content(1))
     with ShardServer(tmp_path) as server:
         server.faults["x.tar"] = [faults.corrupt, faults.cut(300, length=False)]
-        source = open_storage(server.address, StorageOptions(QUICK, tmp_path / "cache"))
-        assert source.read("x.tar", SIZE, sha256(content(1))) == content(1)
+        storage = open_storage(server.address, StorageOptions(QUICK, tmp_path / "cache"))
+        assert storage.read("x.tar", SIZE, sha256(content(1))) == content(1)
         server.always["x.tar"] = faults.corrupt
         with pytest.raises(DataError):
-            source.read("x.tar", SIZE, sha256(content(2)))
+            storage.read("x.tar", SIZE, sha256(content(2)))
     assert entries(tmp_path / "cache") == {sha256(content(1))}
 
 
-@pytest.mark.parametrize("damage", [b"", content(1)[:-1], content(1) + b"x", content(2)])
-def test_a_damaged_entry_is_noticed_removed_and_fetched_again(cached, tmp_path, damage, caplog):
+@pytest.mark.parametrize("corrupt", [b"", content(1)[:-1], content(1) + b"x", content(2)])
+def test_a_corrupt_entry_is_removed_and_fetched_again(cached, tmp_path, corrupt, caplog):
     fetch(cached, 1)
     path = tmp_path / "cache" / sha256(content(1))
-    path.write_bytes(damage)
+    path.write_bytes(corrupt)
     with caplog.at_level(logging.WARNING, "dcscale.data"):
         fetch(cached, 1)
-    assert cached._source.asked == [1, 1]
+    assert cached._storage.requested == [1, 1]
     assert path.read_bytes() == content(1)
     assert f"{path}: it" in caplog.text
     assert "this entry of data.cache is fetched again" in caplog.text
@@ -149,7 +149,7 @@ def test_an_entry_that_cannot_be_read_is_fetched(cached, tmp_path, caplog):
     assert "Is a directory" in caplog.text
 
 
-def test_the_longest_unused_go_first_and_other_files_are_left_alone(cached, tmp_path):
+def test_the_least_recently_used_are_evicted_and_other_files_left_alone(cached, tmp_path):
     (tmp_path / "cache/notes.txt").write_bytes(bytes(50 * SIZE))
     for number in range(10):
         fetch(cached, number)
@@ -162,7 +162,7 @@ def test_the_longest_unused_go_first_and_other_files_are_left_alone(cached, tmp_
     assert entries(tmp_path / "cache") == {*kept, "notes.txt"}
     for number in (0, 3, 5, 22):
         fetch(cached, number)
-    assert cached._source.asked == [*range(10), 20, 21, 22]
+    assert cached._storage.requested == [*range(10), 20, 21, 22]
 
 
 def test_a_shard_larger_than_the_limit_is_used_but_not_kept(tmp_path, caplog):
@@ -191,27 +191,27 @@ class FullDisk:
         return getattr(self._file, name)
 
 
-def test_a_full_disk_is_told_once_and_reading_goes_on(cached, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_reported_once_and_reading_continues(cached, tmp_path, monkeypatch, caplog):
     fetch(cached, 1)
     make = NamedTemporaryFile
     monkeypatch.setattr(cache, "NamedTemporaryFile", lambda **options: FullDisk(make(**options)))
     for number in (1, 2, 3):
         fetch(cached, number)
-    assert cached._source.asked == [1, 2, 3]
-    assert caplog.text.count("gets no more entries from this process: [Errno 28] No space left on device") == 1
-    assert entries(tmp_path / "cache") == {sha256(content(1))}, "nothing unfinished is left"
+    assert cached._storage.requested == [1, 2, 3]
+    assert caplog.text.count(f"data.cache in {tmp_path / 'cache'}: [Errno 28] No space left on device") == 1
+    assert entries(tmp_path / "cache") == {sha256(content(1))}, "no unfinished entry is left"
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"data\.cache is .*file/cache, where no folder can be made: Not a directory"):
+    with pytest.raises(DataError, match=r"data\.cache is .*file/cache, but this folder cannot be created: Not a"):
         CachedStorage(Numbers(), tmp_path / "file/cache", SIZE)
 
 
 def test_a_folder_that_disappears(cached, tmp_path, caplog):
     (tmp_path / "cache").rmdir()
     fetch(cached, 1)
-    assert "gets no more entries from this process" in caplog.text
+    assert "this process writes no more entries to data.cache" in caplog.text
 
 
 KILLED = """
@@ -226,7 +226,7 @@ fetch(cached, 2)
 """
 
 
-def test_what_a_killed_process_leaves_is_not_used_and_removed(tmp_path):
+def test_the_unfinished_entry_of_a_killed_process_is_removed(tmp_path):
     command = [sys.executable, "-c", KILLED, str(REPOSITORY), str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=60)
     assert done.returncode == -signal.SIGKILL
@@ -236,19 +236,19 @@ def test_what_a_killed_process_leaves_is_not_used_and_removed(tmp_path):
     cached = CachedStorage(Numbers(), tmp_path / "cache", 3 * SIZE)
     for number in (1, 2, 3):
         fetch(cached, number)
-    assert cached._source.asked == [2, 3]
+    assert cached._storage.requested == [2, 3]
     assert entries(tmp_path / "cache") == {sha256(content(number)) for number in (1, 2, 3)}
 
 
-def test_what_another_process_is_writing_is_left_alone(cached, tmp_path):
-    with cached._reserved(4 * SIZE) as file:
+def test_the_unfinished_entry_of_a_running_process_is_left_alone(cached, tmp_path):
+    with cached._reserve(4 * SIZE) as file:
         for number in range(8):
             fetch(cached, number)
         assert os.path.basename(file.name) in entries(tmp_path / "cache")
         assert total(tmp_path / "cache") <= 10 * SIZE
-    with cached._reserved(10 * SIZE):
+    with cached._reserve(10 * SIZE):
         fetch(cached, 30)
-    assert not cached._kept, "no room is left for it"
+    assert not cached._writable, "no room is left for it"
 
 
 def read_at_random(folder, seed, failures):
@@ -256,14 +256,14 @@ def read_at_random(folder, seed, failures):
         cached = CachedStorage(Numbers(), folder, 5 * SIZE)
         for i in range(150):
             fetch(cached, hashlib.sha256(bytes([seed, i])).digest()[0] % 12)
-        assert cached._kept
-        assert len(cached._source.asked) < 150
+        assert cached._writable
+        assert len(cached._storage.requested) < 150
     except BaseException as error:
         failures.put(repr(error))
         raise
 
 
-def test_several_processes_at_once_under_eviction(tmp_path):
+def test_concurrent_processes_stay_within_the_limit(tmp_path):
     context = multiprocessing.get_context("fork")
     failures, folder = context.Queue(), tmp_path / "cache"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Windows read ahead by threads: what is needed next is there, in bounded memory, and only present errors count."""
+"""Blocks prefetched by threads: ready when needed, in bounded memory, and only errors at the time of need count."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ from dcscale.data.shards.manifest import Manifest, TokenizerInfo, write_manifest
 from dcscale.data.shards.shard import write_shard
 from dcscale.data.storage import RetryPolicy, StorageOptions
 from dcscale.data.stream.block_reader import BlockPrefetcher
-from dcscale.data.stream.lookahead import made_ahead
-from dcscale.data.stream.sequences import Window
+from dcscale.data.stream.lookahead import Group, assemble_ahead
+from dcscale.data.stream.sequences import ShuffleBlock
 from dcscale.testing import shard_server as faults
 from dcscale.testing.runs import numbered_shards, write_token_shards
 from dcscale.testing.shard_server import ShardServer
@@ -26,7 +26,7 @@ def stream_of(root, **changes):
 
 
 def of_rank(stream, rank, ranks, rows=1, epochs=2):
-    """The numbers that a rank takes in each step, without end."""
+    """The numbers that a rank takes in each step of some epochs."""
     step = 0
     while step * rows * ranks < epochs * stream.sequences_per_epoch:
         yield list(range(step * rows * ranks + rank, (step + 1) * rows * ranks, ranks))
@@ -40,16 +40,21 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Shards:
-    """A reader whose shards are numbers, read when the test lets them."""
+def prefetcher_of(stream):
+    """The prefetcher of a single source."""
+    return stream.sources[0].blocks._prefetcher
 
-    def __init__(self, threads=4, of_window=2):
+
+class Shards:
+    """A prefetcher whose shards are numbers, read when the test releases them."""
+
+    def __init__(self, threads=4, per_block=2):
         self.open = threading.Semaphore(0)
         self.errors = {}
         self.read, self.held, self.most_held, self.at_once, self.most_at_once = [], 0, 0, 0, 0
         self._lock = threading.Lock()
-        self.reader = BlockPrefetcher(
-            lambda key: [key[1] * of_window + i for i in range(of_window)], self._read, self._pack, threads
+        self.prefetcher = BlockPrefetcher(
+            lambda key: [key[1] * per_block + i for i in range(per_block)], self._read, self._build, threads
         )
 
     def _read(self, shard, needed):
@@ -66,187 +71,190 @@ class Shards:
             raise self.errors[shard]
         return shard
 
-    def _pack(self, key, parts):
+    def _build(self, key, contents):
         with self._lock:
-            self.held -= len(parts)
-        return Window(np.array(parts), np.array([1]))
+            self.held -= len(contents)
+        return ShuffleBlock(np.array(contents), np.array([1]))
 
-    def let(self, count=1000):
+    def release(self, count=1000):
         for _ in range(count):
             self.open.release()
 
-    def settle(self, until):
+    def wait(self, until):
         stop = time.monotonic() + 20
         while not until():
             assert time.monotonic() < stop
             time.sleep(0.001)
 
 
-def reading(reader):
-    """Threads of a reader."""
+def reading(prefetcher):
+    """Threads of a prefetcher."""
     targets = [getattr(t, "_target", None) for t in threading.enumerate() if t.name == "dcscale-read"]
-    return [target for target in targets if target is None or target.__self__ is reader]
+    return [target for target in targets if target is None or target.__self__ is prefetcher]
 
 
 def keys(*numbers):
     return [(0, number) for number in numbers]
 
 
-def test_windows_are_made_of_their_shards_in_the_order_wanted():
+def test_blocks_are_built_of_their_shards_in_the_order_wanted():
     shards = Shards(threads=2)
-    shards.reader.want(keys(5, 3, 9))
-    shards.let()
+    shards.prefetcher.want(keys(5, 3, 9))
+    shards.release()
     for number in (9, 5, 3):
-        assert shards.reader.get((0, number)).tokens.tolist() == [2 * number, 2 * number + 1]
+        assert shards.prefetcher.get((0, number)).tokens.tolist() == [2 * number, 2 * number + 1]
     assert [shard // 2 for shard, _ in shards.read] == [5, 5, 3, 3, 9, 9]
-    shards.reader.want(keys(3, 9))
-    assert len(shards.reader) == 2
-    assert shards.reader.get((0, 9)) is shards.reader.get((0, 9))
-    assert len(shards.read) == 6, "what is there is not read again"
+    shards.prefetcher.want(keys(3, 9))
+    assert len(shards.prefetcher) == 2
+    assert shards.prefetcher.get((0, 9)) is shards.prefetcher.get((0, 9))
+    assert len(shards.read) == 6, "held blocks are not read again"
 
 
-@pytest.mark.parametrize(("threads", "of_window"), [(1, 1), (4, 1), (4, 2), (5, 2), (8, 3), (2, 5), (1, 3)])
-def test_threads_and_raw_shards_are_bounded(threads, of_window):
-    shards = Shards(threads, of_window)
-    shards.reader.want(keys(*range(12)))
-    shards.settle(lambda: shards.at_once == min(threads, of_window * max(1, threads // of_window)))
-    shards.let()
+@pytest.mark.parametrize(("threads", "per_block"), [(1, 1), (4, 1), (4, 2), (5, 2), (8, 3), (2, 5), (1, 3)])
+def test_threads_and_raw_shards_are_bounded(threads, per_block):
+    shards = Shards(threads, per_block)
+    shards.prefetcher.want(keys(*range(12)))
+    shards.wait(lambda: shards.at_once == min(threads, per_block * max(1, threads // per_block)))
+    shards.release()
     for key in keys(*range(12)):
-        shards.reader.get(key)
+        shards.prefetcher.get(key)
     assert shards.most_at_once <= threads
-    assert shards.most_held <= max(threads, of_window)
-    shards.settle(lambda: not reading(shards.reader))
+    assert shards.most_held <= max(threads, per_block)
+    shards.wait(lambda: not reading(shards.prefetcher))
 
 
-def test_what_is_wanted_no_more_is_not_read_on():
-    shards = Shards(threads=1, of_window=5)
-    shards.reader.want(keys(0, 1))
-    shards.let(2)
-    shards.settle(lambda: len(shards.read) == 2)
-    shards.reader.want(keys(7))
-    shards.let()
-    shards.reader.get((0, 7))
+def test_a_block_that_is_no_longer_wanted_is_not_read_to_its_end():
+    shards = Shards(threads=1, per_block=5)
+    shards.prefetcher.want(keys(0, 1))
+    shards.release(2)
+    shards.wait(lambda: len(shards.read) == 2)
+    shards.prefetcher.want(keys(7))
+    shards.release()
+    shards.prefetcher.get((0, 7))
     assert {shard // 5 for shard, _ in shards.read} == {0, 7}
     assert len(shards.read) <= 5 + 3
 
 
-def test_what_is_stuck_and_wanted_no_more_keeps_nothing_waiting():
-    shards = Shards(threads=2, of_window=2)
-    shards.reader.want(keys(0))
-    shards.settle(lambda: shards.at_once == 2)
+def test_a_stuck_read_of_an_unwanted_block_delays_no_other():
+    shards = Shards(threads=2, per_block=2)
+    shards.prefetcher.want(keys(0))
+    shards.wait(lambda: shards.at_once == 2)
     stuck, shards.open = shards.open, threading.Semaphore(1000)
-    shards.reader.want(keys(5))
-    assert shards.reader.get((0, 5)).tokens.tolist() == [10, 11]
+    shards.prefetcher.want(keys(5))
+    assert shards.prefetcher.get((0, 5)).tokens.tolist() == [10, 11]
     stuck.release(2)
 
 
-def test_an_error_met_ahead_counts_only_if_it_is_there_when_needed():
+def test_an_error_while_prefetching_is_retried_when_the_block_is_needed():
     shards = Shards()
     shards.errors[2] = DataError("gone")
-    shards.reader.want(keys(0, 1))
-    shards.let()
-    shards.reader.get((0, 0))
-    shards.settle(lambda: shards.reader._wanted[0, 1].window.done())
+    shards.prefetcher.want(keys(0, 1))
+    shards.release()
+    shards.prefetcher.get((0, 0))
+    shards.wait(lambda: shards.prefetcher._wanted[0, 1].block.done())
     shards.errors.clear()
-    assert shards.reader.get((0, 1)).tokens.tolist() == [2, 3]
+    assert shards.prefetcher.get((0, 1)).tokens.tolist() == [2, 3]
     assert {needed for shard, needed in shards.read if shard < 2} == {False}
     assert (2, True) in shards.read
 
 
-def test_an_error_is_raised_to_who_needs_the_window_and_a_later_try_may_succeed():
+def test_an_error_is_raised_where_the_block_is_needed_and_a_later_try_may_succeed():
     shards = Shards()
     shards.errors[0] = DataError("gone")
-    shards.let()
+    shards.release()
     for _ in range(2):
-        shards.reader.want(keys(0))
+        shards.prefetcher.want(keys(0))
         with pytest.raises(DataError, match="gone"):
-            shards.reader.get((0, 0))
+            shards.prefetcher.get((0, 0))
     shards.errors.clear()
-    shards.reader.want(keys(0))
-    assert shards.reader.get((0, 0)).tokens.tolist() == [0, 1]
+    shards.prefetcher.want(keys(0))
+    assert shards.prefetcher.get((0, 0)).tokens.tolist() == [0, 1]
 
 
-def test_a_mistake_in_reading_is_not_taken_for_bad_data():
+def test_a_bug_in_reading_is_not_reported_as_bad_data():
     shards = Shards()
     shards.errors[0] = ZeroDivisionError()
-    shards.let()
-    shards.reader.want(keys(0))
+    shards.release()
+    shards.prefetcher.want(keys(0))
     with pytest.raises(ZeroDivisionError):
-        shards.reader.get((0, 0))
+        shards.prefetcher.get((0, 0))
 
 
-def test_closing_frees_who_waits():
+def test_closing_fails_a_waiting_thread():
     shards = Shards()
-    shards.reader.want(keys(0))
+    shards.prefetcher.want(keys(0))
     failed = []
 
     def wait():
         try:
-            shards.reader.get((0, 0))
+            shards.prefetcher.get((0, 0))
         except DataError as error:
             failed.append(str(error))
 
     thread = threading.Thread(target=wait)
     thread.start()
-    shards.settle(lambda: shards.at_once == 2)
-    shards.reader.close()
+    shards.wait(lambda: shards.at_once == 2)
+    shards.prefetcher.close()
     thread.join(10)
-    for call in (lambda: shards.reader.get((0, 0)), lambda: shards.reader.want(keys(0))):
+    for call in (lambda: shards.prefetcher.get((0, 0)), lambda: shards.prefetcher.want(keys(0))):
         with pytest.raises(DataError, match="reading was ended"):
             call()
-    shards.reader.open()
-    shards.let()
-    shards.reader.want(keys(0))
-    assert shards.reader.get((0, 0)).tokens.tolist() == [0, 1]
+    shards.prefetcher.reopen()
+    shards.release()
+    shards.prefetcher.want(keys(0))
+    assert shards.prefetcher.get((0, 0)).tokens.tolist() == [0, 1]
     assert failed == ["reading was ended"]
 
 
-@pytest.mark.parametrize("most", [1, 5, 100])
-def test_steps_are_told_ahead_in_order_as_long_as_there_is_use_for_more(most):
-    told, seen, enough = [], [], 12
+@pytest.mark.parametrize("limit", [1, 5, 100])
+def test_placements_are_announced_in_order_as_long_as_more_are_wanted(limit):
+    announced, seen, enough = [], [], 12
 
-    def make(group):
-        seen.extend(group)
-        assert told == list(range(max(len(seen), len(told))))
-        return group
+    def assemble(group):
+        seen.extend(group.placements)
+        assert announced == list(range(max(len(seen), len(announced))))
+        return group.placements
 
-    groups = ([i, i + 1] for i in range(0, 20, 2))
-    for n, step in enumerate(made_ahead(groups, told.append, lambda: len(told) < enough, make, most)):
-        assert step == seen[n]
-        ahead = max(2, min(enough - len(seen), most // 2 * 2 + most % 2 * 2))
-        assert len(told) == min(20, len(seen) + ahead)
-    assert seen == told == list(range(20))
+    groups = (Group([1, 1], [i, i + 1]) for i in range(0, 20, 2))
+    for n, result in enumerate(
+        assemble_ahead(groups, announced.append, lambda: len(announced) < enough, assemble, limit)
+    ):
+        assert result == seen[n]
+        ahead = max(2, min(enough - len(seen), limit // 2 * 2 + limit % 2 * 2))
+        assert len(announced) == min(20, len(seen) + ahead)
+    assert seen == announced == list(range(20))
 
 
 @pytest.mark.parametrize("ahead", [None, 0, 1, 100])
 @pytest.mark.parametrize(("rows", "ranks"), [(1, 1), (4, 1), (24, 1), (2, 3)])
-def test_reading_ahead_changes_nothing(folder, ahead, rows, ranks):
+def test_prefetching_changes_nothing(folder, ahead, rows, ranks):
     plain = stream_of(folder, read_ahead=0)
     for rank in range(ranks):
         stream = stream_of(folder, read_ahead=ahead, read_threads=3)
         steps = list(of_rank(stream, rank, ranks, rows))
-        for step, made in zip(steps, stream.each(steps), strict=True):
-            assert made.tokens_NL1.tobytes() == plain.sequences(step).tokens_NL1.tobytes()
+        for step, found in zip(steps, stream.each(steps), strict=True):
+            assert found.tokens_NL1.tobytes() == plain.sequences(step).tokens_NL1.tobytes()
 
 
-def test_what_is_needed_next_is_read_before_it_is_needed(tmp_path):
-    """Between steps the reading comes to rest; during a step nothing can be read, and no step waits for anything. Each
-    lane has two windows an epoch, which begin and end for all lanes at once: the worst case."""
+def test_blocks_are_read_before_they_are_needed(tmp_path):
+    """Between steps all reads finish; during a step nothing can be read, and no step waits for a block. Each slot has
+    two blocks per epoch, which begin and end for all slots at once: the worst case."""
     write_token_shards(tmp_path, numbered_shards([100] * 24), vocab_size=5000)
     stream, gate, late = stream_of(tmp_path), threading.Event(), []
-    read = stream._windows._read
+    prefetcher = prefetcher_of(stream)
+    read = prefetcher._read
 
     def gated(shard, needed):
         if not gate.wait(1):
             late.append(shard)
         return read(shard, needed)
 
-    stream._windows._read = gated
+    prefetcher._read = gated
     gate.set()
     for _ in stream.each(of_rank(stream, 0, 1, rows=3)):
         gate.set()
         stop = time.monotonic() + 20
-        while not all(making.window.done() for making in stream._windows._wanted.values()):
+        while not all(pending.block.done() for pending in prefetcher._wanted.values()):
             assert time.monotonic() < stop
             time.sleep(0.0005)
         gate.clear()
@@ -268,7 +276,7 @@ def large(tmp_path_factory):
 def test_memory_stays_within_the_stated_bound(large, ranks, ahead, threads):
     stream = stream_of(large, read_ahead=ahead, read_threads=threads, sequence_length=4096)
     shard = stream.manifest.shards[0].bytes
-    window, lanes = 2 * shard, 6 // ranks
+    block, slots = 2 * shard, 6 // ranks
     tracemalloc.start()
     try:
         for _ in stream.each(of_rank(stream, 0, ranks, epochs=1)):
@@ -276,11 +284,11 @@ def test_memory_stays_within_the_stated_bound(large, ranks, ahead, threads):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < (lanes + (lanes if ahead is None else ahead)) * window + max(threads, 2) * shard + window + 500_000
-    assert peak > lanes * window, "the bound must not be far beyond what is used"
+    assert peak < (slots + (slots if ahead is None else ahead)) * block + max(threads, 2) * shard + block + 500_000
+    assert peak > slots * block, "the bound must be close to what is used"
 
 
-def test_closing_a_loader_frees_its_threads_from_a_server_in_trouble(folder):
+def test_closing_a_loader_ends_its_threads_though_the_server_does_not_answer(folder):
     with ShardServer(folder) as server:
         loader = BatchLoader(
             stream_of(server.address, storage_options=StorageOptions(RetryPolicy(timeout=60, total=600))),
@@ -297,11 +305,11 @@ def test_closing_a_loader_frees_its_threads_from_a_server_in_trouble(folder):
             assert time.monotonic() < stop
             time.sleep(0.001)
         loader.close()
-        while reading(loader._stream._windows):
+        while reading(prefetcher_of(loader._stream)):
             assert time.monotonic() < stop
             time.sleep(0.001)
         with pytest.raises(RuntimeError, match="closed"):
             next(steps)
         server.always = {}
-        assert len(next(loader.steps())) == 1, "it reads again when it is asked to"
+        assert len(next(loader.steps())) == 1, "it reads again on the next call"
         loader.close()

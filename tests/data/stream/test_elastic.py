@@ -1,7 +1,7 @@
-"""A run that is stopped anywhere goes on with exactly the same global batches, on any ranks with any workers.
+"""A run that stops anywhere resumes with exactly the same global batches, on any number of ranks and workers.
 
-Everything that is carried from one start to the next is a :class:`TrainState`, written to JSON and read back. What the
-loaders had prepared ahead when they were stopped is thrown away.
+All that is passed from one start to the next is a :class:`TrainState`, written to JSON and read back. What the loaders
+had prefetched when they were stopped is discarded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SETTINGS |= {"document_mask": True, "verify": True, "read_ahead": 0}
 
 @pytest.fixture(scope="module")
 def open_by_name(tmp_path_factory) -> dict[str, Callable]:
-    """Three kinds of streams; in ``STEPS`` steps every source comes to its second epoch at least."""
+    """Three kinds of streams; in ``STEPS`` steps every source reaches at least its second epoch."""
     root = tmp_path_factory.mktemp("elastic")
-    one_bundle = {"vocab_size": 5000, "bundle": 10_000}  # which is read faster
+    one_bundle = {"vocab_size": 5000, "bundle": 10_000}  # faster to read
     write_token_shards(root / "plain", numbered_shards([130, 61, 97, 180, 45, 122, 40]), **one_bundle)
     rows = packed_shards(numbered_shards([140, 90, 33, 170, 60], seed=1), LENGTH + 1, eos_id=4999)
     write_token_shards(root / "rows", rows, row_tokens=LENGTH + 1, **one_bundle)
@@ -59,7 +59,7 @@ def uninterrupted(open_by_name) -> dict[str, list[list[bytes]]]:
 
 @pytest.fixture
 def simulated_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers as iterators of this process, asked in turn as DataLoader asks them, some groups ahead."""
+    """Workers as iterators of this process, taken in turn as DataLoader does, some groups ahead."""
 
     class InTurn:
         def __init__(self, dataset, *, num_workers, prefetch_factor, **_):
@@ -80,20 +80,20 @@ def simulated_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Run:
-    """A run that may be stopped after any step and goes on as another, from its state alone."""
+    """A run that may stop after any step and resume as another, from its state alone."""
 
     def __init__(self, opened: Callable, expected: list[list[bytes]]) -> None:
         self.opened, self.expected = opened, expected
         self.state = TrainState(data_identity=opened().identity)
 
-    def go_on(self, steps: int, world: int, workers: int = 0, prefetch: int = 2, micro: int = 1) -> None:
+    def resume(self, steps: int, world: int, workers: int = 0, prefetch: int = 2, micro: int = 1, **options) -> None:
         content = json.dumps(self.state.to_json(global_batch_size=BATCH))
         self.state = TrainState.from_json(json.loads(content))
         loaders = []
         for rank in range(world):
             stream = self.opened()
             assert stream.identity == self.state.data_identity
-            ahead = {"prefetch_steps": prefetch, "workers": workers}
+            ahead = {"prefetch_steps": prefetch, "workers": workers, **options}
             loaders.append(
                 BatchLoader(
                     stream, global_batch_size=BATCH, micro_batch_size=micro, rank=rank, world_size=world, **ahead
@@ -121,45 +121,43 @@ def rows_of(batches):
     ]
 
 
-@pytest.mark.parametrize("kind", ["packed", "mixed"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_from_these_ranks_to_every_other_number_of_ranks(open_by_name, uninterrupted, kind, world):
-    """Stopped after a random step, gone on with on other ranks."""
+def test_from_these_ranks_to_every_other_number_of_ranks(open_by_name, uninterrupted, world):
+    """Stopped after a random step, resumed on other ranks; the mixture has a plain and a packed source."""
+    kind = "mixed"
     generator = random.Random(f"{kind} {world}")
     for other in WORLDS:
         run = Run(open_by_name[kind], uninterrupted[kind])
         stop = generator.randrange(1, STEPS - 1)
-        begin = max(0, stop - 2)  # what lies before was looked at in other cells
+        begin = max(0, stop - 2)  # earlier steps are covered by other cases
         run.state.step, run.state.sequences = begin, begin * BATCH
-        run.go_on(stop - begin, world, prefetch=generator.choice([0, 1, 4]))
-        run.go_on(min(STEPS - stop, 3), other, micro=BATCH // other)
+        run.resume(stop - begin, world, prefetch=generator.choice([0, 1, 4]))
+        run.resume(min(STEPS - stop, 3), other, micro=BATCH // other)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "mixed"])
+@pytest.mark.parametrize("kind", ["packed", "mixed"])
 @pytest.mark.usefixtures("simulated_workers")
-def test_on_all_ranks_with_one_and_three_workers(open_by_name, uninterrupted, monkeypatch, kind):
-    """Two runs that between them go over all of these, two steps each; a group of sequences ends as often as it can."""
-    monkeypatch.setattr(workers, "_GROUP_SEQUENCES", 1)
+def test_on_all_ranks_with_one_and_three_workers(open_by_name, uninterrupted, kind):
+    """Two runs that together cover all of these, two steps each, with the smallest groups."""
     cells = list(itertools.product(WORLDS, (1, 3)))
     random.Random(kind).shuffle(cells)
     for half in (cells[::2], cells[1::2]):
         run = Run(open_by_name[kind], uninterrupted[kind])
         for world, count in half:
-            run.go_on(2, world, count)
+            run.resume(2, world, count, group_sequences=1)
         assert run.state.step == STEPS
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("kind", ["packed", "mixed"])
-def test_with_real_processes(open_by_name, uninterrupted, monkeypatch, kind):
-    monkeypatch.setattr(workers, "_GROUP_SEQUENCES", 7)
+def test_with_real_processes(open_by_name, uninterrupted, kind):
     run = Run(open_by_name[kind], uninterrupted[kind])
     for steps, world, count in ((3, 2, 3), (4, 3, 1), (2, 4, 0), (3, 1, 3), (2, 2, 1)):
-        run.go_on(steps, world, count)
+        run.resume(steps, world, count, group_sequences=7)
     assert run.state.step == STEPS
 
 
-def test_another_batch_size_goes_on_with_the_next_sequence(open_by_name, uninterrupted):
+def test_another_batch_size_continues_with_the_next_sequence(open_by_name, uninterrupted):
     flat = [row for step in uninterrupted["mixed"] for row in step]
     consumed = 0
     for size, world in ((24, 2), (12, 3), (30, 5), (8, 4)):

@@ -1,4 +1,4 @@
-"""Batches: the same sequences for any ranks, micro-batches, prefetching and starting step."""
+"""Batches: the same sequences for any ranks, micro-batches, prefetching and first step."""
 
 import itertools
 import threading
@@ -87,17 +87,17 @@ def test_a_step_is_the_same_for_any_ranks_micro_batches_and_prefetching(folder, 
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
-def test_resuming_at_any_step_goes_on_as_if_uninterrupted(folder, prefetch):
+def test_resuming_at_any_step_gives_the_same_batches_as_an_uninterrupted_run(folder, prefetch):
     with loader_of(folder, micro=4, prefetch=prefetch) as loader:
-        whole = [rows_of(batches) for batches in itertools.islice(loader.steps(), 20)]
+        uninterrupted = [rows_of(batches) for batches in itertools.islice(loader.steps(), 20)]
     for start in range(20):
         with loader_of(folder, micro=4, prefetch=prefetch) as loader:
             assert [
                 rows_of(batches) for batches in itertools.islice(loader.steps(start * GLOBAL_BATCH), 20 - start)
-            ] == whole[start:]
+            ] == uninterrupted[start:]
 
 
-def test_resuming_with_other_ranks_goes_on_with_the_same_sequences(folder):
+def test_resuming_with_other_ranks_continues_the_same_sequences(folder):
     stream = stream_of(folder)
     step = 0
     for world in (2, 3, 1, 4, 6, 2):
@@ -134,7 +134,7 @@ def test_without_document_mask_there_are_no_ids_and_all_targets_count(folder):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_limit_takes_sequences_evenly_masks_the_rows_beyond_it_and_ends(folder, world):
-    """30 sequences in steps of 12: two whole steps, and one with 6 rows."""
+    """30 sequences in steps of 12: two full steps, and one with 6 rows."""
     stream = stream_of(folder, shuffle=False)
     iterators = [loader_of(folder, rank=r, world=world, limit=30, shuffle=False).steps() for r in range(world)]
     steps = [list(iterator) for iterator in iterators]
@@ -184,7 +184,7 @@ def test_close_leaves_no_thread_and_the_loader_usable(folder):
     loader.close()
 
 
-def test_prefetch_reads_no_further_ahead_than_asked(folder):
+def test_prefetch_prepares_no_more_steps_than_requested(folder):
     loader = loader_of(folder, prefetch=2)
     each = loader._stream.each
     produced = threading.Semaphore(0)
@@ -198,7 +198,7 @@ def test_prefetch_reads_no_further_ahead_than_asked(folder):
     iterator = loader.steps()
     for _ in range(2):
         assert produced.acquire(timeout=10)
-    assert not produced.acquire(timeout=0.2), "a third step was made before the first was taken"
+    assert not produced.acquire(timeout=0.2), "a third step was prepared before the first was taken"
     next(iterator)
     assert produced.acquire(timeout=10)
     assert not produced.acquire(timeout=0.2)
@@ -209,13 +209,14 @@ def test_prefetch_reads_no_further_ahead_than_asked(folder):
 def test_an_error_while_reading_is_raised_in_the_consumer(tmp_path, prefetch):
     write_token_shards(tmp_path, numbered_shards([200, 200]), vocab_size=5000)
     loader = loader_of(tmp_path, prefetch=prefetch, shuffle_shards=1, slots=1)
-    shard = tmp_path / f"shard-{stream_of(tmp_path, shuffle_shards=1, slots=1)._order.shards(0, 1)[0]:03d}.tar"
+    [second] = stream_of(tmp_path, shuffle_shards=1, slots=1).sources[0].order.shards((0, 1))
+    shard = tmp_path / f"shard-{second:03d}.tar"
     shard.write_bytes(bytes(shard.stat().st_size))
-    iterator, made = loader.steps(), []
+    iterator, steps = loader.steps(), []
     with pytest.raises(DataError, match=rf"{shard.name}.*SHA-256"):
-        list(map(made.append, iterator))
-    # Sequences of 8 + 1 tokens, from the first 200, in steps of 12: small steps are made together, but fail alone.
-    assert len(made) == 199 // 8 // 12
+        list(map(steps.append, iterator))
+    # Sequences of 8 + 1 tokens, from the first 200, in steps of 12: small steps are assembled together, but fail alone.
+    assert len(steps) == 199 // 8 // 12
     if prefetch:
         with pytest.raises(DataError):
             next(iterator)
@@ -223,7 +224,7 @@ def test_an_error_while_reading_is_raised_in_the_consumer(tmp_path, prefetch):
     assert not prefetch_threads()
 
 
-def test_every_shard_is_looked_for_by_some_rank_before_training(folder, tmp_path):
+def test_every_shard_is_checked_by_some_rank_before_training(folder, tmp_path):
     shards = numbered_shards([60] * 5)
     write_token_shards(tmp_path, shards, vocab_size=5000)
     (tmp_path / "shard-003.tar").unlink()

@@ -1,4 +1,4 @@
-"""Mixtures: shares exact over every prefix, epochs exact for every source, lanes that read forward; by brute force."""
+"""Mixtures, by brute force: shares exact in every prefix, epochs exact for every source, slots that read forward."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 from dcscale.config import DataSource
 from dcscale.data import BatchLoader, DataError, StreamConfig, open_stream
 from dcscale.data.stream.mixture import (
-    LONGEST_PATTERN,
+    MAX_PATTERN,
     MIXTURE_VERSION,
-    MixedOrder,
+    MixedPlanner,
+    integer_weights,
+    mixture_pattern,
     open_mixture,
-    share_out,
-    whole_parts,
 )
+from dcscale.data.stream.order import Order
 from dcscale.testing.runs import numbered_shards, packed_shards, write_token_shards
 
 WEIGHTS = [
@@ -30,38 +31,51 @@ WEIGHTS = [
 DRAWN = [[round(random.Random(seed).uniform(0.01, 1), 2) for _ in range(2 + seed % 7)] for seed in range(20)]
 
 
+def planner_of(weights: list[int], sizes: list[int], slots: int) -> MixedPlanner:
+    """A planner of sources with these numbers of sequences per epoch."""
+    settings = {"sequence_length": 1, "shuffle_shards": 1, "seed": 0}
+    return MixedPlanner([Order([size + 1], **settings) for size in sizes], weights, slots)
+
+
+def locations(planner: MixedPlanner, numbers) -> list[tuple[int, int, int]]:
+    """(source, epoch, index) of each sequence number."""
+    location = planner.locate(np.array(numbers))
+    return list(zip(location.source_N.tolist(), location.epoch_N.tolist(), location.index_N.tolist()))
+
+
 @pytest.mark.parametrize("weights", [*WEIGHTS, *DRAWN], ids=str)
 def test_every_prefix_has_each_sources_share_to_within_one(weights):
-    parts = whole_parts(weights)
-    order = MixedOrder(parts, [7] * len(parts), slots=6)
-    period, limit = sum(parts), Fraction(1) - Fraction(1, max(2 * len(parts) - 2, 1))
-    sources = np.tile(order.pattern_P, 2)
-    assert [order.locate(g)[0] for g in range(2 * period, 2 * period + 60)] == np.resize(sources, 60).tolist()
-    for source, part in enumerate(parts):
+    integers = integer_weights(weights)
+    planner = planner_of(integers, [7] * len(integers), slots=6)
+    period, limit = sum(integers), Fraction(1) - Fraction(1, max(2 * len(integers) - 2, 1))
+    sources = np.tile(planner.pattern_P, 2)
+    found = planner.locate(np.arange(2 * period, 2 * period + 60)).source_N
+    assert found.tolist() == np.resize(sources, 60).tolist()
+    for source, weight in enumerate(integers):
         counts = np.cumsum(sources == source)
-        expected = np.arange(1, len(sources) + 1) * part
+        expected = np.arange(1, len(sources) + 1) * weight
         assert np.abs(counts * period - expected).max() <= limit * period
-        assert [order.count(source, n) for n in range(0, len(sources) + 1, 17)] == [0, *counts[16::17].tolist()]
-    assert np.bincount(order.pattern_P).tolist() == parts
+        assert [planner.count(source, n) for n in range(0, len(sources) + 1, 17)] == [0, *counts[16::17].tolist()]
+    assert np.bincount(planner.pattern_P).tolist() == integers
 
 
 def test_weights_of_four_decimals_are_exact_and_others_nearly():
-    assert whole_parts([0.7, 0.2, 0.1]) == [7, 2, 1]
-    assert whole_parts([2.0, 1, 1e-0]) == [2, 1, 1]
-    assert whole_parts([0.1234, 0.8766]) == [617, 4383]
-    assert whole_parts([math.pi, 1]) == [7585, 2415]
-    assert whole_parts([1e-9, 1]) == [1, 10_000], "the smallest share is one, not none"
+    assert integer_weights([0.7, 0.2, 0.1]) == [7, 2, 1]
+    assert integer_weights([2.0, 1, 1e-0]) == [2, 1, 1]
+    assert integer_weights([0.1234, 0.8766]) == [617, 4383]
+    assert integer_weights([math.pi, 1]) == [7585, 2415]
+    assert integer_weights([1e-9, 1]) == [1, 10_000], "the smallest share is one, not none"
     assert all(
-        abs(part / sum(parts) - weight / sum(weights)) < 2 * len(weights) / LONGEST_PATTERN
+        abs(integer / sum(integers) - weight / sum(weights)) < 2 * len(weights) / MAX_PATTERN
         for weights in WEIGHTS
-        for parts in [whole_parts(weights)]
-        for part, weight in zip(parts, weights)
+        for integers in [integer_weights(weights)]
+        for integer, weight in zip(integers, weights)
     )
 
 
 ORDERS = {
     "common factors with the slots": ([7, 2, 1], [23, 40, 5], 6),
-    "each lane of one source": ([1, 1], [17, 50], 4),
+    "each slot of one source": ([1, 1], [17, 50], 4),
     "no common factor": ([5, 2], [31, 9], 6),
     "one slot": ([3, 2], [10, 7], 1),
     "fewer sequences than slots": ([2, 3, 2], [1, 2, 11], 8),
@@ -69,18 +83,18 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize(("parts", "sizes", "slots"), ORDERS.values(), ids=ORDERS)
-def test_each_source_uses_every_sequence_once_an_epoch_and_lanes_read_forward(parts, sizes, slots):
-    order = MixedOrder(parts, sizes, slots)
-    seen = [[] for _ in parts]
-    lanes = {}
-    for g in range(4 * max(size * sum(parts) // part for size, part in zip(sizes, parts))):
-        source, epoch, index = order.locate(g)
+@pytest.mark.parametrize(("weights", "sizes", "slots"), ORDERS.values(), ids=ORDERS)
+def test_each_source_uses_every_sequence_once_per_epoch_and_slots_read_forward(weights, sizes, slots):
+    planner = planner_of(weights, sizes, slots)
+    seen = [[] for _ in weights]
+    of_slot = {}
+    count = 4 * max(size * sum(weights) // weight for size, weight in zip(sizes, weights))
+    for g, (source, epoch, index) in enumerate(locations(planner, range(count))):
         seen[source].append((epoch, index))
-        before = lanes.get((source, g % slots))
+        before = of_slot.get((source, g % slots))
         if before is not None and before[0] == epoch:
-            assert index == before[1] + 1, "a lane goes on where it was"
-        lanes[source, g % slots] = epoch, index
+            assert index == before[1] + 1, "a slot continues where it was"
+        of_slot[source, g % slots] = epoch, index
     for size, found in zip(sizes, seen):
         assert len(found) > 3 * size
         for epoch in range(len(found) // size):
@@ -90,21 +104,20 @@ def test_each_source_uses_every_sequence_once_an_epoch_and_lanes_read_forward(pa
 def test_the_order_of_a_mixture_is_frozen():
     """These numbers may never change: runs are resumed by them. A new order needs a new MIXTURE_VERSION."""
     assert MIXTURE_VERSION == 1
-    assert share_out([7, 2, 1]).tolist() == [0, 0, 1, 0, 0, 2, 0, 0, 1, 0]
-    order = MixedOrder([7, 2, 1], [23, 40, 5], 6)
-    assert [order.locate(g) for g in (0, 2, 17, 48, 1000)] == [
+    assert mixture_pattern([7, 2, 1]).tolist() == [0, 0, 1, 0, 0, 2, 0, 0, 1, 0]
+    assert locations(planner_of([7, 2, 1], [23, 40, 5], 6), [0, 2, 17, 48, 1000]) == [
         *((0, 0, 0), (1, 0, 14), (0, 0, 20), (1, 0, 3), (0, 30, 17)),
     ]
 
 
 def test_far_positions_and_many_sources_are_placed_quickly():
-    order = MixedOrder(whole_parts([1 + i / 100 for i in range(50)]), [10**7 + i for i in range(50)], 480)
-    assert order.locate(10**12)[1] > 0
+    planner = planner_of(integer_weights([1 + i / 100 for i in range(50)]), [10**7 + i for i in range(50)], 480)
+    assert planner.locate(np.array([10**12])).epoch_N > 0
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Two plain sources and one of rows, with tokens that say where they come from."""
+    """Two plain sources and one of packed rows, with tokens that identify their shard and position."""
     root = tmp_path_factory.mktemp("mixture")
     sizes = {"web": [130, 61, 97, 180, 45, 122], "code": [40, 77, 52]}
     for name, shard_sizes in sizes.items():
@@ -129,19 +142,20 @@ def bytes_of(rows):
     return [b"".join(part[i].tobytes() for part in parts) for i in range(len(rows.targets_NL))]
 
 
-def test_every_source_gives_the_sequences_of_its_own_epochs(roots):
+def test_every_source_has_the_sequences_of_its_own_epochs(roots):
     mixture = mixture_of(roots)
     numbers = range(1500)
     found = bytes_of(mixture.sequences(numbers))
+    source_of = mixture.planner.locate(np.array(numbers)).source_N
     for source, (name, _) in enumerate(SOURCES):
         alone = open_stream(roots / name, StreamConfig(source_number=source, **SETTINGS))
         n = alone.sequences_per_epoch
-        mine = [row for g, row in zip(numbers, found) if mixture.order.locate(g)[0] == source]
-        assert len(mine) > 2 * n
-        for epoch in range(len(mine) // n):
+        rows = [row for row, of in zip(found, source_of) if of == source]
+        assert len(rows) > 2 * n
+        for epoch in range(len(rows) // n):
             expected = bytes_of(alone.sequences(range(epoch * n, (epoch + 1) * n)))
-            assert sorted(mine[epoch * n : (epoch + 1) * n]) == sorted(expected)
-        assert mixture.epochs(1500)[name] == len(mine) / n
+            assert sorted(rows[epoch * n : (epoch + 1) * n]) == sorted(expected)
+        assert mixture.epochs(1500)[name] == len(rows) / n
 
 
 def test_sequences_do_not_depend_on_what_was_read_before(roots):
@@ -153,8 +167,8 @@ def test_sequences_do_not_depend_on_what_was_read_before(roots):
     assert (padding.targets_NL == -100).all()
 
 
-def test_reading_stays_within_the_bound_of_its_streams(tmp_path):
-    """Each window once an epoch of its source, and once more for each lane that begins in it."""
+def test_reading_stays_within_the_bound_of_its_sources(tmp_path):
+    """Each block is read once per epoch of its source, and once more for each run that begins in it."""
     for name in ("a", "b"):
         write_token_shards(tmp_path / name, numbered_shards([100] * 24), vocab_size=5000)
     for ranks in (1, 2, 3, 6):
@@ -163,8 +177,8 @@ def test_reading_stays_within_the_bound_of_its_streams(tmp_path):
             mixture = mixture_of(tmp_path, [("a", 0.7), ("b", 0.3)])
             for g in range(rank, 300, ranks):
                 mixture.sequences([g])
-            for stream in mixture.streams:
-                assert len(stream._windows) <= 6 // ranks
+            for source in mixture.sources:
+                assert len(source.blocks._prefetcher) <= 6 // ranks
             shards += mixture.shards_read
         epochs = mixture.epochs(300).values()
         assert 0.2 < min(epochs) <= max(epochs) < 1
@@ -192,11 +206,12 @@ def test_fingerprint_follows_sources_weights_and_order_but_not_names(roots, tmp_
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 7
 
 
-def test_two_sources_of_one_folder_have_orders_of_their_own(roots):
+def test_two_sources_of_one_folder_have_different_orders(roots):
     mixture = mixture_of(roots, [("code", 1), ("code", 1)])
-    n = mixture.streams[0].sequences_per_epoch
+    n = mixture.sources[0].order.sequences_per_epoch
     found = bytes_of(mixture.sequences(range(2 * n)))
-    of = [[row for g, row in enumerate(found) if mixture.order.locate(g)[0] == s] for s in (0, 1)]
+    sources = mixture.planner.locate(np.arange(2 * n)).source_N
+    of = [[row for row, source in zip(found, sources) if source == s] for s in (0, 1)]
     assert of[0] != of[1]
 
 
@@ -213,7 +228,7 @@ def test_weights_out_of_range_are_refused(roots, weight):
         mixture_of(roots, [("web", 1), ("code", weight)])
 
 
-def test_a_mixture_has_no_part_that_stands_for_the_whole(roots):
+def test_a_mixture_has_no_limit(roots):
     sizes = {"global_batch_size": 2, "micro_batch_size": 1, "rank": 0, "world_size": 1}
     with pytest.raises(DataError, match="limit is 10, but a mixture has no epoch"):
         BatchLoader(mixture_of(roots), **sizes, limit=10)
@@ -224,7 +239,7 @@ def test_negative_numbers_are_refused(roots):
         mixture_of(roots).sequences([-1])
 
 
-def test_every_sources_shards_are_looked_for(roots, tmp_path):
+def test_the_shards_of_every_source_are_checked(roots, tmp_path):
     write_token_shards(tmp_path / "web", numbered_shards([60] * 3), vocab_size=5000)
     (tmp_path / "web" / "shard-001.tar").unlink()
     mixture = open_mixture(

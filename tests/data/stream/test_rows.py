@@ -1,4 +1,4 @@
-"""Shards made of rows: a row is a sequence, its documents whole where they fit, and only rows change places."""
+"""Shards of packed rows: a row is a sequence, its documents are complete where they fit, and only rows are shuffled."""
 
 import itertools
 
@@ -27,13 +27,13 @@ def case(request, tmp_path):
     return tmp_path / "rows", list(itertools.chain(*shards))
 
 
-def test_every_sequence_is_a_row_of_the_shards_and_each_row_comes_once_an_epoch(case):
+def test_every_sequence_is_a_row_of_the_shards_and_each_row_occurs_once_per_epoch(case):
     folder, _ = case
     stream = stream_of(folder)
     flat = []
     for info in stream.manifest.shards:
         flat += itertools.chain(
-            *(d.tolist() for d in read_shard(stream.source, info, dtype="uint16", vocab_size=6000, verify=True))
+            *(d.tolist() for d in read_shard(stream.storage, info, dtype="uint16", vocab_size=6000, verify=True))
         )
     rows = sorted(flat[i : i + ROW] for i in range(0, len(flat), ROW))
     n = stream.sequences_per_epoch
@@ -45,7 +45,7 @@ def test_every_sequence_is_a_row_of_the_shards_and_each_row_comes_once_an_epoch(
     assert unshuffled.sequences(range(n, 2 * n)).tokens_NL1.reshape(-1).tolist() == flat
 
 
-def test_every_target_of_every_document_comes_exactly_once_and_fillers_never(case):
+def test_every_target_of_every_document_occurs_exactly_once_and_fillers_never(case):
     folder, documents = case
     stream = stream_of(folder)
     found = stream.sequences(range(stream.sequences_per_epoch))
@@ -58,7 +58,7 @@ def test_every_target_of_every_document_comes_exactly_once_and_fillers_never(cas
     assert (counts[:, :-1] == same_document).all(), "ids change where a document begins, also between fillers"
 
 
-def test_documents_that_fit_are_whole_with_best_fit(tmp_path):
+def test_best_fit_keeps_documents_that_fit_in_one_row(tmp_path):
     shards = numbered_shards([200, 200], longest=ROW)
     write_token_shards(tmp_path, packed_shards(shards, ROW, eos_id=FILLER), vocab_size=6000, row_tokens=ROW)
     rows = stream_of(tmp_path).sequences(range(stream_of(tmp_path).sequences_per_epoch)).tokens_NL1.tolist()
@@ -79,5 +79,5 @@ def test_rows_without_the_document_mask_are_refused(case):
 
 def test_a_document_across_rows_is_refused(tmp_path):
     write_token_shards(tmp_path, [[[1] * 6, [2] * 6, [3] * 6]], row_tokens=ROW)
-    with pytest.raises(DataError, match=r"shard-000\.tar: a document lies across the end of a row"):
+    with pytest.raises(DataError, match=r"shard-000\.tar: a document extends past the end of a row"):
         stream_of(tmp_path).sequence(0)

@@ -1,4 +1,4 @@
-"""Every way in which a shard can be damaged, in a folder and on a web server: found, named, counted, never silent."""
+"""Every way in which a shard can be corrupt, in a folder and on a web server: found, named, counted, never silent."""
 
 import dataclasses
 import hashlib
@@ -39,21 +39,21 @@ def flip(data, at, bit=1):
 
 
 def member(data, number):
-    """Where a member begins; samples have two each, of 1024 bytes with their headers."""
+    """Offset of a member; samples have two each, of 1024 bytes with their headers."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return tar.getmembers()[number].offset
 
 
 def moved(data, target, source, count=1):
-    """Members from ``source`` on, in the place of those from ``target`` on."""
+    """Members from ``source`` on, written over those from ``target`` on."""
     content = data[member(data, source) : member(data, source + count)]
     return data[: member(data, target)] + content + data[member(data, target) + len(content) :]
 
 
 SIZE = r"it has \d+ bytes, but the manifest says \d+: it was cut off or replaced"
 SHA256 = r"its SHA-256 is [0-9a-f]{64}, but the manifest says"
-NOT_THERE = r"the manifest names this shard, but it cannot be read: (No such file|the server answers 404 Not Found)"
-NOT_WHOLE = r"it is not a whole tar: at byte \d+ there is neither a member nor the end"
+NOT_FOUND = r"the manifest names this shard, but it cannot be read: (No such file|the server answers 404 Not Found)"
+NOT_COMPLETE = r"it is not a complete tar: at byte \d+ there is neither a member nor the end"
 
 FOUND = {
     "cut at the bound of a sample": (lambda data: data[: member(data, 2)], SIZE),
@@ -63,7 +63,7 @@ FOUND = {
     "a header of zeros": (lambda data: data[: member(data, 2)] + bytes(512) + data[member(data, 2) + 512 :], SHA256),
     "one bit of a token": (lambda data: flip(data, member(data, 3) + 512 + 130), SHA256),
     "one bit of an npy header": (lambda data: flip(data, member(data, 3) + 512 + 20), SHA256),
-    "missing": (lambda data: None, NOT_THERE),
+    "missing": (lambda data: None, NOT_FOUND),
     "empty": (lambda data: b"", SIZE),
     "a web page": (lambda data: faults.PAGE, SIZE),
     "a web page of the right size": (lambda data: faults.PAGE.ljust(len(data)), SHA256),
@@ -71,16 +71,16 @@ FOUND = {
     "too long": (lambda data: data + b"x", SIZE),
     "another content": (lambda data: data[::-1], SHA256),
 }
-"""What is done to the shard: (its new content, None for no file; what is said)."""
+"""What is done to the shard: (its new content, None for no file; the error message)."""
 
 FOUND_BY_CONTENT = {
-    "cut at the bound of a sample": (lambda data: data[: member(data, 2)], NOT_WHOLE),
+    "cut at the bound of a sample": (lambda data: data[: member(data, 2)], NOT_COMPLETE),
     "cut inside a payload": (lambda data: data[: member(data, 3) + 600], "it is not a readable tar: unexpected end"),
-    "cut between the members of a sample": (lambda data: data[: member(data, 3)], NOT_WHOLE),
-    "one bit of a tar header": (lambda data: flip(data, member(data, 2) + 100), NOT_WHOLE),
+    "cut between the members of a sample": (lambda data: data[: member(data, 3)], NOT_COMPLETE),
+    "one bit of a tar header": (lambda data: flip(data, member(data, 2) + 100), NOT_COMPLETE),
     "a header of zeros": (
         lambda data: data[: member(data, 2)] + bytes(512) + data[member(data, 2) + 512 :],
-        NOT_WHOLE,
+        NOT_COMPLETE,
     ),
     "one bit of a token": (
         lambda data: flip(data, member(data, 3) + 512 + 131, 0x80),
@@ -95,14 +95,14 @@ FOUND_BY_CONTENT = {
     "a tar without members": (lambda data: bytes(len(data)), "it holds 0 samples, but the manifest says 5"),
     "members interleaved": (
         lambda data: moved(moved(data, 1, 2), 2, 3),
-        r"sample 003-000 has no tokens\.npy, or its members do not lie side by side",
+        r"sample 003-000 has no tokens\.npy, or its members are not adjacent",
     ),
     "a key twice": (
         lambda data: moved(data, 4, 0, count=2),
-        "sample 003-000 appears twice, or its members do not lie side by side",
+        "sample 003-000 appears twice, or its members are not adjacent",
     ),
 }
-"""The same where the manifest describes the damaged file, so that only its content can show the damage."""
+"""The same where the manifest describes the corrupt file, so that only its content can reveal it."""
 
 TABLE = {
     **{name: (*row, False) for name, row in FOUND.items()},
@@ -118,10 +118,10 @@ def clean(tmp_path_factory):
 
 
 @pytest.fixture
-def damaged(clean, tmp_path):
-    """Damages ``BAD`` in a copy of the clean folder, which it returns."""
+def corrupted(clean, tmp_path):
+    """Corrupts ``BAD`` in a copy of the clean folder, which it returns."""
 
-    def damage(change, described=False):
+    def corrupt(change, described=False):
         for path in clean.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         content = change((tmp_path / BAD).read_bytes())
@@ -138,12 +138,12 @@ def damaged(clean, tmp_path):
             write_manifest(tmp_path, dataclasses.replace(manifest, shards=tuple(shards)))
         return tmp_path
 
-    return damage
+    return corrupt
 
 
 @pytest.fixture(params=["file", "http"])
-def place(request):
-    """Makes the root of a folder, by path or by address."""
+def root_of(request):
+    """Returns the root of a folder, by path or by address."""
     servers = []
 
     def root(folder):
@@ -178,8 +178,8 @@ def rows(sequences):
 
 
 @pytest.mark.parametrize(("change", "message", "described"), TABLE.values(), ids=TABLE)
-def test_by_default_every_fault_stops_with_the_shard_and_the_reason(damaged, place, change, message, described):
-    root = place(damaged(change, described))
+def test_by_default_every_fault_is_an_error_with_shard_and_reason(corrupted, root_of, change, message, described):
+    root = root_of(corrupted(change, described))
     stream = open_stream(root, StreamConfig(**SETTINGS))
     with pytest.raises(DataError, match=message) as error:
         epoch(stream)
@@ -187,8 +187,8 @@ def test_by_default_every_fault_stops_with_the_shard_and_the_reason(damaged, pla
 
 
 @pytest.mark.parametrize(("change", "message", "described"), TABLE.values(), ids=TABLE)
-def test_with_skip_every_fault_is_counted_and_nothing_else_is_lost(damaged, place, change, message, described):
-    root = place(damaged(change, described))
+def test_with_skip_every_fault_is_counted_and_nothing_else_is_lost(corrupted, root_of, change, message, described):
+    root = root_of(corrupted(change, described))
     stream = open_stream(root, StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
     bad = stream.manifest.shards[3]
     stream.check_shard_files()
@@ -203,14 +203,13 @@ def test_with_skip_every_fault_is_counted_and_nothing_else_is_lost(damaged, plac
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_every_sequence_outside_the_window_of_a_lost_shard_stays_as_it_is(clean, damaged, document_mask):
+def test_every_sequence_outside_the_block_of_a_skipped_shard_is_unchanged(clean, corrupted, document_mask):
     settings = {**SETTINGS, "document_mask": document_mask}
     whole = open_stream(clean, StreamConfig(**settings))
-    stream = open_stream(damaged(lambda data: None), StreamConfig(on_error="skip", max_skipped=0.5, **settings))
-    order, touched = whole._order, 0
+    stream = open_stream(corrupted(lambda data: None), StreamConfig(on_error="skip", max_skipped=0.5, **settings))
+    order, touched = whole.sources[0].order, 0
     for g in range(2 * whole.sequences_per_epoch):
-        e, index = order.locate(g)
-        hit = any(3 in order.shards(e, piece.window) for piece in order.pieces(e, index))
+        hit = any(3 in order.shards(placement.block) for placement in whole.planner.placements_of(g))
         before, after = whole.sequence(g), stream.sequence(g)
         assert bool(after.skipped) == hit
         if not hit:
@@ -224,22 +223,22 @@ def test_every_sequence_outside_the_window_of_a_lost_shard_stays_as_it_is(clean,
     assert 20 < touched < 60
 
 
-def test_documents_of_the_window_keep_their_order(clean, damaged):
+def test_the_other_documents_of_the_block_keep_their_order(clean, corrupted):
     whole = open_stream(clean, StreamConfig(**SETTINGS))
-    stream = open_stream(damaged(lambda data: None), StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
+    stream = open_stream(corrupted(lambda data: None), StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
     lost = set(range(sum(SIZES[:3]), sum(SIZES[:4])))
 
     def in_order(stream):
-        """An epoch's targets in the order of reading, without those of the lost shard."""
-        order = stream._order
-        of_index = {order.locate(g)[1]: stream.sequence(g).targets_NL[0] for g in range(order.sequences_per_epoch)}
-        targets = [token for index in sorted(of_index) for token in of_index[index].tolist()]
+        """An epoch's targets in order of their sequence's index, without those of the skipped shard."""
+        numbers = np.arange(stream.sequences_per_epoch)
+        targets_NL = epoch(stream).targets_NL[np.argsort(stream.planner.locate(numbers).index_N)]
+        targets = targets_NL.reshape(-1).tolist()
         return [token for token in targets if token != -100 and token not in lost]
 
     assert in_order(whole) == in_order(stream)
 
 
-def test_in_rows_every_other_row_stays_where_it_is(tmp_path):
+def test_with_packed_rows_every_other_row_stays_where_it_is(tmp_path):
     content = [[list(range(100 * i, 100 * i + 4)), list(range(100 * i + 4, 100 * i + 9))] for i in range(24)]
     shards = [[document for row in content[i : i + 3] for document in row] for i in range(0, 24, 3)]
     write_token_shards(tmp_path, shards, vocab_size=5000)
@@ -256,7 +255,7 @@ def test_in_rows_every_other_row_stays_where_it_is(tmp_path):
     assert (after.document_ids_NL[lost] == 0).all()
 
 
-def test_a_shard_whose_type_cannot_hold_the_end_of_a_document_is_given_up_too(tmp_path):
+def test_a_shard_whose_dtype_cannot_hold_the_end_of_document_token_is_skipped_too(tmp_path):
     manifest = write_token_shards(tmp_path, numbered_shards([40, 50]), vocab_size=100_000)
     tokenizer = dataclasses.replace(manifest.tokenizer, eos_id=99_999)
     write_manifest(tmp_path, dataclasses.replace(manifest, tokenizer=tokenizer))
@@ -271,9 +270,9 @@ def test_a_shard_whose_type_cannot_hold_the_end_of_a_document_is_given_up_too(tm
     assert rows.targets_NL.max() == 89
 
 
-def test_what_was_skipped_once_is_skipped_again_though_it_is_there(clean, damaged):
-    """So a resumed run, or another rank, reads the same: known to be lost and found to be lost are one thing."""
-    stream = open_stream(damaged(lambda data: None), StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
+def test_a_skipped_shard_stays_skipped_even_if_it_is_readable_again(clean, corrupted):
+    """So a resumed run, or another rank, reads the same sequences."""
+    stream = open_stream(corrupted(lambda data: None), StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
     found = epoch(stream)
     known = [shard.sha256 for shard in skips(found)]
     streams = [open_stream(clean, StreamConfig(max_skipped=0.5, **SETTINGS), skipped=known)]
@@ -283,14 +282,14 @@ def test_what_was_skipped_once_is_skipped_again_though_it_is_there(clean, damage
     streams += [stream.reopen() for stream in streams]
     for again in streams:
         assert again.skipped == frozenset(known)
-        made = epoch(again)
-        assert made.skipped == {}, "what is known is not reported again"
-        assert rows(made) == rows(found)
+        repeated = epoch(again)
+        assert repeated.skipped == {}, "known skipped shards are not reported again"
+        assert rows(repeated) == rows(found)
         assert again.shards_read <= 4 * (len(SIZES) - 1)
 
 
-def test_only_so_much_may_be_lost(damaged):
-    folder = damaged(lambda data: None)
+def test_only_max_skipped_may_be_lost(corrupted):
+    folder = corrupted(lambda data: None)
     part = SIZES[3] / sum(SIZES)
     allowed = open_stream(folder, StreamConfig(on_error="skip", max_skipped=part, **SETTINGS))
     assert skips(epoch(allowed))
@@ -310,8 +309,8 @@ def test_only_so_much_may_be_lost(damaged):
     assert stream.skipped == {sha256}
 
 
-def test_losses_are_added_up_while_reading(damaged):
-    folder = damaged(lambda data: None)
+def test_losses_add_up_while_reading(corrupted):
+    folder = corrupted(lambda data: None)
     for number in (0, 1, 2):
         (folder / f"shard-00{number}.tar").write_bytes(b"")
     stream = open_stream(folder, StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
@@ -319,25 +318,25 @@ def test_losses_are_added_up_while_reading(damaged):
         epoch(stream)
 
 
-def test_a_mixture_gives_up_shards_of_its_sources_by_themselves(clean, damaged, tmp_path):
+def test_a_mixture_limits_the_skipped_shards_of_each_source(clean, corrupted, tmp_path):
     write_token_shards(tmp_path / "other", numbered_shards([70, 90, 50]), vocab_size=5000)
-    folder = damaged(lambda data: b"x")
+    folder = corrupted(lambda data: b"x")
     sources = [DataSource("a", str(folder), 0.7), DataSource("b", str(tmp_path / "other"), 0.3)]
     mixture = open_mixture(sources, StreamConfig(on_error="skip", max_skipped=0.3, **SETTINGS))
     found = mixture.sequences(range(80))
     (skipped,) = skips(found)
     assert skipped.name == f"{folder}/{BAD}"
     mixture.skip([skipped.sha256])
-    assert [stream.skipped for stream in mixture.streams] == [{skipped.sha256}] * 2
+    assert [source.skipped for source in mixture.sources] == [{skipped.sha256}] * 2
     again = mixture.reopen()
     assert rows(again.sequences(range(80))) == rows(found)
     with pytest.raises(DataError, match=r"other: 1 of 3 shards cannot be used"):
-        mixture.skip([mixture.streams[1].manifest.shards[1].sha256])
+        mixture.skip([mixture.sources[1].manifest.shards[1].sha256])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_say_what_was_skipped_for_them(clean, damaged, workers):
-    folder = damaged(lambda data: None)
+def test_batches_report_what_was_skipped_for_them(clean, corrupted, workers):
+    folder = corrupted(lambda data: None)
     stream = open_stream(folder, StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
     reference = open_stream(folder, StreamConfig(on_error="skip", max_skipped=0.5, **SETTINGS))
     options = {"global_batch_size": 6, "micro_batch_size": 3, "rank": 0, "world_size": 1}
@@ -358,7 +357,7 @@ def test_batches_say_what_was_skipped_for_them(clean, damaged, workers):
             assert not any(batch.skipped for batch in batches)
             assert np.concatenate([batch.targets.numpy() for batch in batches]).tolist() == expected.targets_NL.tolist()
         loader.interrupt()
-        with pytest.raises(DataError, match="reading was ended|data worker .* ended by itself"):
+        with pytest.raises(DataError, match="reading was ended|data worker .* died"):
             list(steps)
 
 
@@ -379,8 +378,8 @@ TRANSIENT = [
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_passes_leaves_no_trace_in_the_sequences(clean, tmp_path, cached):
-    """Every fault that a server can have, several at each shard, while the stream reads with many threads."""
+def test_temporary_faults_do_not_change_the_sequences(clean, tmp_path, cached):
+    """Every fault that a server can have, several per shard, while the stream reads with many threads."""
     generator = random.Random(0)
     storage_options = StorageOptions(
         RetryPolicy(timeout=0.25, backoff=0.001, total=60), tmp_path / "cache" if cached else None, 60_000
@@ -389,7 +388,7 @@ def test_what_passes_leaves_no_trace_in_the_sequences(clean, tmp_path, cached):
         server.faults["manifest.json"] = [faults.status(503), faults.cut(100), faults.reset()]
         for number in range(len(SIZES)):
             chosen = generator.sample(TRANSIENT, 5) + ([TRANSIENT[number]] if number < len(TRANSIENT) else [])
-            # Content that is wrong three times in a row is what the server has.
+            # Content that is wrong three times in a row is taken for what the server has.
             server.faults[f"shard-{number:03d}.tar"] = [
                 fault for i, fault in enumerate(chosen) if fault not in (faults.corrupt, faults.page) or i < 1
             ]
@@ -409,8 +408,8 @@ def test_what_passes_leaves_no_trace_in_the_sequences(clean, tmp_path, cached):
     "name",
     ["../x.tar", "/etc/x.tar", "http://127.0.0.1/x.tar", "pipe:touch x.tar", "-x.tar", "a\\x.tar", "%2e%2e/x.tar"],
 )
-def test_names_from_a_server_cannot_leave_their_root_or_mean_a_command(clean, damaged, name):
-    folder = damaged(lambda data: data)
+def test_shard_names_from_a_server_cannot_leave_their_root_or_be_a_command(clean, corrupted, name):
+    folder = corrupted(lambda data: data)
     content = json.loads((folder / "manifest.json").read_text())
     content["shards"][0]["name"] = name
     (folder / "manifest.json").write_text(json.dumps(content))
@@ -422,7 +421,7 @@ def test_names_from_a_server_cannot_leave_their_root_or_mean_a_command(clean, da
 
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_fewer_shards_than_readers(tmp_path, ranks):
-    """One shard for all: each sequence is read once, by whoever has its number."""
+    """One shard for all: each sequence is read once, by the rank that has its number."""
     write_token_shards(tmp_path, numbered_shards([150]), vocab_size=5000)
     loaders = [
         BatchLoader(

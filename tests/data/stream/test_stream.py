@@ -1,4 +1,4 @@
-"""Streams of sequences against a slow second implementation: lists of (token, document), read by webdataset."""
+"""Streams of sequences against a slow second implementation: lists of (token, document), read with webdataset."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import webdataset
 
 from dcscale.data import DataError, StreamConfig, open_stream
 from dcscale.data.shards.manifest import read_manifest
-from dcscale.data.stream.order import Order
+from dcscale.data.stream.order import Order, SinglePlanner
 from dcscale.testing.runs import numbered_shards, write_token_shards
 
 SIZES = {
@@ -52,9 +52,14 @@ def stream_of(folder, **changes):
 def slow_epoch(folder, stream, settings, epoch):
     """Every sequence of an epoch by number, as lists of (token, document), from webdataset's own decoding."""
     manifest = read_manifest(folder)
-    order = Order([shard.tokens for shard in manifest.shards], seed=3, **settings)
-    pairs, document, window = [], 0, 0
-    while shards := order.shards(epoch, window):
+    order = Order(
+        [shard.tokens for shard in manifest.shards],
+        seed=3,
+        sequence_length=settings["sequence_length"],
+        shuffle_shards=settings["shuffle_shards"],
+    )
+    pairs, document, block = [], 0, 0
+    while shards := order.shards((epoch, block)):
         documents = []
         for shard in shards:
             for sample in webdataset.WebDataset(str(folder / manifest.shards[shard].name), shardshuffle=False).decode():
@@ -62,12 +67,13 @@ def slow_epoch(folder, stream, settings, epoch):
                 for length in sample["lens.npy"].tolist():
                     documents.append(tokens[:length])
                     tokens = tokens[length:]
-        for i in order.documents(epoch, window, len(documents)).tolist():
+        for i in order.document_order((epoch, block), len(documents)).tolist():
             pairs += [(token, document) for token in documents[i]]
             document += 1
-        window += 1
+        block += 1
+    numbers = epoch * order.sequences_per_epoch + np.arange(order.sequences_per_epoch)
+    indices = SinglePlanner(order, settings["slots"]).locate(numbers).index_N.tolist()
     length = settings["sequence_length"]
-    indices = [order.locate(epoch * order.sequences_per_epoch + j)[1] for j in range(order.sequences_per_epoch)]
     return [pairs[index * length : (index + 1) * length + 1] for index in indices]
 
 
@@ -98,7 +104,7 @@ def test_tokens_targets_and_document_ids_are_those_of_the_slow_implementation(ca
             assert found.tokens_NL1.dtype == found.targets_NL.dtype == np.int32
 
 
-def test_every_target_comes_exactly_once_an_epoch(case):
+def test_every_target_occurs_exactly_once_per_epoch(case):
     folder, settings = case
     documents = slow_documents(folder)
     for document_mask in (True, False):
@@ -153,7 +159,7 @@ def test_sequences_do_not_depend_on_what_was_read_before(case):
     assert [backward.sequence(g).tokens_NL1.tobytes() for g in reversed(range(count))] == rows[::-1]
 
 
-def test_none_gives_padding_without_reading(tmp_path):
+def test_none_is_padding_without_reading(tmp_path):
     write_token_shards(tmp_path, numbered_shards([50]), vocab_size=5000)
     stream = stream_of(tmp_path)
     rows = stream.sequences([None, None])
@@ -163,9 +169,9 @@ def test_none_gives_padding_without_reading(tmp_path):
 
 
 def test_memory_and_reading_stay_within_the_stated_bounds(tmp_path):
-    """At most slots / gcd(slots, ranks) windows held; each read once, and once more for each slot that begins in it."""
+    """At most slots / gcd(slots, ranks) blocks held; each read once, and once more for each run that begins in it."""
     write_token_shards(tmp_path, numbered_shards([100] * 24), vocab_size=5000)
-    slots, windows = 6, 12
+    slots, blocks = 6, 12
     for ranks in (1, 2, 3, 4, 6):
         read = 0
         for rank in range(ranks):
@@ -173,11 +179,11 @@ def test_memory_and_reading_stay_within_the_stated_bounds(tmp_path):
             held = 0
             for g in range(rank, stream.sequences_per_epoch, ranks):
                 stream.sequence(g)
-                held = max(held, len(stream._windows))
+                held = max(held, len(stream.sources[0].blocks._prefetcher))
             assert held <= slots // math.gcd(slots, ranks)
             read += stream.shards_read / 2
         if slots % ranks == 0:
-            assert read <= windows + slots
+            assert read <= blocks + slots
 
 
 def test_fingerprint_follows_order_and_data_and_nothing_else(tmp_path):
@@ -192,12 +198,12 @@ def test_fingerprint_follows_order_and_data_and_nothing_else(tmp_path):
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
     for change, other in zip(changes, others):
         differing = {name for name in base.identity if base.identity[name] != other.identity[name]}
-        assert set(change) <= differing, "the identity says what differs"
+        assert set(change) <= differing, "the identity shows what differs"
     assert {name for name in base.identity if base.identity[name] != others[-1].identity[name]} == {"data"}
     assert json.loads(json.dumps(base.identity)) == base.identity
 
 
-def test_bytes_a_target(tmp_path):
+def test_bytes_per_target(tmp_path):
     manifest = write_token_shards(tmp_path, [[[1, 2, 256], [3, 256]], [[4, 5, 6, 256]]])
     masked = stream_of(tmp_path, vocab_size=257, sequence_length=2)
     assert manifest.totals["text_bytes"] == 9
@@ -206,7 +212,7 @@ def test_bytes_a_target(tmp_path):
     assert stream_of(tmp_path, vocab_size=257, sequence_length=2, document_mask=False).targets_per_epoch == 8
 
 
-def test_bytes_a_target_is_none_where_the_text_is_not_known(tmp_path):
+def test_bytes_per_target_is_none_where_the_text_is_not_known(tmp_path):
     from dcscale.data.shards.manifest import write_manifest
 
     manifest = write_token_shards(tmp_path, [[[1, 2, 256]]])

@@ -1,4 +1,4 @@
-"""Worker processes: the same batches, errors and deaths that reach the loop, and nothing left behind."""
+"""Worker processes: the same batches, errors and deaths reported to the loop, and no process left over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dcscale.data import BatchLoader, DataError, StreamConfig, open_stream
-from dcscale.data.stream import workers
+from dcscale.data.stream.workers import GROUP_SEQUENCES
 from dcscale.testing.runs import numbered_shards, write_token_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -24,21 +24,18 @@ SETTINGS = {"vocab_size": 5000, "sequence_length": 8, "seed": 3, "shuffle_shards
 SETTINGS |= {"document_mask": True, "verify": True}
 
 
-@pytest.fixture(autouse=True)
-def small_groups(monkeypatch):
-    monkeypatch.setattr(workers, "_GROUP_SEQUENCES", 12)
-
-
 @pytest.fixture
 def folder(tmp_path):
     write_token_shards(tmp_path / "shards", numbered_shards([130, 61, 97, 180]), vocab_size=5000)
     return tmp_path / "shards"
 
 
-def loader_of(folder, count, *, batch=6, prefetch=2, limit=None, **changes):
+def loader_of(folder, count, *, batch=6, prefetch=2, limit=None, group=12, **changes):
+    """A loader with small groups, so that the few sequences of a test are many groups."""
     stream = open_stream(folder, StreamConfig(**{**SETTINGS, **changes}))
     sizes = {"global_batch_size": batch, "micro_batch_size": 3, "rank": 0, "world_size": 1}
-    return BatchLoader(stream, **sizes, prefetch_steps=prefetch, workers=count, limit=limit)
+    ahead = {"prefetch_steps": prefetch, "workers": count, "group_sequences": group}
+    return BatchLoader(stream, **sizes, **ahead, limit=limit)
 
 
 def contents(steps):
@@ -54,7 +51,7 @@ def processes():
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_a_slow_consumer_gets_what_was_made_although_the_memory_is_used_again(folder, document_mask):
+def test_a_slow_consumer_gets_the_same_batches_although_the_memory_is_reused(folder, document_mask):
     with loader_of(folder, 0, document_mask=document_mask) as loader:
         expected = contents(itertools.islice(loader.steps(18), 40))
     with loader_of(folder, 2, document_mask=document_mask) as loader:
@@ -62,11 +59,11 @@ def test_a_slow_consumer_gets_what_was_made_although_the_memory_is_used_again(fo
         for number in range(40):
             found.append(next(steps))
             if number % 10 == 0:
-                time.sleep(0.1)  # in which the workers make all that they may
+                time.sleep(0.1)  # time for the workers to prepare as much as they may
         assert contents(found) == expected
 
 
-def test_a_limited_part_ends_and_can_be_read_again(folder):
+def test_a_limited_stream_ends_and_can_be_read_again(folder):
     with loader_of(folder, 0, limit=30) as loader:
         expected = contents(loader.steps())
     with loader_of(folder, 2, limit=30) as loader:
@@ -75,7 +72,7 @@ def test_a_limited_part_ends_and_can_be_read_again(folder):
     assert not processes()
 
 
-def test_more_workers_than_sequences_are_left(folder):
+def test_more_workers_than_remaining_sequences(folder):
     with loader_of(folder, 0, batch=3, limit=3) as loader:
         expected = contents(loader.steps())
     with loader_of(folder, 4, batch=3, limit=3) as loader:
@@ -99,7 +96,7 @@ def test_close_leaves_no_process_and_the_loader_usable(folder):
     assert not processes()
 
 
-def test_an_error_of_a_worker_is_raised_where_its_group_is_needed_and_again(folder):
+def test_an_error_of_a_worker_is_raised_when_its_group_is_needed_and_again_afterwards(folder):
     shard = folder / "shard-002.tar"
     shard.write_bytes(bytes(shard.stat().st_size))
     with loader_of(folder, 0) as loader, pytest.raises(DataError) as expected:
@@ -109,26 +106,26 @@ def test_an_error_of_a_worker_is_raised_where_its_group_is_needed_and_again(fold
         for _ in range(2):
             with pytest.raises(DataError, match=r"shard-002\.tar.*SHA-256") as found:
                 list(steps)
-            assert str(found.value) == str(expected.value), "no traceback of another process in a message for people"
+            assert str(found.value) == str(expected.value), "the message must not contain a traceback of the worker"
     assert not processes()
 
 
-def test_a_killed_worker_is_named_and_nothing_hangs(folder):
+def test_a_killed_worker_is_reported_and_nothing_hangs(folder):
     with loader_of(folder, 2) as loader:
         steps = loader.steps()
         next(steps)
         victim = processes()[1]
         os.kill(victim.pid, signal.SIGKILL)
         begin = time.perf_counter()
-        with pytest.raises(DataError, match=rf"data worker {victim.pid} \(exit code -9\) ended by itself"):
+        with pytest.raises(DataError, match=rf"data worker {victim.pid} \(exit code -9\) died"):
             list(steps)
         assert time.perf_counter() - begin < 30
     assert not processes()
 
 
 def test_the_signals_that_stop_a_run_do_not_stop_its_workers(folder):
-    """A launcher may send them to every process; the loop still needs its batches to come to the end of a step."""
-    multiprocessing.forkserver._forkserver._stop()  # that of an earlier test may hear them: here workers come first
+    """A launcher may send them to every process; the loop still needs batches to complete its step."""
+    multiprocessing.forkserver._forkserver._stop()  # a server that another test started may not ignore them
     with loader_of(folder, 2) as loader:
         steps = loader.steps()
         next(steps)
@@ -142,7 +139,7 @@ def test_the_signals_that_stop_a_run_do_not_stop_its_workers(folder):
             next(steps)
         assert len(processes()) == 2
     assert not processes()
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "this process still hears them"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "this process does not ignore them"
 
 
 def test_workers_end_with_a_training_process_that_is_killed(folder):
@@ -156,49 +153,48 @@ if __name__ == "__main__":
     print(len(multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    # The workers hold the output open: it ends when they do.
+    # The workers inherit stdout, so run() returns only when they have ended.
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120, check=False)
     assert (done.stdout, done.returncode) == ("2\n", -signal.SIGKILL)
 
 
-def test_data_that_change_between_opening_and_starting_are_refused(folder):
+def test_data_that_changed_between_opening_and_starting_is_rejected(folder):
     loader = loader_of(folder, 1)
     write_token_shards(folder, numbered_shards([130, 61, 97, 180], seed=1), vocab_size=5000)
-    with loader, pytest.raises(DataError, match="the data were changed while the run was starting"):
+    with loader, pytest.raises(DataError, match="the data changed while the run was starting"):
         next(loader.steps())
 
 
-def test_the_training_process_keeps_its_random_numbers(folder):
+def test_the_random_state_of_the_training_process_is_unchanged(folder):
     state = torch.get_rng_state()
     with loader_of(folder, 1) as loader:
         next(loader.steps())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_too_little_shared_memory_is_said(folder, monkeypatch):
+def test_too_little_shared_memory_is_reported(folder, monkeypatch):
     def full(_):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    with pytest.raises(DataError, match=r"data\.workers is 2, but there are no .* MiB .*No space.*/dev/shm larger"):
+    with pytest.raises(DataError, match=r"data\.workers is 2, but the .* MiB .*No space.*/dev/shm larger"):
         loader_of(folder, 2).steps()
 
 
-def test_a_bug_in_a_worker_is_not_taken_for_bad_data(folder, monkeypatch):
+def test_a_bug_in_a_worker_is_not_reported_as_bad_data(folder, monkeypatch):
     loader = loader_of(folder, 1)
-    monkeypatch.setattr(type(loader._stream), "reopen", int)  # which is no stream
+    monkeypatch.setattr(type(loader._stream), "reopen", int)  # int() is not a stream
     with loader, pytest.raises(AttributeError, match="'int' object has no attribute 'fingerprint'"):
         next(loader.steps())
 
 
-def test_workers_take_the_work_off_the_training_process(tmp_path, monkeypatch):
-    """Measured: 23 ns of the training process's time a token without workers, 5 with them."""
-    monkeypatch.undo()
+def test_workers_relieve_the_training_process(tmp_path):
+    """Measured: 23 ns of the training process's CPU time per token without workers, 5 with them."""
     write_token_shards(tmp_path, [[list(range(400))] * 500 for _ in range(4)], vocab_size=5000, bundle=500)
     spent = {}
     for count in (0, 1):
         settings = {"sequence_length": 1024, "slots": 2}
-        with loader_of(tmp_path, count, batch=48, prefetch=4, **settings) as loader:
+        with loader_of(tmp_path, count, batch=48, prefetch=4, group=GROUP_SEQUENCES, **settings) as loader:
             steps = loader.steps()
             for _ in range(20):
                 next(steps)

@@ -1,4 +1,4 @@
-"""When the fused backend runs, and what is said when it cannot. Needs neither triton nor a GPU."""
+"""When the Triton backend is chosen, and the reason that is reported otherwise. Needs neither triton nor a GPU."""
 
 import importlib.util
 
@@ -17,86 +17,86 @@ def call():
     return arguments(random_inputs(batch=1, queries=3, heads=2).to(torch.float32).tensors)
 
 
-def refused(call, message, monkeypatch=None):
-    with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: {message}.*; use 'auto', or 'chunked'"):
+def assert_unavailable(call, message):
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: {message}.*; use 'auto' or 'chunked'"):
         compose_attention(*call, backend="triton")
 
 
 def test_not_installed(call, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(call, "triton is not installed")
+    assert_unavailable(call, "triton is not installed")
 
 
 def test_no_gpu(call, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    refused(call, "it needs an NVIDIA GPU .or TRITON_INTERPRET=1, for tests., and q is on cpu")
+    assert_unavailable(call, "it needs an NVIDIA GPU .or TRITON_INTERPRET=1, for tests., but q is on cpu")
 
 
 def test_double_precision():
-    refused(arguments(random_inputs(queries=3).tensors), "it computes in float32, and q is torch.float64")
+    assert_unavailable(arguments(random_inputs(queries=3).tensors), "it computes in float32, but q is torch.float64")
 
 
 def test_high_rank():
     call = arguments(random_inputs(batch=1, queries=3, rank=5).to(torch.float32).tensors)
-    refused(call, r"it takes ranks up to 4, and pre.q1 has shape \(1, 3, 5, 4\)")
+    assert_unavailable(call, r"it supports ranks up to 4, but pre.q1 has shape \(1, 3, 5, 4\)")
 
 
 class OnGPU:
-    """As much of a tensor as the choice looks at."""
+    """The attributes of a tensor that choose_backend reads."""
 
     is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU whose kernels are right; what they are checked for is in the list."""
-    checked = []
+    """Fakes a GPU whose kernels pass the self-test; returns the list of tested calls."""
+    tested = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(api, "self_test_failure", lambda *call: checked.append(call))
-    return checked
+    monkeypatch.setattr(api, "self_test_failure", lambda *call: tested.append(call))
+    return tested
 
 
 def test_automatic_choice_on_a_gpu(call, gpu):
     chosen, why = choose_backend("auto", OnGPU, *call[3:])
     assert chosen == "triton"
-    assert "tried on this GPU" in why
+    assert "passed their self-test" in why
     assert gpu == [(OnGPU, *call[3:])]
 
 
-def test_gpus_that_are_too_old(call, gpu, monkeypatch):
+def test_gpus_that_are_too_old_use_chunked(call, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     chosen, why = choose_backend("auto", OnGPU, *call[3:])
     assert chosen == "chunked"
-    assert "not triton: it needs compute capability 8.0, and the GPU has 7.5" in why
+    assert "not triton: it needs compute capability 8.0, but the GPU has 7.5" in why
     assert not gpu
 
 
-def test_kernels_that_were_compiled_wrong_are_not_used(call, gpu, monkeypatch):
+def test_kernels_that_fail_their_self_test_are_not_used(call, gpu, monkeypatch):
     monkeypatch.setattr(api, "self_test_failure", lambda *call: "the output is off by 1.0")
     chosen, why = choose_backend("auto", OnGPU, *call[3:])
     assert chosen == "chunked"
     assert "not triton: the output is off by 1.0" in why
-    with pytest.raises(ValueError, match="'triton' cannot run here: the output is off by 1.0; use 'auto', or 'chunk"):
+    with pytest.raises(ValueError, match="'triton' cannot run here: the output is off by 1.0; use 'auto' or 'chunk"):
         choose_backend("triton", OnGPU, *call[3:])
 
 
-def test_gpus_of_another_make(call, monkeypatch):
+def test_gpus_of_another_vendor(call, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "made for NVIDIA GPUs" in choose_backend("auto", OnGPU, *call[3:])[1]
+    assert "supports NVIDIA GPUs only" in choose_backend("auto", OnGPU, *call[3:])[1]
 
 
 def test_automatic_choice_on_a_cpu(call):
-    """Also where the kernels could be interpreted: that is for tests, and slow."""
+    """Even if the kernels could be interpreted, which is slow and for tests."""
     chosen, why = choose_backend("auto", *call[:1], *call[3:])
     assert chosen == "chunked"
     assert "not triton: it needs an NVIDIA GPU" in why
 
 
-def test_tiles_of_an_unknown_gpu_are_those_of_the_one_before():
+def test_an_unknown_gpu_uses_the_tiles_of_the_newest_older_one():
     assert tiles_for(89, 2) == TABLE[80][2]
     assert tiles_for(121, 2) == TABLE[100][2]
     with pytest.raises(ValueError, match="compute capability 75, expected at least 80; use backend 'chunked'"):
@@ -112,12 +112,12 @@ def test_every_rank_has_tiles(capability):
 
 
 @pytest.mark.parametrize("capability", TABLE)
-def test_every_thread_has_elements_of_its_own(capability):
+def test_every_thread_has_its_own_elements(capability):
     for tile in (tile for tiles in TABLE[capability].values() for tile in tiles):
         assert tile.queries * tile.keys >= 32 * tile.warps
         assert all(number & (number - 1) == 0 for number in tile)
 
 
 def test_the_module_imports_without_triton():
-    """It is imported with dcscale.ops, where triton may be missing."""
+    """dcscale.ops imports it, and triton may be missing."""
     assert "triton" not in vars(op)

@@ -1,4 +1,4 @@
-"""The chunked backend against the definition: results, gradients, memory, and what it must not touch."""
+"""The chunked backend against the definition: results, gradients, memory, and keys that it must not access."""
 
 import itertools
 
@@ -22,9 +22,9 @@ from dcscale.testing.attention import (
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of at most four queries and 600 map elements, so that short sequences have many."""
+    """Chunks of at most four queries and 600 scores, so that short sequences have many chunks."""
     monkeypatch.setattr(chunked, "MAX_CHUNK_QUERIES", 4)
-    monkeypatch.setattr(chunked, "MAX_MAP_ELEMENTS", 600)
+    monkeypatch.setattr(chunked, "MAX_SCORE_ELEMENTS", 600)
 
 
 @pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
@@ -35,7 +35,7 @@ def test_equals_the_reference_in_float64(options):
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
-def test_equals_the_reference_however_it_is_cut(options):
+def test_equals_the_reference_over_small_chunks(options):
     inputs = random_inputs(**options)
     assert_same(inputs.run("chunked"), inputs.run("reference"))
 
@@ -57,7 +57,7 @@ def test_one_stage_alone(stage):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_without_weights_it_is_plain_attention(backend):
+def test_no_weights_give_plain_attention(backend):
     inputs = random_inputs(queries=11, absent=WEIGHTS)
     torch.testing.assert_close(inputs.run(backend)["out"], plain(inputs))
 
@@ -68,7 +68,7 @@ def plain(inputs):
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_gradients_are_those_of_finite_differences(backend):
+def test_gradients_match_finite_differences(backend):
     inputs = random_inputs(
         batch=2, queries=4, keys=6, heads=4, kv_heads=2, head_dim=2, rank=2, window=3, documents=4, seed=1
     )
@@ -90,7 +90,7 @@ def test_error_in_float32(options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
 def test_error_in_16_bits(options, dtype):
-    """Against the formula in 16 bits, and against the same in float32 but for the last rounding."""
+    """Against the formula in 16 bits, and against the formula in float32 with one rounding at the end."""
     inputs = random_inputs(**{**options, "batch": 8})
     truth = inputs.run("reference")
     half = inputs.to(dtype)
@@ -111,7 +111,7 @@ def test_tensors_in_any_memory_order():
 
 @pytest.mark.usefixtures("small_chunks")
 def test_nothing_is_read_before_it_is_written(monkeypatch):
-    """All memory starts as NaN, and scratch is NaN again for every chunk."""
+    """All memory starts as NaN, and scratch is reset to NaN for every chunk."""
 
     class Poisoned(chunked.Scratch):
         def take(self, name, shape):
@@ -120,7 +120,7 @@ def test_nothing_is_read_before_it_is_written(monkeypatch):
     inputs = random_inputs(queries=11, window=5, documents=6)
     expected = inputs.run("chunked")
     monkeypatch.setattr(chunked, "Scratch", Poisoned)
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     try:
         assert torch.empty(1).isnan()
         assert_same(inputs.run("chunked"), expected, tolerance=0)
@@ -149,7 +149,7 @@ def test_the_future_has_no_effect(backend):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_keys_that_no_query_sees_are_not_touched():
+def test_keys_that_no_query_sees_are_not_accessed():
     """Positions 0..4 are before every window, 15..19 after every query."""
     inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5)
     expected = inputs.run("chunked")
@@ -165,8 +165,8 @@ def test_keys_that_no_query_sees_are_not_touched():
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_window_costs_its_width():
-    """Keys that the chunks read, in all, do not grow with the square of the length."""
+def test_the_cost_of_a_window_is_its_width():
+    """The number of scores does not grow with the square of the length."""
     read = []
     original = chunked.visible_keys
 
@@ -193,11 +193,11 @@ def test_only_the_inputs_are_kept_for_backward():
 
 @pytest.mark.parametrize("budget", [None, 2**17])
 @pytest.mark.parametrize("queries", [64, 256])
-def test_scratch_stays_within_what_is_stated(queries, budget, monkeypatch):
-    """By the size of a map, or by the budget in bytes."""
+def test_scratch_stays_within_its_limit(queries, budget, monkeypatch):
+    """The limit on the elements of scores, or the budget in bytes."""
     limit, heads, rank = 2**13, 4, 2
     if budget is None:
-        monkeypatch.setattr(chunked, "MAX_MAP_ELEMENTS", limit)
+        monkeypatch.setattr(chunked, "MAX_SCORE_ELEMENTS", limit)
     pools = []
 
     class Recorded(chunked.Scratch):
@@ -229,8 +229,8 @@ def test_under_activation_checkpointing():
     assert_same(inputs.run_function(recomputed), inputs.run("chunked"), tolerance=0)
 
 
-def test_under_compile_it_is_one_op():
-    """aot_eager traces forward and backward as compilers do, and then runs them without one."""
+def test_torch_compile_sees_one_op():
+    """aot_eager traces forward and backward as Inductor does, but runs the traced graphs without compiling them."""
     inputs = random_inputs(queries=20, window=7, documents=8, absent=["pre.kg", "post.q1", "post.q2"])
 
     def function(q, k, v, pre, post, **options):
@@ -241,7 +241,7 @@ def test_under_compile_it_is_one_op():
 
 
 @pytest.mark.parametrize("absent", [[], WEIGHTS[3:]])
-def test_the_op_is_registered_as_torch_wants_it(absent):
+def test_the_op_passes_opcheck(absent):
     """Schema, fake implementation, and autograd through the dispatcher."""
     inputs = random_inputs(batch=1, queries=5, absent=absent)
     weights = [inputs.tensors.get(name) for name in WEIGHTS]

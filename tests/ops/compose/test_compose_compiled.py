@@ -1,4 +1,4 @@
-"""The compiled backend against the definition. The formulas run uncompiled, but for two calls."""
+"""The compiled backend against the definition. All tests but one run the formulas without compiling them."""
 
 import itertools
 
@@ -20,9 +20,9 @@ from dcscale.testing.attention import (
 
 
 @pytest.fixture
-def formulas(monkeypatch):
-    """The chunk's functions as they are."""
-    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+def uncompiled(monkeypatch):
+    """Runs the functions of a chunk without compiling them."""
+    monkeypatch.setattr(compiled, "_compile", lambda function: function)
 
 
 @pytest.fixture
@@ -31,21 +31,21 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(compiled, "MAX_CHUNK_QUERIES", 4)
 
 
-@pytest.mark.usefixtures("formulas")
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
 def test_equals_the_reference_in_float64(options):
     inputs = random_inputs(**options)
     assert_same(inputs.run("compiled"), inputs.run("reference"))
 
 
-@pytest.mark.usefixtures("formulas", "small_chunks")
+@pytest.mark.usefixtures("uncompiled", "small_chunks")
 @pytest.mark.parametrize("options", COMPOSE_CALLS.values(), ids=COMPOSE_CALLS)
-def test_equals_the_reference_however_it_is_cut(options):
+def test_equals_the_reference_over_small_chunks(options):
     inputs = random_inputs(**options)
     assert_same(inputs.run("compiled"), inputs.run("reference"))
 
 
-@pytest.mark.usefixtures("formulas")
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=6)))
 def test_any_weights_may_be_missing(present):
     """Every subset in pre, its complement in post; a low-rank factor without its partner has no effect."""
@@ -55,17 +55,17 @@ def test_any_weights_may_be_missing(present):
     assert_same(inputs.run("compiled"), inputs.run("reference"))
 
 
-@pytest.mark.usefixtures("formulas")
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("call", ["two chunks", "window", "documents", "grouped", "rank 4"])
-def test_error_in_the_type_of_training(call, dtype):
+def test_error_in_the_dtypes_of_training(call, dtype):
     inputs = random_inputs(**{**COMPOSE_CALLS[call], "batch": 8})
     narrow = inputs.to(dtype)
     check_results(narrow.run("compiled"), narrow.run_function(unfused_attention), inputs.run("reference"))
 
 
-@pytest.mark.usefixtures("formulas", "small_chunks")
-def test_keys_that_no_query_sees_are_not_touched():
+@pytest.mark.usefixtures("uncompiled", "small_chunks")
+def test_keys_that_no_query_sees_are_not_accessed():
     """Positions 0..4 are before every window, 15..19 after every query."""
     inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5)
     expected = inputs.run("compiled")
@@ -76,7 +76,7 @@ def test_keys_that_no_query_sees_are_not_touched():
     assert_same(inputs.with_tensors(**poisoned).run("compiled"), expected, tolerance=0)
 
 
-@pytest.mark.usefixtures("formulas")
+@pytest.mark.usefixtures("uncompiled")
 def test_only_the_inputs_are_kept_for_backward():
     inputs = random_inputs(queries=64, documents=20)
     leaves = {name: x.requires_grad_() for name, x in inputs.tensors.items()}
@@ -86,31 +86,31 @@ def test_only_the_inputs_are_kept_for_backward():
     assert kept == {x.data_ptr() for x in (*leaves.values(), inputs.options["document_ids"])}
 
 
-@pytest.mark.usefixtures("formulas")
-def test_a_budget_of_scratch_makes_maps_smaller(monkeypatch):
+@pytest.mark.usefixtures("uncompiled")
+def test_the_scratch_budget_limits_the_scores(monkeypatch):
     budget, sizes = 2**18, []
-    original = compiled._compose
-    monkeypatch.setattr(compiled, "_compose", lambda x, terms: sizes.append(x.nbytes) or original(x, terms))
+    original = compiled._compose_forward
+    monkeypatch.setattr(compiled, "_compose_forward", lambda x, w: sizes.append(x.nbytes) or original(x, w))
     random_inputs(batch=2, queries=300, heads=4, scratch_bytes=budget).run("compiled")
-    assert budget / 2 < max(sizes) * compiled.MOST_MAPS <= budget
+    assert budget / 2 < max(sizes) * compiled.SCRATCH_PER_SCORES <= budget
 
 
-@pytest.mark.usefixtures("formulas")
-def test_maps_stay_within_what_is_stated(monkeypatch):
+@pytest.mark.usefixtures("uncompiled")
+def test_scores_stay_within_their_limit(monkeypatch):
     limit, heads = 2**12, 4
-    monkeypatch.setattr(compiled, "MAX_MAP_ELEMENTS", limit)
+    monkeypatch.setattr(compiled, "MAX_SCORE_ELEMENTS", limit)
     sizes = []
-    original = compiled._compose
-    monkeypatch.setattr(compiled, "_compose", lambda x, terms: sizes.append(x.numel()) or original(x, terms))
+    original = compiled._compose_forward
+    monkeypatch.setattr(compiled, "_compose_forward", lambda x, w: sizes.append(x.numel()) or original(x, w))
     for window in (None, 30):
         random_inputs(batch=2, queries=300, heads=heads, window=window).run("compiled")
     assert max(sizes) <= limit
     assert max(sizes) > limit // 2
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, about itself
-def test_compiled_it_is_the_same():
-    """With documents, and with a last chunk of another size, which must not compile anew."""
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # raised inside torch
+def test_compiled_results_equal_the_reference():
+    """With documents, and with a last chunk of another size, which must not recompile."""
     torch._dynamo.reset()
     inputs = random_inputs(batch=1, queries=70, heads=2, kv_heads=1, documents=20, window=40)
     shorter = random_inputs(batch=1, queries=100, heads=2, kv_heads=1, documents=20, window=40)

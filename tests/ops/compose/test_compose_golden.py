@@ -1,4 +1,4 @@
-"""Both backends against the official code, in float64: output and the gradients of all fifteen tensors."""
+"""Backends against golden files of the official code, in float64: output and the gradients of all fifteen tensors."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_the_cases_cover_what_matters():
     assert max(case.inputs.tensors["q"].shape[0] for case in cases) > 1
 
 
-def test_inputs_are_made_as_the_files_have_them():
+def test_generated_inputs_equal_the_stored_ones():
     files = 0
     for case in (load_golden_attention(FOLDER, name) for name in NAMES):
         files += bool(case.stored_inputs)
@@ -39,7 +39,7 @@ def test_results_in_float64(name, backend):
         expected, sums = case.checksums[tensor], checksums(tensor, result)
         assert sums["sum_abs"] == pytest.approx(expected["sum_abs"], rel=1e-9), tensor
         assert sums["max_abs"] == pytest.approx(expected["max_abs"], rel=1e-9), tensor
-        # The probe sums terms of both signs: its error is relative to the sum of their sizes.
+        # The probe sums terms of both signs, so its error is relative to the sum of their absolute values.
         assert sums["probe"] == pytest.approx(expected["probe"], abs=1e-9 * expected["sum_abs"] + 1e-300), tensor
 
         stored = case.stored[tensor].double()
@@ -49,7 +49,7 @@ def test_results_in_float64(name, backend):
 
 
 def test_results_in_float32():
-    """The stored rounding of float64 results, as a yardstick for float32: a few units in the last place."""
+    """Within a few units in the last place of the float64 results, which are stored in float32."""
     case = load_golden_attention(FOLDER, "N4_D16_T64_WNone_B1")
     for backend in ("reference", "chunked"):
         for tensor, result in case.inputs.to(torch.float32).run(backend).items():

@@ -9,20 +9,20 @@ from dcscale.testing.attention import arguments, random_inputs
 
 
 def distance_by_definition(weights):
-    """From the H x H matrix of every token: what compose makes of the unit maps."""
+    """From the H x H matrix of every token, built from compose of one-hot scores."""
     heads = next(iter(weights.tensors().values())).shape[-1]
     batch, tokens = next(iter(weights.tensors().values())).shape[:2]
     squares = torch.zeros(batch, tokens, dtype=torch.float64)
     for head in range(heads):
-        unit_BHTT = torch.zeros(batch, heads, tokens, tokens, dtype=torch.float64)
-        unit_BHTT[:, head] = 1
-        column_BHT = (compose(unit_BHTT, weights) - unit_BHTT).diagonal(dim1=2, dim2=3)
+        onehot_BHTT = torch.zeros(batch, heads, tokens, tokens, dtype=torch.float64)
+        onehot_BHTT[:, head] = 1
+        column_BHT = (compose(onehot_BHTT, weights) - onehot_BHTT).diagonal(dim1=2, dim2=3)
         squares += column_BHT.square().sum(1)
     return (squares.mean() / heads).sqrt()
 
 
 @pytest.mark.parametrize("present", [p for p in itertools.product((False, True), repeat=6) if any(p)])
-def test_distance_is_that_of_the_definition(present):
+def test_distance_equals_the_definition(present):
     weights = arguments(random_inputs(queries=3, heads=5, rank=3).tensors)[3]
     weights = ComposeWeights(*(w if there else None for w, there in zip(weights, present)))
     result = identity_distance(weights)
@@ -41,7 +41,7 @@ def test_distance_of_known_weights():
     assert identity_distance(ComposeWeights(k1=rows, k2=rows)) == 2  # 4 x 4 ones: norm 4, over sqrt(4)
 
 
-def test_distance_of_terms_that_cancel_is_no_nan():
+def test_distance_of_cancelling_terms_is_not_nan():
     weights = arguments(random_inputs(queries=50, heads=8).tensors)[3]
     weights = weights._replace(k1=weights.q1, k2=-weights.q2, kg=-weights.qg)
     assert identity_distance(weights) < 1e-2

@@ -1,4 +1,4 @@
-"""The kernels, compiled for GPUs that are not here: they fit into registers and shared memory."""
+"""The kernels, compiled ahead of time for several GPUs, fit into registers and shared memory."""
 
 import json
 import os
@@ -11,13 +11,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CAPABILITIES = ["80", "90", "100"]
 RANKS = ["2", "4"]
-SHARED_BYTES_OF_A_PROGRAM = 48 * 1024
-"""What every architecture gives without being asked; four programs of it fit beside one another."""
+MAX_SHARED_BYTES = 48 * 1024
+"""The default limit on every architecture; four such programs fit on one multiprocessor."""
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Compiled in another process: in this one the kernels may be for the interpreter."""
+    """Compiled in another process, because this one may use Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     command = [sys.executable, "-m", "dcscale.testing.triton_aot", *CAPABILITIES, "--ranks", *RANKS]
@@ -35,4 +35,4 @@ def test_kernels_fit(report, capability, rank, record_property):
     for name, used in kernels.items():
         assert used["spilled"] == 0, name
         assert 16 <= used["registers"] <= 255, name
-        assert used["shared"] <= SHARED_BYTES_OF_A_PROGRAM, name
+        assert used["shared"] <= MAX_SHARED_BYTES, name

@@ -1,4 +1,4 @@
-"""The trial of the kernels before they are used: it passes what is right, names what is wrong, and compiles around."""
+"""The self-test of the kernels: correct kernels pass, wrong ones are reported, and torch.compile skips it."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def small_input(monkeypatch):
-    """Interpreted, each tile takes long. What was found is forgotten."""
+    """Interpreted tiles are slow, so use a small input. Clears the cached results."""
     if DEVICE == "cpu":
         for name, size in (("LENGTH", 40), ("WINDOW", 25), ("DOCUMENT", 20)):
             monkeypatch.setattr(self_test, name, size)
-    self_test._try.cache_clear()
+    self_test._run_once.cache_clear()
     yield
-    self_test._try.cache_clear()
+    self_test._run_once.cache_clear()
 
 
 def call(dtype=torch.float32, absent=()):
@@ -31,13 +31,13 @@ def call(dtype=torch.float32, absent=()):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("absent", [[], ["pre.qg", "post.k1", "post.k2"], WEIGHTS[6:]], ids=["all", "some", "pre"])
-def test_right_kernels_pass(dtype, absent):
+def test_correct_kernels_pass(dtype, absent):
     q, _, _, pre, post = call(dtype, absent)
     assert self_test.self_test_failure(q, pre, post) is None
 
 
-def test_a_wrong_product_is_named(monkeypatch):
-    """As a miscompiled kernel: one backward launch leaves its result out."""
+def test_a_wrong_result_is_reported(monkeypatch):
+    """Simulates a miscompiled kernel: one backward launch does not write its result."""
     original = StagedAttention.launch
 
     def launch(self, kernel, tensors, *rest, **constants):
@@ -52,7 +52,7 @@ def test_a_wrong_product_is_named(monkeypatch):
     )
 
 
-def test_a_failing_compiler_is_named(monkeypatch):
+def test_a_failing_compiler_is_reported(monkeypatch):
     def launch(*_, **__):
         raise RuntimeError("ptxas died")
 
@@ -61,12 +61,14 @@ def test_a_failing_compiler_is_named(monkeypatch):
     assert self_test.self_test_failure(q, pre, post) == "its kernels fail here: RuntimeError: ptxas died"
 
 
-def test_it_is_tried_once_and_also_while_a_model_is_compiled(monkeypatch):
-    """As on a GPU, where the choice is made in the middle of torch.compile's trace."""
-    tried = []
+def test_it_runs_once_even_inside_torch_compile(monkeypatch):
+    """As on a GPU, where the backend is chosen while torch.compile traces the model."""
+    runs = []
     original = self_test._compare
-    monkeypatch.setattr(self_test, "_compare", lambda kernels: tried.append(kernels) or original(kernels))
-    monkeypatch.setattr(api, "_triton_problem", lambda q, pre, post: self_test.self_test_failure(q, pre, post))
+    monkeypatch.setattr(self_test, "_compare", lambda kernels: runs.append(kernels) or original(kernels))
+    monkeypatch.setattr(
+        api, "_triton_unavailable_reason", lambda q, pre, post: self_test.self_test_failure(q, pre, post)
+    )
     q, k, v, pre, post = call()
 
     def function(q, k, v, *weights):
@@ -77,4 +79,4 @@ def test_it_is_tried_once_and_also_while_a_model_is_compiled(monkeypatch):
     result = torch.compile(function, backend="aot_eager", fullgraph=True)(q, k, v, *pre, *post)
     assert torch.equal(result, function(q, k, v, *pre, *post))
     choose_backend("triton", q, pre, post)
-    assert len(tried) == 1
+    assert len(runs) == 1

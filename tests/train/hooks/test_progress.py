@@ -1,4 +1,4 @@
-"""Speed and use of the hardware in a record, against values worked out by hand."""
+"""Throughput and utilization in a record, compared with values worked out by hand."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H200", 989.0),
         ("NVIDIA B200", 2250.0),
-        # boards of the same chips with a lower peak, slices of them, and what nobody has looked up
+        # PCIe and NVL boards of the same chips, MIG slices, and unknown devices
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H100 NVL", None),
         ("NVIDIA H200 NVL", None),
@@ -30,12 +30,12 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_the_peak_is_looked_up_for_names_that_are_known_whole(monkeypatch, name, peak):
+def test_the_peak_is_looked_up_by_the_full_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_tflops(GPU, "bf16", None) == peak
 
 
-def test_a_configured_peak_wins_and_there_is_none_for_fp32_or_a_cpu(monkeypatch):
+def test_a_configured_peak_wins_and_fp32_and_cpu_have_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert peak_tflops(GPU, "bf16", 500.0) == 500.0
     assert peak_tflops(GPU, "fp32", 60.0) == 60.0
@@ -47,7 +47,7 @@ def test_a_configured_peak_wins_and_there_is_none_for_fp32_or_a_cpu(monkeypatch)
 def record_of(peak):
     """The record of 4 steps of 1000 tokens in 8 seconds, 2 of them waiting for data, on 2 devices."""
     trainer = SimpleNamespace(
-        take_times=lambda: (8.0, 2.0, 4),
+        pop_timings=lambda: (8.0, 2.0, 4),
         tokens_per_step=1000,
         environment=SimpleNamespace(world_size=2, device=CPU),
     )

@@ -1,4 +1,4 @@
-"""Text the model writes while it trains."""
+"""Text samples during training."""
 
 import pytest
 
@@ -7,26 +7,26 @@ from dcscale.data import ByteTokenizer, DataError
 from dcscale.train.hooks.samples import Samples
 
 
-class Blind(ByteTokenizer):
-    """Knows no spaces, as a tokenizer that strips them does."""
+class Stripping(ByteTokenizer):
+    """A tokenizer that strips white space."""
 
-    spec = "blind/tokenizer.json"
+    spec = "stripping/tokenizer.json"
 
     def encode(self, text):
         return super().encode(text.strip())
 
 
-def test_a_prompt_without_tokens_is_refused_before_anything_is_trained():
+def test_a_prompt_without_tokens_is_rejected_before_training():
     message = (
-        r"samples\.prompts has ' ', of which the tokenizer blind/tokenizer\.json makes no tokens, but a prompt needs "
-        r"at least one; give another text, or set samples\.interval=0"
+        r"samples\.prompts contains ' ', which the tokenizer stripping/tokenizer\.json encodes to no tokens, but a "
+        r"prompt needs at least one; use another prompt, or set samples\.interval=0"
     )
     with pytest.raises(DataError, match=message):
-        Samples(SamplesConfig(interval=1, prompts=["def ", " "]), Blind(), seed=0)
+        Samples(SamplesConfig(interval=1, prompts=["def ", " "]), Stripping(), seed=0)
     Samples(SamplesConfig(interval=1, prompts=["def ", " "]), ByteTokenizer(), seed=0)
 
 
-def test_the_state_goes_from_one_start_to_the_next():
+def test_state_round_trip():
     config = SamplesConfig(interval=1)
     first, second = Samples(config, ByteTokenizer(), seed=0), Samples(config, ByteTokenizer(), seed=0)
     state = {"done_at": 4, "last": "def f():"}

@@ -1,48 +1,47 @@
-"""When checkpoints are written, what a person is told of them, and what is recorded."""
+"""When checkpoints are saved, what is recorded, and which warnings are printed."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.train.hooks import saving
 from dcscale.train.hooks.saving import Saving
 
 
-class Stand:
-    """A trainer of 10 steps, and its checkpoints: each takes ``steps`` steps, those of ``broken`` steps fail then."""
+class FakeTrainer:
+    """A trainer of 10 steps and its checkpointer. A checkpoint takes ``steps`` steps, ``failing`` ones fail."""
 
-    def __init__(self, steps=1, broken=()):
+    def __init__(self, steps=1, failing=()):
         self.config = SimpleNamespace(train=SimpleNamespace(steps=10))
         self.state = SimpleNamespace(step=0)
-        self.checkpoints = self
+        self.checkpointer = self
         self.latest, self.write_seconds, self.written_bytes = None, 0.0, 0
-        self.told, self._steps, self._broken, self._begun = [], steps, broken, None
+        self.warnings, self._steps, self._failing, self._saving = [], steps, failing, None
 
     @property
     def busy(self):
-        return self._begun is not None
+        return self._saving is not None
 
     def warn(self, text):
-        self.told.append(text)
+        self.warnings.append(text)
 
     def save(self):
         self.wait()
-        self._begun = self.state.step
+        self._saving = self.state.step
 
     def poll(self):
-        if self.busy and self.state.step >= self._begun + self._steps:
+        if self.busy and self.state.step >= self._saving + self._steps:
             self.wait()
 
     def wait(self):
-        step, self._begun = self._begun, None
-        if step in self._broken:
+        step, self._saving = self._saving, None
+        if step in self._failing:
             raise CheckpointError(f"step {step} was not written")
         if step is not None:
             self.latest, self.write_seconds, self.written_bytes = f"step {step}", 2.0, 1000 + step
 
     def train(self, hook, steps=10):
-        """The record of each step."""
+        """Returns the record of each step."""
         records = []
         for self.state.step in range(1, steps + 1):
             records.append({})
@@ -52,45 +51,44 @@ class Stand:
         return records
 
 
-def test_what_a_checkpoint_took_is_in_the_first_record_after_it():
-    stand = Stand()
-    records = stand.train(Saving(4))
+def test_write_time_and_size_are_in_the_first_record_after_the_checkpoint():
+    trainer = FakeTrainer()
+    records = trainer.train(Saving(4))
     assert [n for n, r in enumerate(records, 1) if "checkpoint_bytes" in r] == [6, 10]
     assert (records[5]["checkpoint_bytes"], records[5]["checkpoint_write_seconds"]) == (1004, 2.0)
     assert [n for n, r in enumerate(records, 1) if "checkpoint_stall_seconds" in r] == [5, 6, 9, 10]
     assert all(r.get("checkpoint_stall_seconds", 1e-9) > 0 for r in records)
     assert not any("checkpoint_failures" in r for r in records)
-    assert stand.latest == "step 10"
-    assert stand.told == []
+    assert trainer.latest == "step 10"
+    assert trainer.warnings == []
 
 
-@pytest.mark.parametrize(("limit", "told"), [(0.0, True), (60.0, False)])
-def test_a_checkpoint_that_comes_too_soon_waits_and_says_so_if_it_was_long(monkeypatch, limit, told):
-    monkeypatch.setattr(saving, "WAIT_WORTH_TELLING", limit)
-    stand = Stand(steps=99)
-    stand.train(Saving(4))
-    assert any("step 8 waited 0.0 s for the earlier checkpoint" in text for text in stand.told) == told
-    assert stand.latest == "step 10"
+@pytest.mark.parametrize(("limit", "warned"), [(0.0, True), (60.0, False)])
+def test_a_checkpoint_waits_for_the_previous_one_and_warns_of_a_long_wait(limit, warned):
+    trainer = FakeTrainer(steps=99)
+    trainer.train(Saving(4, warn_after_seconds=limit))
+    assert any("step 8 waited 0.0 s for the previous checkpoint" in text for text in trainer.warnings) == warned
+    assert trainer.latest == "step 10"
 
 
-def test_a_failure_stops_at_once_or_is_counted():
-    stand = Stand(broken=[4])
+def test_a_failure_raises_or_is_counted():
+    trainer = FakeTrainer(failing=[4])
     with pytest.raises(CheckpointError, match="step 4 was not written"):
-        stand.train(Saving(4))
-    assert stand.state.step == 5
-    stand = Stand(broken=[4])
-    records = stand.train(Saving(4, "warn"))
+        trainer.train(Saving(4))
+    assert trainer.state.step == 5
+    trainer = FakeTrainer(failing=[4])
+    records = trainer.train(Saving(4, "warn"))
     assert [r["checkpoint_failures"] for r in records] == [0] * 5 + [1] * 5
-    assert stand.told == ["step 4 was not written. Training goes on (checkpoint.on_error=warn)"]
-    assert stand.latest == "step 10"
+    assert trainer.warnings == ["step 4 was not written. Training continues (checkpoint.on_error=warn)"]
+    assert trainer.latest == "step 10"
 
 
-def test_a_failed_wait_does_not_keep_the_next_one_from_being_written():
-    stand = Stand(steps=99, broken=[4])
-    stand.train(Saving(4, "warn"), steps=8)
-    assert stand.latest == "step 8"
+def test_a_failed_checkpoint_does_not_prevent_the_next_one():
+    trainer = FakeTrainer(steps=99, failing=[4])
+    trainer.train(Saving(4, "warn"), steps=8)
+    assert trainer.latest == "step 8"
 
 
-def test_the_last_one_must_succeed():
+def test_the_last_checkpoint_must_succeed():
     with pytest.raises(CheckpointError, match="step 10 was not written"):
-        Stand(broken=[10]).train(Saving(4, "warn"))
+        FakeTrainer(failing=[10]).train(Saving(4, "warn"))

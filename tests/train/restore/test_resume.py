@@ -1,4 +1,4 @@
-"""Where a run goes on from, and which checkpoints it refuses."""
+"""Which checkpoint a run resumes from, and which checkpoints it rejects."""
 
 import json
 from dataclasses import asdict, replace
@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from dcscale.checkpoint import CheckpointError
-from dcscale.checkpoint.layout import seal, step_name
+from dcscale.checkpoint.layout import read_config, seal, step_name
 from dcscale.config import to_yaml
 from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.testing.runs import tiny_config
@@ -32,7 +32,7 @@ def config(tmp_path):
 
 
 def write(config, step, **changes):
-    """A checkpoint without weights."""
+    """Writes a checkpoint without weights."""
     from pathlib import Path
 
     folder = Path(config.run.folder) / "checkpoints" / step_name(step)
@@ -47,11 +47,11 @@ def write(config, step, **changes):
     return folder
 
 
-def fits(folder, config, identity=IDENTITY, tokenizer=TOKENIZER):
-    return check_compatible(folder, read_state(folder), config, identity, tokenizer)
+def check(folder, config, identity=IDENTITY, tokenizer=TOKENIZER):
+    return check_compatible(folder, read_state(folder), read_config(folder), config, identity, tokenizer)
 
 
-def test_a_new_run_has_nothing_to_go_on_from(config):
+def test_a_new_run_has_no_checkpoint_to_resume_from(config):
     assert checkpoint_to_resume(config) is None
 
 
@@ -62,7 +62,7 @@ def one_rank(monkeypatch):
 
 
 def flip(path):
-    """Changes the content of a file, but not its size."""
+    """Changes the content of a file without changing its size."""
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
@@ -75,64 +75,64 @@ def flip(path):
         (lambda folder: flip(folder / "state.json"), "state.json has the SHA-256"),
     ],
 )
-def test_a_damaged_newest_checkpoint(config, one_rank, harm, problem):
+def test_a_corrupt_newest_checkpoint_is_an_error_or_passed_over(config, one_rank, harm, problem):
     older, newer = write(config, 2), write(config, 4)
     assert find_resumable_checkpoint(config, 0, 1) == (newer, {})
     harm(newer)
     with pytest.raises(
-        CheckpointError, match=rf"damaged: .*{problem}.* checkpoint.on_corrupt=previous to set it aside"
+        CheckpointError, match=rf"corrupt: .*{problem}.* checkpoint.on_corrupt=previous to quarantine it"
     ):
         find_resumable_checkpoint(config, 0, 1)
     config.checkpoint.on_corrupt = "previous"
-    found, damaged = find_resumable_checkpoint(config, 0, 1)
+    found, corrupt = find_resumable_checkpoint(config, 0, 1)
     assert found == older
-    assert list(damaged) == [newer]
-    assert problem in damaged[newer]
+    assert list(corrupt) == [newer]
+    assert problem in corrupt[newer]
     harm(older)
-    with pytest.raises(CheckpointError, match=rf"none of the checkpoints in .* good; the newest: .*4/{problem[:5]}"):
+    with pytest.raises(CheckpointError, match=rf"all checkpoints in .* are corrupt; the newest: .*4/{problem[:5]}"):
         find_resumable_checkpoint(config, 0, 1)
 
 
-def test_checkpoints_on_another_disk_are_the_runs_own(config, tmp_path, one_rank):
+def test_checkpoints_linked_to_another_disk_belong_to_the_run(config, tmp_path, one_rank):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
     older, newest = write(config, 2), write(config, 4)
-    assert fits(newest, config).branched_from is None
+    assert check(newest, config).branched_from is None
     (newest / "state.json").unlink()
     config.checkpoint.on_corrupt = "previous"
-    checkpoint, damaged = find_resumable_checkpoint(config, 0, 1)
-    assert (checkpoint, list(damaged)) == (older, [newest])
+    checkpoint, corrupt = find_resumable_checkpoint(config, 0, 1)
+    assert (checkpoint, list(corrupt)) == (older, [newest])
 
 
-def test_damage_on_another_rank_counts_too(config, monkeypatch, one_rank):
+def test_a_corrupt_file_found_by_another_rank_counts(config, monkeypatch, one_rank):
     write(config, 4)
     monkeypatch.setattr(
         resume, "gather_objects", lambda value: [value, "x/optimizer/rank-00001.safetensors is missing"]
     )
-    with pytest.raises(CheckpointError, match="damaged: x/optimizer/rank-00001.safetensors is missing"):
+    with pytest.raises(CheckpointError, match="corrupt: x/optimizer/rank-00001.safetensors is missing"):
         find_resumable_checkpoint(config, 0, 2)
 
 
-def test_a_named_checkpoint_that_is_damaged_has_no_previous(config, tmp_path, one_rank):
+def test_a_corrupt_checkpoint_of_another_run_is_not_replaced_by_its_previous_one(config, tmp_path, one_rank):
     older = write(config, 2)
     flip(older / "config.yaml")
     settings = [f"checkpoint.resume={older}", "checkpoint.on_corrupt=previous"]
     branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
-    with pytest.raises(CheckpointError, match=r"to go on from is damaged: .*config.yaml has .*; name another one"):
+    with pytest.raises(CheckpointError, match=r"to resume from is corrupt: .*config.yaml has .*; name another one"):
         find_resumable_checkpoint(branch, 0, 1)
 
 
-def test_a_named_checkpoint_of_the_run_itself_that_is_damaged(config, one_rank):
+def test_a_named_checkpoint_of_the_run_itself_that_is_corrupt(config, one_rank):
     write(config, 2)
     newer = write(config, 4)
     flip(newer / "config.yaml")
     config.checkpoint.resume, config.checkpoint.on_corrupt = str(newer), "previous"
-    with pytest.raises(CheckpointError, match=r"checkpoint.resume is damaged: .*config.yaml has .*; name another one"):
+    with pytest.raises(CheckpointError, match=r"names a corrupt checkpoint: .*config.yaml has .*; name another one"):
         find_resumable_checkpoint(config, 0, 1)
 
 
-def test_a_branch_whose_newest_checkpoint_is_damaged(config, tmp_path, one_rank):
+def test_a_branch_whose_newest_checkpoint_is_corrupt(config, tmp_path, one_rank):
     older = write(config, 2)
     settings = [f"checkpoint.resume={older}", "checkpoint.on_corrupt=previous"]
     branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
@@ -143,12 +143,12 @@ def test_a_branch_whose_newest_checkpoint_is_damaged(config, tmp_path, one_rank)
     assert find_resumable_checkpoint(branch, 0, 1)[0] == older
 
 
-def test_never_refuses_a_folder_with_a_run(config):
+def test_resume_never_rejects_a_folder_with_a_run(config):
     config.checkpoint.resume = "never"
     assert checkpoint_to_resume(config) is None
     write(config, 2)
     with pytest.raises(
-        CheckpointError, match="holds a run already .* choose another run.name, or checkpoint.resume=auto"
+        CheckpointError, match="already contains a run .* use another run.name, or checkpoint.resume=auto"
     ):
         checkpoint_to_resume(config)
 
@@ -159,21 +159,21 @@ def test_a_named_checkpoint(config, tmp_path):
     assert checkpoint_to_resume(branch) == older
 
 
-def test_the_same_words_go_on_with_a_branch(config, tmp_path):
+def test_the_same_command_resumes_a_branch(config, tmp_path):
     older = write(config, 2)
     branch = tiny_config(tmp_path / "branch", tmp_path / "shards", f"checkpoint.resume={older}")
-    state = fits(older, branch)
+    state = check(older, branch)
     assert state.branched_from == str(older)
     newest = write(branch, 5, branched_from=str(older))
     assert checkpoint_to_resume(branch) == newest
-    assert fits(newest, branch).branched_from == str(older)
+    assert check(newest, branch).branched_from == str(older)
 
 
-def test_going_back_in_the_same_folder_would_leave_newer_checkpoints_of_another_past(config):
+def test_going_back_in_the_same_run_folder_is_rejected(config):
     older = write(config, 2)
     write(config, 4)
     config.checkpoint.resume = str(older)
-    with pytest.raises(CheckpointError, match="has gone on to step-00000004: choose another run.name"):
+    with pytest.raises(CheckpointError, match="has newer checkpoints, up to step-00000004: use another run.name"):
         checkpoint_to_resume(config)
 
 
@@ -187,110 +187,99 @@ def test_a_missing_checkpoint(config, tmp_path):
 
 
 def test_state_round_trip(config):
-    state = fits(write(config, 3), config)
+    state = check(write(config, 3), config)
     assert (state.step, state.tokens, state.sequences, state.first_loss) == (3, 768, 24, 2.0)
     assert state.pending == [(1.5, 3)]
-
-
-def test_a_state_from_before_sequences_were_counted_goes_on_after_its_steps(config):
-    folder = write(config, 3, global_batch_size=8)
-    content = read_state(folder)
-    del content["sequences"]
-    assert TrainState.from_json(content).sequences == 24
 
 
 def test_the_backend_may_change(config):
     folder = write(config, 3)
     other = replace(config.model, backend="reference", scratch_mib=7)
-    assert fits(folder, replace(config, model=other)).step == 3
+    assert check(folder, replace(config, model=other)).step == 3
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.dim=64"], "model.dim is 32 there and 64 here: that is another model"),
-        (["model.attention=mha"], 'model.attention is "dcmha" there and "mha" here'),
-        (["model.windows=[null]"], r"model.windows is \[8, null\] there and \[null\] here"),
-        (["model.compose.rank=1"], "model.compose.rank is 2 there and 1 here"),
-        (["train.global_batch_size=16"], "train.global_batch_size is 8 there and 16 here: steps would have another"),
+        (["model.dim=64"], "model.dim is 32 in the checkpoint and 64 now: this changes the model"),
+        (["model.attention=mha"], 'model.attention is "dcmha" in the checkpoint and "mha" now'),
+        (["model.windows=[null]"], r"model.windows is \[8, null\] in the checkpoint and \[null\] now"),
+        (["model.compose.rank=1"], "model.compose.rank is 2 in the checkpoint and 1 now"),
+        (["train.global_batch_size=16"], "train.global_batch_size is 8 in the checkpoint and 16 now: it must match"),
         (["train.steps=2"], "it is at step 3, past train.steps 2"),
     ],
 )
-def test_another_model_or_run_is_refused(config, tmp_path, overrides, message):
+def test_another_model_or_run_is_rejected(config, tmp_path, overrides, message):
     folder = write(config, 3)
     with pytest.raises(CheckpointError, match=message):
-        fits(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *overrides))
+        check(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *overrides))
 
 
-def test_other_data_are_refused_and_all_is_named(config, tmp_path):
+def test_other_data_are_rejected_with_all_differences(config, tmp_path):
     folder = write(config, 3)
     larger = tiny_config(tmp_path / "run", tmp_path / "shards", "train.global_batch_size=16")
     with pytest.raises(CheckpointError) as error:
-        fits(folder, larger, identity={**IDENTITY, "data": "xyz"})
-    assert "train.global_batch_size is 8 there and 16 here" in str(error.value)
-    assert "the data's data was 'abc' there and is 'xyz' here" in str(error.value)
+        check(folder, larger, identity={**IDENTITY, "data": "xyz"})
+    assert "train.global_batch_size is 8 in the checkpoint and 16 now" in str(error.value)
+    assert "the data's data was 'abc' in the checkpoint and is 'xyz' now" in str(error.value)
     assert "start a new run with another run.name, or set checkpoint.allow_data_change=true" in str(error.value)
     with pytest.raises(CheckpointError) as error:
-        fits(folder, larger)
+        check(folder, larger)
     assert "allow_data_change" not in str(error.value)
 
 
-def test_what_is_spread_in_another_way_is_told(config, tmp_path):
+def test_topology_changes_are_reported(config, tmp_path):
     content = read_state(write(config, 3))
     assert topology_changes(content, config, 2) == []
     other = tiny_config(tmp_path / "run", tmp_path / "shards", "parallel.zero_stage=3", "train.precision=bf16")
     assert [change.split(";")[0] for change in topology_changes(content, other, 4)] == [
-        "ranks was 2 there and is 4 here",
-        "parallel.zero_stage was 1 there and is 3 here",
-        "train.precision was fp32 there and is bf16 here",
+        "ranks was 2 in the checkpoint and is 4 now",
+        "parallel.zero_stage was 1 in the checkpoint and is 3 now",
+        "train.precision was fp32 in the checkpoint and is bf16 now",
     ]
 
 
-def test_what_changes_the_course_of_training_is_told(config, tmp_path):
+def test_hyperparameter_changes_are_reported(config, tmp_path):
     folder = write(config, 3)
-    assert hyperparameter_changes(folder, config) == []
+    saved = read_config(folder)
+    assert hyperparameter_changes(saved, config) == []
     rule = 'optimizer.rules=[{match: "*.compose.*", lr_scale: 0.5}]'
-    words = ["optimizer.learning_rate=0.002", rule, "schedule.kind=constant", "train.steps=9", "log.interval=2"]
-    assert hyperparameter_changes(folder, tiny_config(tmp_path / "run", tmp_path / "shards", *words)) == [
-        "train.steps was 8 there and is 9 here",
-        "optimizer.learning_rate was 0.01 there and is 0.002 here",
-        'optimizer.rules was [] there and is [{"match": "*.compose.*", "lr_scale": 0.5, "weight_decay": null}] here',
-        'schedule.kind was "cosine" there and is "constant" here',
+    overrides = ["optimizer.learning_rate=0.002", rule, "schedule.kind=constant", "train.steps=9", "log.interval=2"]
+    assert hyperparameter_changes(
+        read_config(folder), tiny_config(tmp_path / "run", tmp_path / "shards", *overrides)
+    ) == [
+        "train.steps was 8 in the checkpoint and is 9 now",
+        "optimizer.learning_rate was 0.01 in the checkpoint and is 0.002 now",
+        "optimizer.rules was [] in the checkpoint and is "
+        '[{"match": "*.compose.*", "lr_scale": 0.5, "weight_decay": null}] now',
+        'schedule.kind was "cosine" in the checkpoint and is "constant" now',
     ]
-
-
-def test_a_pickled_optimizer_of_an_earlier_version_is_not_loaded(config):
-    folder = write(config, 3)
-    (folder / "optimizer").rename(folder / "deepspeed")
-    assert checkpoint_to_resume(config) == folder
-    with pytest.raises(CheckpointError, match="pickled by an earlier version .* go on with that version, or start"):
-        fits(folder, config)
 
 
 def test_other_data_may_be_allowed_but_not_another_tokenizer(config):
     folder = write(config, 3)
     config.checkpoint.allow_data_change = True
     identity = {**IDENTITY, "data": "xyz", "weights": [1, 2]}
-    state = fits(folder, config, identity=identity)
+    state = check(folder, config, identity=identity)
     assert (state.sequences, state.data_identity) == (24, IDENTITY)
     assert data_changes(state.data_identity, identity) == [
-        "the data's data was 'abc' there and is 'xyz' here: those are other sequences",
-        "the data's weights was None there and is [1, 2] here: those are other sequences",
+        "the data's data was 'abc' in the checkpoint and is 'xyz' now: the sequences would differ",
+        "the data's weights was None in the checkpoint and is [1, 2] now: the sequences would differ",
     ]
-    with pytest.raises(CheckpointError, match="the data's tokenizer is another one: the same token would mean another"):
-        fits(folder, config, identity=identity, tokenizer=replace(TOKENIZER, fingerprint="1" * 64))
+    with pytest.raises(CheckpointError, match="another tokenizer: token ids would decode to different text"):
+        check(folder, config, identity=identity, tokenizer=replace(TOKENIZER, fingerprint="1" * 64))
 
 
-def test_a_model_without_optimizer_state_is_nothing_to_go_on_from(config):
+def test_a_model_without_optimizer_state_cannot_be_resumed(config):
     folder = write(config, 3)
     (folder / "optimizer").rmdir()
     config.run.folder += "-other"
     config.checkpoint.resume = str(folder)
-    with pytest.raises(CheckpointError, match="holds a model without optimizer state"):
+    with pytest.raises(CheckpointError, match="contains a model without optimizer state"):
         checkpoint_to_resume(config)
 
 
-def test_damaged_parts_are_named(config):
+def test_corrupt_parts_are_named(config):
     folder = write(config, 3)
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="state.json cannot be read"):
@@ -304,4 +293,4 @@ def test_damaged_parts_are_named(config):
     other = write(config, 5)
     (other / "config.yaml").write_text("model: {colour: red}")
     with pytest.raises(CheckpointError, match=r"(?s)config of .* cannot be read.*colour"):
-        fits(other, config)
+        check(other, config)

@@ -1,1 +1,1 @@
-"""Other libraries, each used as its documentation says; a module is imported only where its reader is asked for."""
+"""Readers of other libraries, used as their documentation recommends. Each is imported only if it is measured."""

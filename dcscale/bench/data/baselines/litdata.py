@@ -1,4 +1,4 @@
-"""litdata, with the loader that it has for tokens."""
+"""litdata with its TokensLoader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcscale.bench.data.reader import LoaderReader
 
 
 class Chunks(LoaderReader):
-    """Rows that were cut when the data were written; nothing is packed or verified."""
+    """Rows that are cut when the data is written; nothing is packed or verified."""
 
     format = "litdata"
 

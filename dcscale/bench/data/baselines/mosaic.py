@@ -1,4 +1,4 @@
-"""mosaicml-streaming."""
+"""mosaicml-streaming with its MDS format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcscale.bench.data.reader import LoaderReader
 
 
 class Mds(LoaderReader):
-    """Rows that were cut when the data were written, as its documentation has them; nothing is packed or verified."""
+    """Rows that are cut when the data is written, as its documentation recommends; nothing is packed or verified."""
 
     format = "mds"
     hashes: ClassVar[list[str]] = []
@@ -32,7 +32,7 @@ class Mds(LoaderReader):
     def open(self) -> Any:
         settings = self.settings
         dataset = StreamingDataset(
-            **self.places(),
+            **self.locations(),
             shuffle=settings.shuffle,
             shuffle_seed=settings.seed,
             batch_size=settings.batch,
@@ -45,7 +45,8 @@ class Mds(LoaderReader):
             persistent_workers=settings.workers > 0,
         )
 
-    def places(self) -> dict[str, Any]:
+    def locations(self) -> dict[str, Any]:
+        """Where the dataset is."""
         return {"local": self.settings.root}
 
     def epoch(self) -> Iterator[torch.Tensor]:
@@ -56,11 +57,11 @@ class Mds(LoaderReader):
 
 
 class HashedMds(Mds):
-    """With hashes written, and asked to be validated, which is done when a shard is fetched from elsewhere."""
+    """With hashes written and validated. They are validated only for remote shards, so the data is copied."""
 
     format = "mds-hashed"
     hashes: ClassVar[list[str]] = ["sha256"]
 
-    def places(self) -> dict[str, Any]:
+    def locations(self) -> dict[str, Any]:
         self._copies = tempfile.TemporaryDirectory()
         return {"remote": self.settings.root, "local": self._copies.name, "validate_hash": self.hashes[0]}

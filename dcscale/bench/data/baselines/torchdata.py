@@ -1,4 +1,4 @@
-"""torchdata's StatefulDataLoader over webdataset, a row a sample."""
+"""torchdata's StatefulDataLoader over webdataset, with one row per sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dcscale.files import write_json
 
 
 class Stateful(LoaderReader):
-    """Shards are divided over ranks and workers by webdataset; torchdata skips what was handed over before."""
+    """webdataset divides the shards over ranks and workers; to resume, torchdata skips the samples that were read."""
 
     format = "rows"
 

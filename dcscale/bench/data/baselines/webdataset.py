@@ -1,4 +1,4 @@
-"""webdataset, with packing written by its user."""
+"""webdataset, with packing in user code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHUFFLE_SHARDS, SHUFFLE_SAMPLES = 100, 1000
 
 
 class Tars(LoaderReader):
-    """A document a sample, decoded; shuffled with a buffer of samples, packed and batched; nothing is verified."""
+    """One document per sample, decoded, shuffled with a buffer of samples, packed and batched; nothing is verified."""
 
     format = "documents"
     buffer = SHUFFLE_SAMPLES
@@ -46,7 +46,7 @@ class Tars(LoaderReader):
 
 
 class BundleTars(Tars):
-    """The same on bundles of documents, with a buffer of as many documents, more or less."""
+    """The same on bundles of documents, with a buffer of about as many documents."""
 
     format = "bundles"
     buffer = SHUFFLE_SAMPLES // 80
@@ -57,17 +57,17 @@ class BundleTars(Tars):
 
 
 def _batches(samples: Iterable[dict], length: int, batch: int) -> Iterator[torch.Tensor]:
-    """Rows cut from the samples one after another; what is left at the end is a smaller batch."""
-    held, count = [], 0
+    """Batches of rows cut from the concatenated samples; complete rows at the end form a smaller batch."""
+    pending, count = [], 0
     for sample in samples:
-        held.append(sample["tokens.npy"])
-        count += len(held[-1])
+        pending.append(sample["tokens.npy"])
+        count += len(pending[-1])
         if count >= batch * length:
-            tokens = np.concatenate(held)
-            whole = count // (batch * length) * batch * length
-            for rows_NL in tokens[:whole].astype(np.int64).reshape(-1, batch, length):
+            tokens = np.concatenate(pending)
+            used = count // (batch * length) * batch * length
+            for rows_NL in tokens[:used].astype(np.int64).reshape(-1, batch, length):
                 yield torch.from_numpy(rows_NL)
-            held, count = [tokens[whole:]], count - whole
+            pending, count = [tokens[used:]], count - used
     if count >= length:
-        tokens = np.concatenate(held)[: count // length * length]
+        tokens = np.concatenate(pending)[: count // length * length]
         yield torch.from_numpy(tokens.astype(np.int64).reshape(-1, length))

@@ -1,1 +1,1 @@
-"""Compose attention by fused Triton kernels, for NVIDIA GPUs."""
+"""Compose attention with fused Triton kernels, for NVIDIA GPUs."""
