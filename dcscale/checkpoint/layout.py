@@ -106,11 +106,7 @@ def read_marker(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{marker} is missing: the checkpoint was not finished") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{marker} is not readable: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{marker} must be a JSON object, but is a {type(content).__name__}")
-    if content.get("format") != FORMAT:
-        found = content.get("format")
-        raise CheckpointError(f"{marker} has format {found!r}, this version of dcscale reads {FORMAT}")
+    _check_format(marker, content, FORMAT)
     files = content.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{marker} has files {files!r}, but must map file names to their bytes and sha256")
@@ -209,12 +205,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    _check_format(path, content, STATE_FORMAT)
+    return content
+
+
+def _check_format(path: Path, content: Any, expected: int) -> None:
+    """Raises CheckpointError unless ``content``, the JSON of ``path``, is an object of format ``expected``."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must be a JSON object, but is a {type(content).__name__}")
-    if content.get("format") != STATE_FORMAT:
+    if content.get("format") != expected:
         found = content.get("format")
-        raise CheckpointError(f"{path} has format {found!r}, this version of dcscale reads {STATE_FORMAT}")
-    return content
+        raise CheckpointError(f"{path} has format {found!r}, this version of dcscale reads {expected}")
 
 
 def read_config(checkpoint: Path) -> Config:

@@ -29,7 +29,7 @@ from dcscale.data.prepare.shuffle import (
     spool_chunk,
     write_planned_shard,
 )
-from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest, token_dtype, write_manifest
 from dcscale.data.tokenizers import Tokenizer, load_tokenizer
 
 _BUCKET_BYTES = 1 << 28
@@ -159,7 +159,7 @@ def build_shards(
         tokenizer=loaded.spec,
         fingerprint=loaded.fingerprint,
         eos_token=eos_token,
-        dtype="uint16" if loaded.vocab_size <= 1 << 16 else "uint32",
+        dtype=token_dtype(loaded.vocab_size),
         text_field=text_field,
         skip_undecodable=skip_undecodable,
         hold_out=hold_out,

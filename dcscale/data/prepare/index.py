@@ -10,7 +10,15 @@ from pathlib import Path
 
 from dcscale.data.errors import DataError
 from dcscale.data.prepare.inspect import Inspection, measure_shards
-from dcscale.data.shards.manifest import DTYPES, MANIFEST_NAME, SHARD_NAME, Manifest, TextInfo, write_manifest
+from dcscale.data.shards.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    SHARD_NAME,
+    Manifest,
+    TextInfo,
+    token_dtype,
+    write_manifest,
+)
 from dcscale.data.shards.shard import TOKEN_EXTENSIONS, detect_token_dtype
 from dcscale.data.shards.tar import read_samples
 from dcscale.data.storage import LocalStorage
@@ -108,4 +116,4 @@ def _content_of(
             f"{path}: its samples have {', '.join(sorted(extensions)) or 'no members'}, but must have tokens.npy, npy, "
             f"txt or json; give tars of tokens or text"
         )
-    return "uint16" if vocab_size <= 1 << 16 else "uint32", TextInfo(member, text_field if member == "json" else "")
+    return token_dtype(vocab_size), TextInfo(member, text_field if member == "json" else "")

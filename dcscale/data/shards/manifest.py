@@ -66,6 +66,11 @@ SHARD_NAME = (
 
 
 # The rule of a field is stored in its metadata, where _ManifestParser.record finds it.
+def token_dtype(vocab_size: int) -> str:
+    """The smallest dtype that holds every token id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 def _at_least(minimum: int) -> Any:
     return field(metadata={"minimum": minimum})
 

@@ -58,10 +58,8 @@ class SkippedData(Hook):
     name = "skipped_data"
 
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
-        skipped = trainer.state.skipped
-        if skipped or trainer.config.data.on_error == "skip":
-            record["skipped_shards"] = len(skipped)
-            record["skipped_tokens"] = sum(shard["tokens"] for shard in skipped)
+        if trainer.state.skipped or trainer.config.data.on_error == "skip":
+            record.update(self.summary(trainer))
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         skipped = trainer.state.skipped
