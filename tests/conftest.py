@@ -19,3 +19,11 @@ def shards(tmp_path_factory):
     from dcscale.testing.runs import make_shards
 
     return make_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Halves the time of interpreted Triton kernels."""
+    from dcscale.testing.staged import quicken_interpreter
+
+    quicken_interpreter()

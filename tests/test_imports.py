@@ -60,7 +60,7 @@ MAY_IMPORT_IN_DATA = {
 }
 """The same within ``dcscale.data``: making shards and reading them do not know each other."""
 
-LIBRARIES = {"config": {"omegaconf", "yaml"}, "ops": {"torch", "triton", "flash_attn"}}
+LIBRARIES = {"config": {"omegaconf", "yaml"}, "ops": {"torch", "triton", "flash_attn", "flash_attn_interface"}}
 """Folders that may use these libraries only, beside the standard library."""
 
 ONE_HOME = {
@@ -74,6 +74,7 @@ ONE_HOME = {
     "fsspec": "dcscale/data/storage/object_store.py",
     "braceexpand": "dcscale/data/storage/open.py",
     "flash_attn": "dcscale/ops/flash.py",
+    "flash_attn_interface": "dcscale/ops/flash.py",
     "tensorstore": "dcscale/convert/formats/maxtext.py",
     "matplotlib": "dcscale/bench/attention/report.py",
 }
@@ -86,7 +87,7 @@ TOP_LEVEL = {
     *("configs", "dcscale", "launch", "tests", "tools"),
 }
 MOST_LINES, MOST_LINES_OF_A_KERNEL = 500, 700
-MOST_MODULES, MOST_FILES_IN_A_FOLDER = 165, 12
+MOST_MODULES, MOST_FILES_IN_A_FOLDER = 190, 12
 LEAST_LINES = 35
 """Of a module; a smaller one belongs to a neighbour. Package faces, errors, hooks and formats may be smaller."""
 
@@ -277,7 +278,7 @@ BROKEN = [
     ({"dcscale/ops/a.py": "from dcscale.config import Config"}, "dcscale.ops.a imports dcscale.config: ops may not"),
     ({"dcscale/config/a.py": "import torch"}, "config may use omegaconf, yaml only"),
     ({"dcscale/config/a.py": "def f():\n    import torch.nn"}, "dcscale.config.a imports torch.nn"),
-    ({"dcscale/ops/a.py": "import numpy"}, "ops may use flash_attn, torch, triton only"),
+    ({"dcscale/ops/a.py": "import numpy"}, "ops may use flash_attn, flash_attn_interface, torch, triton only"),
     ({"dcscale/models/a.py": "import dcscale.train.b"}, "models may not import train"),
     ({"dcscale/models/sub/a.py": "from ...train import b"}, "models may not import train"),
     ({"dcscale/data/a.py": "from dcscale import train", "dcscale/train/__init__.py": ""}, "data may not import train"),

@@ -4,6 +4,8 @@
     python tools/bench_attention.py --quick              # a CPU: under three minutes
     python tools/bench_attention.py --length 1024 8192 --window none 256 512 --kinds triton sdpa
     python tools/bench_attention.py --markdown tools/results/attention-nvidia-h100-80gb-hbm3.json
+    python tools/bench_attention.py --static             # anywhere: compile the Triton kernels and model their time
+    python tools/bench_attention.py --first-look         # a GPU: does that model hold, and what should change?
 
 Every implementation is compared with float64 first; if one is wrong, nothing is timed and the exit code is 1. The
 result is printed, written as JSON and plotted next to it. TFLOP/s count only the two matrix products over visible
@@ -19,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dcscale.bench.attention import DTYPE_NAMES, KINDS
+from dcscale.bench.attention import DTYPE_NAMES, KINDS, PLAIN, first_look
+from dcscale.bench.attention.static import tool as static
 from dcscale.cli import check_output, print_tables, whole_number
 from dcscale.files import write_json
 
@@ -60,12 +64,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="default: all, as far as time allows")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument(
-        "--minutes", type=float, help="start no case after this time (default: GPU 9, CPU 20, --quick 2.5)"
+        "--minutes", type=float, help="start nothing after this time (default: GPU 9, CPU 20, --quick 2.5)"
     )
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)  # for tests: the time of one case
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: tools/results/attention-DEVICE.json")
     parser.add_argument("--markdown", type=Path, metavar="FILE.json", help="print a result for the README, and exit")
+    first_look.add_options(parser)
+    static.add_options(parser)
     options = parser.parse_args(arguments)
+    static.check_options(parser, options)
+    first_look.check_options(parser, options)
 
     import torch
 
@@ -81,34 +89,41 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
 def main(arguments: list[str] | None = None) -> int:
     parser, options = parse(arguments)
     from dcscale.bench.attention.measure import WrongResultsError, run_all
-    from dcscale.bench.attention.report import judge, markdown, target_lines
+    from dcscale.bench.attention.report import judge, markdown, save, target_lines
     from dcscale.provenance import facts
 
     if options.markdown is not None:
-        print_tables(parser, options.markdown, markdown)
+        if options.static:
+            static.print_markdown(parser, options)
+        else:
+            print_tables(parser, options.markdown, markdown)
         return 0
 
     mode = "quick" if options.quick else options.device
     command = ["python", "tools/bench_attention.py", *(sys.argv[1:] if arguments is None else arguments)]
-    result = facts(command, options.device, ("triton", "flash-attn"))
+    result = facts(command, options.device, ("triton", *PLAIN[1:]))
+    say = partial(print, flush=True)
+    if options.first_look:
+        return first_look.run(parser, options, result, output(options), say)
+    if options.static:
+        result |= static.run(parser, options, say)
+        if options.output is not None:
+            write_json(options.output, result)
+            print(f"written: {options.output}")
+        return 0
     machine = result["machine"]
     print(f"{machine['name']}, {machine['threads']} threads, load {machine['load_average']}")
     started = time.monotonic()
     try:
-        errors, rows = run_all(
-            *plan(options),
-            options.device,
-            options.seconds or SECONDS[mode],
-            options.minutes or MINUTES[mode],
-            lambda line: print(line, flush=True),
-        )
+        limits = options.seconds or SECONDS[mode], options.minutes or MINUTES[mode]
+        errors, rows = run_all(*plan(options), options.device, *limits, say)
     except WrongResultsError as error:
         print(error, file=sys.stderr)
         return 1
     targets = judge(rows, machine)
     print("targets", *target_lines(targets), sep="\n")
     result |= {"seconds": round(time.monotonic() - started), "errors": errors, "targets": targets, "rows": rows}
-    save(result, options)
+    save(result, output(options))
     return 0
 
 
@@ -132,23 +147,12 @@ def plan(options: argparse.Namespace) -> tuple[list[Case], Callable[[Case], dict
     return cases, lambda case: {kind: too_slow(kind, case, cases[0], options.device, options.quick) for kind in KINDS}
 
 
-def save(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Writes the JSON and plots it next to it."""
-    from dcscale.bench.attention.report import plot
+def output(options: argparse.Namespace) -> Path:
+    """The file to write, by default named after the device."""
     from dcscale.provenance import slug
 
-    name = f"attention-{slug(options.device)}{'-quick' if options.quick else ''}.json"
-    path = options.output or RESULTS / name
-    write_json(path, result)
-    print(f"written: {path}")
-    if not any("times_sdpa" in row for row in result["rows"]):
-        print("no plot: nothing was timed next to SDPA")
-        return
-    try:
-        plot(result, path.with_suffix(".png"))
-        print(f"plotted: {path.with_suffix('.png')}")
-    except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is not installed (pip install -c launch/constraints.txt matplotlib)")
+    name = "first-look" if options.first_look else "attention"
+    return options.output or RESULTS / f"{name}-{slug(options.device)}{'-quick' if options.quick else ''}.json"
 
 
 if __name__ == "__main__":

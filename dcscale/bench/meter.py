@@ -30,7 +30,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def time_in_turns(
-    runs: Mapping[Name, Run], device: str, seconds: float, deadline: float
+    runs: Mapping[Name, Run], device: str, seconds: float, deadline: float, flushes: int = 1
 ) -> tuple[dict[Name, list[float]], dict[Name, str]]:
     """Time functions in turns: each round calls each of them once, so that temporary slowdowns affect all alike.
 
@@ -39,11 +39,13 @@ def time_in_turns(
         device: "cuda" or "cpu".
         seconds: time to spend. There are at least :data:`MIN_ROUNDS` and at most :data:`MAX_ROUNDS` rounds.
         deadline: a time of :func:`time.monotonic` after which no round starts, except for the first.
+        flushes: how often L2 is overwritten before each call on a GPU. Each takes it some 0.1 ms; if Python needs less
+            than all of them to launch a call, the time is what the GPU alone needs.
 
     Returns:
         (milliseconds of every call, why a function has no times) by name. Functions that run out of memory have none.
     """
-    stopwatch = _gpu_stopwatch() if device == "cuda" else _cpu_stopwatch
+    stopwatch = _gpu_stopwatch(flushes) if device == "cuda" else _cpu_stopwatch
     runs, times, failures = dict(runs), {name: [] for name in runs}, {}
     started, rounds = time.monotonic(), 0
     while runs and rounds < MAX_ROUNDS:
@@ -74,13 +76,20 @@ def _cpu_stopwatch(run: Run) -> Callable[[], float]:
     return lambda: milliseconds
 
 
-def _gpu_stopwatch() -> Callable[[Run], Callable[[], float]]:
+def gpu_clock() -> Callable[[Run], float]:
+    """A function that returns how many milliseconds the GPU needs for a single call."""
+    stopwatch = _gpu_stopwatch()
+    return lambda run: stopwatch(run)()
+
+
+def _gpu_stopwatch(flushes: int = 1) -> Callable[[Run], Callable[[], float]]:
     """Events are read only later, so that Python launches the next call while the GPU is still busy."""
     cache = torch.empty(_CACHE_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def stopwatch(run: Run) -> Callable[[], float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
+        for _ in range(flushes):
+            cache.zero_()
         start.record()
         run()
         end.record()

@@ -128,7 +128,7 @@ class Attention(nn.Module):
         self.window = window
         self.heads = config.heads
         self.backend = config.backend
-        self.scratch_bytes = config.scratch_mib * 2**20
+        self.scratch_bytes = None if config.scratch_mib is None else config.scratch_mib * 2**20
         qkv_bias = config.bias or config.qkv_bias
         self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=qkv_bias)
         self.k = nn.Linear(config.dim, kv_heads * self.head_dim, bias=qkv_bias)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         """(name, reason) of the implementation for activations of this dtype and device: see :func:`choose_backend`."""
         q_11HD = torch.zeros(1, 1, self.heads, self.head_dim, device=device, dtype=dtype)
         pre, post = (None, None) if self.compose is None else self.compose.shapes(device, dtype)
-        return choose_backend(self.backend, q_11HD, pre, post)
+        return choose_backend(self.backend, q_11HD, pre, post, kv_heads=self.k.out_features // self.head_dim)
 
     def forward(
         self,

@@ -33,7 +33,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from dcscale.config.schema import ModelConfig
+from dcscale.config.schema import ComposeConfig, ModelConfig
 
 MATRIX_STD = 0.006
 """Standard deviation of matrices from upstream's smallest width on."""
@@ -84,6 +84,16 @@ def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     return torch.randn(shape, generator=generator).mul_(standard_deviation(name, config))
 
 
+def compose_deviations(dim: int, heads: int, compose: ComposeConfig) -> dict[str, float]:
+    """Standard deviations of the parameters of a ComposeProjection, by the rules in the module's docstring."""
+    hidden = 2 * compose.rank * heads
+    return {
+        "dw1": math.sqrt(2 / (dim + hidden)),
+        "qkw": 0.02 / (math.sqrt(hidden) * (heads + compose.rank)),
+        "dd": compose.gate_init * math.sqrt(2 / (dim + heads)),
+    }
+
+
 def standard_deviation(name: str, config: ModelConfig) -> float:
     """Standard deviation of a matrix's initial values, by the rules in the module's docstring.
 
@@ -92,14 +102,7 @@ def standard_deviation(name: str, config: ModelConfig) -> float:
     """
     if _MATRIX.fullmatch(name):
         return min(MATRIX_STD * max(1.0, SMALLEST_UPSTREAM_DIM / config.dim), LARGEST_MATRIX_STD)
-    # Rules of compose; see the table in the module's docstring.
-    rank, heads, dim = config.compose.rank, config.heads, config.dim
-    hidden = 2 * rank * heads
-    compose = {
-        "dw1": math.sqrt(2 / (dim + hidden)),
-        "qkw": 0.02 / (math.sqrt(hidden) * (heads + rank)),
-        "dd": config.compose.gate_init * math.sqrt(2 / (dim + heads)),
-    }
+    compose = compose_deviations(config.dim, config.heads, config.compose)
     owner, _, last = name.rpartition(".")
     if owner.endswith(".compose") and last in compose:
         return compose[last]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dcscale.ops import ComposeWeights, compose_attention
-from dcscale.ops.compose.custom_op import Call
+from dcscale.ops.attention import check_attention
+from dcscale.ops.compose.custom_op import SCRATCH_BYTES, Call
 from dcscale.ops.compose.reference import reference_attention
 
 WEIGHTS = [f"{stage}.{name}" for stage in ("pre", "post") for name in ComposeWeights._fields]
@@ -40,6 +41,17 @@ PLAIN_CALLS = {
     "grouped, window": {"queries": 20, "heads": 6, "kv_heads": 1, "window": 4},
     "grouped, documents": {"queries": 20, "heads": 6, "kv_heads": 2, "documents": 5},
     "scale": {"queries": 12, "scale": 0.7},
+    "bidirectional": {"queries": 33, "causal": False},
+    "bidirectional, window": {"queries": 300, "window": 20, "batch": 1, "causal": False},
+    "bidirectional, window of the length": {"queries": 9, "window": 9, "causal": False},
+    "bidirectional, window, middle": {"queries": 12, "keys": 40, "query_offset": 9, "window": 8, "causal": False},
+    "bidirectional, window, first": {"queries": 5, "keys": 30, "query_offset": 0, "window": 50, "causal": False},
+    "bidirectional, documents": {"queries": 40, "documents": 9, "causal": False},
+    "bidirectional, documents, window": {"queries": 200, "documents": 30, "window": 17, "causal": False},
+    "bidirectional, documents, middle": {"queries": 20, "keys": 40, "query_offset": 9, "documents": 9, "causal": False},
+    "cross": {"queries": 9, "keys": 31, "causal": False},
+    "cross, more queries than keys": {"queries": 31, "keys": 9, "causal": False},
+    "cross, grouped": {"queries": 9, "keys": 20, "heads": 6, "kv_heads": 2, "causal": False},
 }
 """Arguments of :func:`random_inputs` that cover all ways to call plain attention."""
 
@@ -62,6 +74,21 @@ COMPOSE_CALLS = {
     "rank 1": {"queries": 33, "rank": 1},
     "rank 4": {"queries": 33, "rank": 4, "heads": 5, "head_dim": 7},
     "scale": {"queries": 12, "scale": 0.7},
+    "bidirectional": {"queries": 70, "causal": False},
+    "bidirectional, window": {"queries": 129, "window": 16, "batch": 1, "causal": False},
+    "bidirectional, window, middle": {"queries": 12, "keys": 60, "query_offset": 9, "window": 20, "causal": False},
+    "bidirectional, documents": {"queries": 70, "documents": 12, "causal": False},
+    "bidirectional, documents, window, last": {
+        "queries": 20,
+        "keys": 40,
+        "query_offset": 20,
+        "documents": 9,
+        "window": 15,
+        "causal": False,
+    },
+    "cross": {"queries": 9, "keys": 70, "causal": False},
+    "cross, more queries than keys": {"queries": 70, "keys": 9, "kv_heads": 2, "causal": False},
+    "cross, one key": {"queries": 5, "keys": 1, "causal": False},
 }
 """Arguments of :func:`random_inputs` that cover all ways to call compose attention."""
 
@@ -77,7 +104,7 @@ class AttentionInputs:
     """Gradient of the output, [B, T, H, D]."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments: window, document_ids, query_offset, scale, scratch_bytes."""
+    """Keyword arguments: causal, window, document_ids, query_offset, scale, scratch_bytes."""
 
     def to(self, dtype: torch.dtype, device: str | None = None) -> AttentionInputs:
         """The same in another dtype and, if given, on another device."""
@@ -88,6 +115,10 @@ class AttentionInputs:
     def with_tensors(self, **tensors: Tensor) -> AttentionInputs:
         """The same with some tensors replaced."""
         return replace(self, tensors={**self.tensors, **tensors})
+
+    def call(self) -> Call:
+        """The checked call, for what works on one."""
+        return checked_call(*arguments(self.tensors), **self.options)
 
     def run(self, backend: str) -> dict[str, Tensor]:
         """Results of :func:`compose_attention`: "out", and the gradient of every tensor under the tensor's name."""
@@ -114,31 +145,40 @@ def arguments(
     return tensors["q"], tensors["k"], tensors["v"], *stages
 
 
-def unfused_attention(
+def checked_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     pre: ComposeWeights | None = None,
     post: ComposeWeights | None = None,
     *,
+    causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     document_ids: Tensor | None = None,
     query_offset: int | None = None,
-) -> Tensor:
-    """compose_attention in plain PyTorch, each step rounded to the input's dtype: the baseline of the error rule."""
-    call = Call(
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> Call:
+    """The call that compose_attention gives to its backend for these arguments."""
+    scale, query_offset = check_attention(q, k, v, causal, window, scale, document_ids, query_offset)
+    return Call(
         q,
         k,
         v,
         pre=ComposeWeights() if pre is None else pre,
         post=ComposeWeights() if post is None else post,
         document_ids=document_ids,
+        causal=causal,
         window=window,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
-        query_offset=k.shape[1] - q.shape[1] if query_offset is None else query_offset,
+        scale=scale,
+        query_offset=query_offset,
+        scratch_bytes=scratch_bytes,
     )
-    return reference_attention(call, upcast=False)
+
+
+def unfused_attention(*arguments: Any, **options: Any) -> Tensor:
+    """compose_attention in plain PyTorch, each step rounded to the input's dtype: the baseline of the error rule."""
+    return reference_attention(checked_call(*arguments, **options), upcast=False)
 
 
 def random_inputs(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +18,8 @@ from dcscale.files import write_atomically
 from dcscale.models import DCFormer, initialize
 from dcscale.observe import Console
 from dcscale.observe.reporter import Reporter
-from dcscale.parallel import Engine, Environment, broadcast_from_rank0, run_on_all_ranks
+from dcscale.ops.compose.scratch import derived_scratch_bytes, total_memory
+from dcscale.parallel import Engine, Environment, broadcast_from_rank0, gather_objects, run_on_all_ranks
 from dcscale.train.data import open_data, without_secrets
 from dcscale.train.hooks import build_hooks
 from dcscale.train.optimizer import build_optimizer
@@ -41,12 +43,16 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     start = find_start(config, environment, data.stream)
     for message in start.messages:
         console.line(message)
+    memories = gather_objects(total_memory(environment.device.type, environment.device.index))
+    start.state.scratch_mib, message = choose_scratch(config, start.state.scratch_mib, memories)
+    if config.model.attention == "dcmha":
+        console.line(message)
     data.loader.skip([shard["sha256"] for shard in start.state.skipped])
     hooks = run_on_all_ranks(lambda: build_hooks(config, environment, data, start.state))
     engine = Engine(
         config,
         environment,
-        build_model=lambda: _build_model(config),
+        build_model=lambda: _build_model(config, start.state.scratch_mib),
         initialize=lambda model, gather: initialize(model, config.model, config.train.seed, gather=gather),
         build_optimizer=lambda model: build_optimizer(
             model, config.optimizer, fused=environment.device.type == "cuda" or config.parallel.offload_optimizer
@@ -67,8 +73,39 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     return trainer
 
 
-def _build_model(config: Config) -> nn.Module:
-    model = DCFormer(config.model, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
+def choose_scratch(config: Config, stored_mib: int | None, memories: Sequence[int | None]) -> tuple[int, str]:
+    """Scratch memory of an attention call in MiB, the same on all ranks, and a console line that names its origin.
+
+    Args:
+        config: the settings of the run; ``model.scratch_mib`` wins if it is set.
+        stored_mib: what the checkpoint to resume from was trained with, which comes next; None for a new run.
+        memories: total memory of each rank's device in bytes; None for a CPU.
+    """
+    model = config.model
+    if model.scratch_mib is not None:
+        mib, origin = model.scratch_mib, "model.scratch_mib"
+    elif stored_mib is not None:
+        mib, origin = stored_mib, "as in the checkpoint; model.scratch_mib changes it"
+    else:
+        memory = None if None in memories else min(memories)
+        shapes = {
+            "queries": config.data.sequence_length,
+            "keys": config.data.sequence_length,
+            "heads": model.heads,
+            "kv_heads": model.kv_heads or model.heads,
+            "head_dim": model.head_dim or model.dim // model.heads,
+            "element_size": 2 if config.train.precision == "bf16" else 4,
+        }
+        mib = max(derived_scratch_bytes(memory, window=window, **shapes) for window in model.windows) // 2**20
+        source = "the default on a CPU" if memory is None else f"from the shapes and {memory / 2**30:.1f} GiB a device"
+        origin = f"{source}; model.scratch_mib changes it"
+    return mib, f"scratch    {mib:,} MiB for an attention call ({origin})"
+
+
+def _build_model(config: Config, scratch_mib: int) -> nn.Module:
+    # The config of the run keeps what the user wrote, so that null means the same in a run that starts from it.
+    settings = replace(config.model, scratch_mib=scratch_mib)
+    model = DCFormer(settings, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
     if config.train.compile:
         # Compile each block on its own: all blocks of one shape share the compiled code.
         for block in model.blocks:

@@ -36,6 +36,10 @@ class TrainState:
     initial_weights: str | None = None
     """The checkpoint or model folder that this run was started from with ``checkpoint.init_from``, if any."""
 
+    scratch_mib: int | None = None
+    """Scratch memory of an attention call in MiB. Stored because it decides the chunks, and with them the bits of the
+    results; ``model.scratch_mib`` may be null, and a resume may get other devices."""
+
     first_loss: float | None = None
     """Loss of step 1, nats/token."""
 

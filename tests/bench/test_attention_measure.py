@@ -81,9 +81,9 @@ def test_a_row_has_times_ratios_flops_and_memory():
             assert times["rounds"] == 3
             assert 0 < times["quartiles_ms"][0] <= times["ms"] <= times["quartiles_ms"][1]
             assert times["tflops"] == pytest.approx(factor * flops / (times["ms"] * 1e-3) / 1e12)
-            assert row["times_sdpa"][name] == pytest.approx(times["ms"] / sdpa[name]["ms"])
+            assert row["times_plain"][name] == pytest.approx(times["ms"] / sdpa[name]["ms"])
             assert row["times_windowed"][name] == pytest.approx(times["ms"] / rows["windowed"][name]["ms"])
-        assert row["times_sdpa"]["of"] == sdpa["implementation"]
+        assert row["times_plain"]["of"] == sdpa["implementation"]
     assert rows["dense"]["peak_bytes"] > rows["windowed"]["peak_bytes"]
 
 
@@ -109,7 +109,7 @@ def test_the_compiled_formula_reports_its_compile_time(monkeypatch):
 
 def test_without_sdpa_there_is_no_ratio():
     row = run(CASE, {"chunked": None})["chunked"]
-    assert "times_sdpa" not in row
+    assert "times_plain" not in row
     assert "times_windowed" not in row
 
 
@@ -187,24 +187,45 @@ def test_interpreted_kernels_are_not_timed(monkeypatch):
     assert missing["triton"].startswith("TRITON_INTERPRET=1 is set")
 
 
-def test_flash_attn_is_timed_where_it_runs(monkeypatch):
-    """With PyTorch's attention instead of the package."""
-    monkeypatch.setattr(flash, "unavailable_reason", lambda q: None)
-    monkeypatch.setattr(
-        flash,
-        "flash_attention",
-        lambda q, k, v, *, window, scale, document_ids_BS, query_offset: unfused_attention(
-            q, k, v, window=window, scale=scale, query_offset=query_offset
-        ),
-    )
-    found, missing = candidates(CASE, dict.fromkeys(["flash-attn", "windowed"]), DEVICE)
-    assert missing == {}
-    assert [each.name for each in found] == ["flash-attn", "windowed"]
-    assert found[1].note == "through flash-attn"
+@pytest.mark.parametrize(
+    ("here", "used"),
+    [(["flash-attn"], "flash-attn"), (["flash-attn-4", "flash-attn-3", "flash-attn"], "flash-attn-3")],
+)
+def test_flash_attention_is_timed_where_it_runs(monkeypatch, here, used):
+    """With PyTorch's attention instead of the packages."""
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q, package: None if package in here else "not here")
+    made = set()
+
+    def flash_attention(q, k, v, *, document_ids_BS, package, deterministic=True, **options):
+        made.add((package, deterministic, options["window"]))
+        return unfused_attention(q, k, v, **options)
+
+    monkeypatch.setattr(flash, "flash_attention", flash_attention)
+    kinds = dict.fromkeys(["flash-attn-4", "flash-attn-3", "flash-attn", "windowed"])
+    found, missing = candidates(CASE, kinds, DEVICE)
+    assert missing == dict.fromkeys(kinds.keys() - {*here, "windowed"}, "not here")
+    rows = [name for package in here for name in (package, f"{package} deterministic")]
+    assert [each.name for each in found] == [*rows, "windowed"]
+    assert [each.name for each in found if each.note == "what dcscale uses"] == [f"{used} deterministic"]
+    assert found[-1].note == f"through {used}"
     checked = check_errors(CASE, found, DEVICE)
     assert checked.failures == []
-    assert len(checked.passed) == 2
-    assert run(replace(CASE, window=None), {"flash-attn": None, "windowed": None}).keys() == {"flash-attn"}
+    assert len(checked.passed) == len(found)
+    assert made == {(package, each, None) for package in here for each in (True, False)} | {(used, True, CASE.window)}
+    measured = run(replace(CASE, window=None), kinds)
+    assert {name for name, row in measured.items() if not row["not_measured"]} == set(rows)
+
+
+def test_the_fastest_plain_attention_is_the_baseline():
+    """Of all kinds of it, and without a window."""
+    times = {"triton": 6.0, "sdpa": 3.0, "flash-attn-3": 2.0, "flash-attn": 4.0, "windowed": 1.0}
+    rows = [
+        {"kind": kind, "implementation": kind, "forward": {"ms": ms / 2}, "forward_backward": {"ms": ms}}
+        for kind, ms in times.items()
+    ]
+    measure_module._add_ratios(rows)
+    assert {row["times_plain"]["of"] for row in rows} == {"flash-attn-3"}
+    assert rows[0]["times_plain"]["forward_backward"] == 3.0
 
 
 def test_sdpa_names_its_backend_and_torchs_default():

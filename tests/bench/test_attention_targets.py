@@ -27,7 +27,9 @@ def verdicts(rows, machine):
 def gpu_rows(milliseconds, peak, windowed):
     return [
         row("sdpa", 2.0, implementation="sdpa flash"),
-        row("sdpa", 1.0, implementation="sdpa cudnn"),
+        row("sdpa", 1.5, implementation="sdpa cudnn"),
+        row("flash-attn-3", 1.0),
+        row("flash-attn", 2.0),
         row("dense-compiled", 9.0),
         row("dense", 30.0, peak=800),
         row("triton", milliseconds, peak=peak),
@@ -40,7 +42,7 @@ def test_all_targets_of_a_gpu_can_be_reached_and_missed():
     reached = verdicts(gpu_rows(3.0, 100, 1.0), GPU)
     assert [v["verdict"] for v in reached] == ["reached"] * 5
     assert [v["ratio"] for v in reached] == [3.0, 1.0, pytest.approx(1 / 3), 0.1, 0.125]
-    assert "sdpa cudnn" in reached[0]["detail"]  # the fastest
+    assert "flash-attn-3" in reached[0]["detail"]  # the fastest
     missed = verdicts(gpu_rows(3.1, 101, 1.1), GPU)
     assert [v["verdict"] for v in missed] == ["missed"] * 5
 

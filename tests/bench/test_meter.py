@@ -74,6 +74,38 @@ def test_after_the_deadline_there_is_one_round():
     assert meter.time_in_turns({}, "cpu", seconds=60, deadline=NEVER) == ({}, {})
 
 
+def test_a_gpu_is_kept_busy_until_a_call_is_launched(monkeypatch):
+    """With a GPU that only takes down what it is asked for."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            queue.append("event")
+
+        def synchronize(self):
+            queue.append("wait")
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    class Cache:
+        def zero_(self):
+            queue.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Cache())
+    runs = {"a": lambda: queue.append("run")}
+    times, _ = meter.time_in_turns(runs, "cuda", seconds=0, deadline=time.monotonic() - 1, flushes=3)
+    assert times == {"a": [7.0]}
+    assert queue == ["flush", "flush", "flush", "event", "run", "event", "wait"]
+    queue.clear()
+    assert meter.gpu_clock()(runs["a"]) == 7.0
+    assert queue == ["flush", "event", "run", "event", "wait"]
+
+
 def test_a_run_that_does_not_fit_into_memory_is_skipped():
     calls = []
 

@@ -44,7 +44,7 @@ def test_the_result_is_complete(measured):
     result = json.loads(path.read_text())
     assert result["command"].startswith("python tools/bench_attention.py --device cpu --heads 2")
     assert {"date", "commit", "machine", "versions", "seconds", "errors", "targets", "rows"} <= result.keys()
-    assert {"torch", "triton", "cuda", "python", "flash-attn"} <= result["versions"].keys()
+    assert {"torch", "triton", "cuda", "python", "flash-attn", "flash-attn-3"} <= result["versions"].keys()
     cases = {(row["length"], row["window"]) for row in result["rows"]}
     assert cases == {(40, None), (40, 16), (70, None), (70, 16)}
     for case in cases:
@@ -56,7 +56,7 @@ def test_the_result_is_complete(measured):
             assert row["forward"]["ms"] > 0
             assert row["forward_backward"]["ms"] > 0
             assert row["peak_bytes"] > 0
-            assert row["times_sdpa"]["of"] == "sdpa flash"
+            assert row["times_plain"]["of"] == "sdpa flash"
     checked = {(row["implementation"], row["window"]): row for row in result["errors"]}
     assert checked.keys() == {
         *((name, window) for name in ("dense", "chunked", "sdpa flash") for window in (None, 16)),
@@ -104,8 +104,8 @@ def test_the_readme_gets_its_tables_from_the_file(measured, call):
     table = [dict(zip(names, (c.strip() for c in line.split("|")[1:-1]))) for line in lines[head + 2 : head + 6]]
     assert [(row["T"], row["window"]) for row in table] == [("40", "-"), ("40", "16"), ("70", "-"), ("70", "16")]
     chunked = next(row for row in result["rows"] if row["implementation"] == "chunked")
-    assert f"({chunked['times_sdpa']['forward_backward']:.3g}x)" in table[0]["chunked"]
-    assert "(flash)" in table[0]["SDPA"]
+    assert f"({chunked['times_plain']['forward_backward']:.3g}x)" in table[0]["chunked"]
+    assert "(sdpa flash)" in table[0]["plain"]
     assert {row["triton"] for row in table} == {"not measured"}
     assert table[0]["windowed"] == "-"
     assert "ms" in table[1]["windowed"]
@@ -144,11 +144,11 @@ def test_without_matplotlib_there_is_no_plot_and_no_failure(tmp_path, call, monk
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_without_sdpa_there_is_no_plot(tmp_path, call):
+def test_without_plain_attention_there_is_no_plot(tmp_path, call):
     words = ["--device", "cpu", "--heads", "2", "--head-dim", "8", "--length", "20", "--window", "none"]
     code, out, _ = call(*words, "--kinds", "chunked", "--output", tmp_path / "a.json")
     assert code == 0
-    assert "no plot: nothing was timed next to SDPA" in out
+    assert "no plot: nothing was timed next to plain attention" in out
 
 
 def test_by_default_the_file_is_named_after_the_device(tool, call, tmp_path, monkeypatch):

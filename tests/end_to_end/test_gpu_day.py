@@ -17,6 +17,10 @@ from dcscale.config import check_config, load_config
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "tools" / "gpu"
 
+DAY = (GPU / "day.sh").read_text()
+LIMITS = {name: int(seconds) for name, seconds in re.findall(r"^stage (\w+) (\d+) ", DAY, re.MULTILINE)}
+"""Seconds of every stage."""
+
 RECORDER = """#!{python}
 import json, os, sys
 if sys.argv[1:2] == ["-c"]:  # paths of the standard library and the like
@@ -41,6 +45,7 @@ def commands(tmp_path_factory):
         path.write_text(script)
         path.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OUT": str(folder / "out")}
+    environment["STAGES"] = " ".join(LIMITS)
     subprocess.run(["bash", ".gpu/day.sh"], cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -50,9 +55,27 @@ def _help(*command):
     return done.stdout
 
 
+def test_the_default_stages_end_within_ten_minutes():
+    default = re.search(r"STAGES:-([\w ]+)}", DAY).group(1).split()
+    assert default == ["facts", "tests", "first_look", "attention", "train", "profile"]
+    assert default == [name for name in LIMITS if name != "tune"]  # in the order of the script
+    assert sum(LIMITS[name] for name in default) < 600
+
+
+def test_tools_stop_by_themselves_before_their_stage_is_stopped(commands):
+    minutes = {}
+    for command in commands:
+        if command[0] == "tools/bench_attention.py":
+            stage = "first_look" if "--first-look" in command else "attention"
+            minutes[stage] = float(command[command.index("--minutes") + 1])
+    assert minutes.keys() == {"first_look", "attention"}
+    assert all(60 * minutes[stage] < LIMITS[stage] for stage in minutes)
+
+
 def test_all_stages_are_covered(commands):
     kinds = {command[1] if command[0] == "-m" else command[0] for command in commands}
     assert {"pytest", "tools/bench_attention.py", "launch/train.py", ".gpu/profile_step.py"} <= kinds
+    assert "dcscale.ops.compose.triton.tune" in kinds
 
 
 def test_flags_exist(commands):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dcscale.config.schema import ComposeConfig
+from dcscale.models import dcmha
 from dcscale.models.blocks import Attention
 from dcscale.models.dcmha import ComposeProjection, active_branches
 from dcscale.ops import ComposeWeights, rope_table
@@ -166,6 +167,15 @@ def plain_attention_by_hand(layer: Attention, x, rope, window, document_ids=None
     return torch.stack(rows).unflatten(0, x.shape[:2])
 
 
+@pytest.mark.parametrize(("scratch_mib", "expected"), [(None, None), (7, 7 * 2**20)])
+def test_scratch_is_derived_from_each_call_unless_it_is_set(monkeypatch, scratch_mib, expected):
+    used = []
+    monkeypatch.setattr(dcmha, "compose_attention", lambda q, *_, **options: used.append(options["scratch_bytes"]) or q)
+    config = tiny_config(windows=[5], layers=1, scratch_mib=scratch_mib)
+    random_model(config)(random_ids(config, 2, 6))
+    assert used == [expected]
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference", "chunked"])
 @pytest.mark.parametrize(
     "changes",
@@ -225,7 +235,7 @@ def test_implementations_and_their_reasons():
     ((name, why),) = composed.implementations(torch.device("cpu"))
     assert (name, why.split(";")[0]) == ("chunked", "not triton: it needs an NVIDIA GPU")
     ((name, why),) = plain.implementations(torch.device("cpu"))
-    assert (name, why.split(";")[0]) == ("sdpa", "without compose weights this is plain attention")
+    assert (name, why.split(";")[0]) == ("sdpa flash", "without compose weights this is plain attention")
     assert random_model(tiny_config(backend="reference")).implementations(torch.device("cpu")) == [
         ("reference", "requested")
     ]

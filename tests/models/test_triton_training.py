@@ -27,6 +27,7 @@ def losses(backend, dtype):
     return torch.tensor(found, dtype=torch.float64)
 
 
+@pytest.mark.usefixtures("quick_interpreter")
 def test_loss_curves_are_the_same():
     """The error against float64 is at most 3 times that of the chunked backend in float32."""
     truth, chunked, fused = (

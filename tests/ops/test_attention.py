@@ -67,11 +67,12 @@ def test_masks_do_not_grow_with_the_square_of_the_length(calls):
     assert max(made["attn_mask"].numel() for _, _, made in calls) <= 512 * 1200
 
 
-def test_keys_that_no_query_sees_are_not_accessed():
-    """Positions 0..4 are before every window, 15..19 after every query."""
-    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5, absent=WEIGHTS)
+@pytest.mark.parametrize(("causal", "after"), [(True, 15), (False, 19)])
+def test_keys_that_no_query_sees_are_not_accessed(causal, after):
+    """Positions 0..4 are before every window, those from ``after`` on behind every query or, bidirectional, window."""
+    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5, causal=causal, absent=WEIGHTS)
     expected = inputs.run_function(plain)
-    unseen = [*range(5), *range(15, 20)]
+    unseen = [*range(5), *range(after, 20)]
     poisoned = {name: inputs.tensors[name].clone() for name in "kv"}
     for x in poisoned.values():
         x[:, unseen] = torch.nan

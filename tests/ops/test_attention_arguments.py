@@ -32,7 +32,27 @@ SHARED = {
     "v of another shape": ({"v": shaped(2, 4, 2, 6)}, {}, "v has shape (2, 4, 2, 6), expected (2, 5, 2, 6)"),
     "v of another type": ({"v": shaped(2, 5, 2, 6).half()}, {}, "v (2, 5, 2, 6) is torch.float16, expected q's dtype"),
     "v elsewhere": ({"v": shaped(2, 5, 2, 6).to("meta")}, {}, "v (2, 5, 2, 6) is on meta, expected q's device, cpu"),
-    "more queries than keys": ({"q": shaped(2, 6, 4, 6)}, {}, "q has 6 queries for 5 keys"),
+    "more queries than keys": (
+        {"q": shaped(2, 6, 4, 6)},
+        {},
+        "q has 6 queries for 5 keys: every query must have its own key, so T <= S; for cross attention, where the two "
+        "sequences are unrelated, pass causal=False",
+    ),
+    "window over another sequence": (
+        {},
+        {"causal": False, "window": 2},
+        "window is given for 3 queries and 5 keys of unrelated sequences: pass query_offset if the queries are",
+    ),
+    "documents of another sequence": (
+        {},
+        {"causal": False, "document_ids": torch.zeros(2, 5, dtype=torch.int32)},
+        "document_ids is given for 3 queries and 5 keys of unrelated sequences: pass query_offset if the queries are",
+    ),
+    "offset in another sequence": (
+        {},
+        {"causal": False, "query_offset": 3},
+        "query_offset is 3, expected 0 <= query_offset <= S - T = 2",
+    ),
     "negative offset": ({}, {"query_offset": -1}, "query_offset is -1, expected 0 <= query_offset <= S - T = 2"),
     "offset beyond the keys": ({}, {"query_offset": 3}, "query_offset is 3, expected 0 <= query_offset <= S - T = 2"),
     "empty window": ({}, {"window": 0}, "window is 0, expected an integer >= 1"),
@@ -92,7 +112,7 @@ COMPOSE = {
         {},
         "post.qg (2, 3, 4) is on meta, expected q's device, cpu",
     ),
-    "no scratch": ({}, {"scratch_bytes": 0}, "scratch_bytes is 0, expected at least 1; the default is 268435456"),
+    "no scratch": ({}, {"scratch_bytes": 0}, "scratch_bytes is 0, expected at least 1, or None for the default"),
     "backend": ({}, {"backend": "fast"}, "backend is 'fast', expected one of 'auto', 'reference', 'chunked'"),
 }
 
@@ -130,8 +150,8 @@ def test_choice_of_backend():
     q, _, _, pre, post = arguments(random_inputs(**CALL).tensors)
     assert choose_backend("auto", q, pre, post)[0] == "chunked"
     assert choose_backend("auto", q, None, post)[0] == "chunked"
-    why = "without compose weights this is plain attention; not flash-attn: it needs an NVIDIA GPU, but q is on cpu"
-    assert choose_backend("auto", q) == ("sdpa", why)
+    why = "without compose weights this is plain attention; not flash-attn-3 or flash-attn: it needs an NVIDIA GPU"
+    assert choose_backend("auto", q) == ("sdpa flash", why + ", but q is on cpu")
     assert choose_backend("reference", q, pre, post) == ("reference", "requested")
     assert choose_backend("chunked", q) == ("chunked", "requested")
     with pytest.raises(ValueError, match="backend is 'fused', expected one of"):

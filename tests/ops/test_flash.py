@@ -1,20 +1,17 @@
-"""Plain attention through flash-attn: how the package is called, when it is called and, on a GPU, its results.
+"""Plain attention through FlashAttention: how its packages are called and, on a GPU, their results.
 
-Without a GPU a dense fake replaces the package. It has the signatures and the documented behavior of flash-attn 2.7 and
-2.8.
+Without a GPU dense fakes replace the packages. They have the signatures and the documented behavior of flash-attn 2.7
+and 2.8, of flash-attn-3 of December 2025 and of flash-attn-4 of August 2026.
 """
 
-import re
 import sys
-import warnings
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dcscale.ops import attention, choose_backend, compose_attention, flash
+from dcscale.ops import attention, compose_attention, flash
 from dcscale.testing.attention import PLAIN_CALLS, WEIGHTS, check_results, random_inputs, unfused_attention
 from dcscale.testing.models import random_ids, random_model, tiny_config
 
@@ -37,7 +34,7 @@ def flash_attn_func(
     left, right = window_size
     queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     distance = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + keys - queries)
-    seen = distance <= (0 if causal else right if right >= 0 else keys)
+    seen = distance <= (0 if causal else right if right >= 0 else queries + keys)
     if left >= 0:
         seen &= distance >= -left
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
@@ -78,28 +75,73 @@ def flash_attn_varlen_func(
     return out
 
 
-def recorder(function, made):
+def recorder(name, function, made):
     """Wraps the function so that its calls are appended to ``made`` as (name, arguments, options)."""
 
     def called(*arguments, **options):
-        made.append((function.__name__, arguments, options))
+        made.append((name, arguments, options))
         return function(*arguments, **options)
 
     return called
 
 
-FAKE = ModuleType("flash_attn")
-FAKE.flash_attn_func, FAKE.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+def flash_3(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    deterministic=False,
+):
+    options = {"causal": causal, "window_size": window_size, "deterministic": deterministic}
+    return flash_attn_func(q, k, v, softmax_scale=softmax_scale, **options)
+
+
+def flash_3_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, **options
+):
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
+
+def flash_4(q, k, v, qv=None, gather_kv_indices=None, *, window_size=(None, None), **options):
+    left, right = (-1 if side is None else side for side in window_size)
+    return flash_attn_func(q, k, v, window_size=(left, right), **options), "log-sums"
+
+
+def flash_4_varlen(q, k, v, qv=None, *, window_size=(None, None), **options):
+    left, right = (-1 if side is None else side for side in window_size)
+    return flash_attn_varlen_func(q, k, v, window_size=(left, right), **options), "log-sums"
+
+
+FUNCTIONS = {
+    "flash-attn-4": ("flash_attn.cute", flash_4, flash_4_varlen),
+    "flash-attn-3": ("flash_attn_interface", flash_3, flash_3_varlen),
+    "flash-attn": ("flash_attn", flash_attn_func, flash_attn_varlen_func),
+}
+
+
+def install_fake(monkeypatch, package, made):
+    """Installs the fake of a package alone; its calls are appended to ``made``."""
+    module, *functions = FUNCTIONS[package]
+    fake = ModuleType(module)
+    for name, function in zip(("flash_attn_func", "flash_attn_varlen_func"), functions):
+        setattr(fake, name, recorder(name, function, made))
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))  # the parent of flash_attn.cute
+    monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q, other: None if other == package else "not installed")
+    return fake
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Installs the fake for every call; returns the recorded calls."""
+    """Installs the fake of flash-attn for every call; returns the recorded calls."""
     made = []
-    for function in (flash_attn_func, flash_attn_varlen_func):
-        monkeypatch.setattr(FAKE, function.__name__, recorder(function, made))
-    monkeypatch.setitem(sys.modules, "flash_attn", FAKE)
-    monkeypatch.setattr(flash, "unavailable_reason", lambda q: None)
+    install_fake(monkeypatch, "flash-attn", made)
     return made
 
 
@@ -111,8 +153,11 @@ def plain(q, k, v, pre, post, **options):
 # -- how the package is called ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("package", flash.PACKAGES_OF_RUNS)
 @pytest.mark.parametrize("options", PLAIN_CALLS.values(), ids=PLAIN_CALLS)
-def test_equals_the_reference(options, calls):
+def test_equals_the_reference(options, package, monkeypatch):
+    calls = []
+    install_fake(monkeypatch, package, calls)
     inputs = random_inputs(**options, absent=WEIGHTS)
     expected = inputs.run("reference")
     for name, result in inputs.run_function(plain).items():
@@ -127,6 +172,21 @@ def test_equals_the_reference(options, calls):
         assert made == (set() if positions_before else {"flash_attn_varlen_func"})
 
 
+@pytest.mark.parametrize(
+    "options", [{"window": 5}, {"causal": False}, {"causal": False, "window": 5}, {"documents": 4}]
+)
+def test_flash_attention_4_equals_the_reference(options, monkeypatch):
+    """It is only measured, but by the same function."""
+    calls = []
+    install_fake(monkeypatch, "flash-attn-4", calls)
+    inputs = random_inputs(queries=20, absent=WEIGHTS, **options)
+    given = {"causal": True, "window": None, **inputs.options}
+    given |= {"document_ids_BS": given.pop("document_ids", None), "scale": 8**-0.5, "query_offset": 0}
+    out = flash.flash_attention(*inputs.tensors.values(), **given, package="flash-attn-4")
+    torch.testing.assert_close(out, inputs.run("reference")["out"])
+    assert len(calls) == 1
+
+
 def documents_call(ids, calls, dtype=torch.int64, **options):
     """Checks attention() with these document ids; returns the calls of flash-attn."""
     inputs = random_inputs(batch=len(ids), queries=len(ids[0]), absent=WEIGHTS, **options)
@@ -139,12 +199,12 @@ def documents_call(ids, calls, dtype=torch.int64, **options):
 
 def test_documents_become_packed_sequences(calls):
     """Even if a row's first document has the same id as the previous row's last one."""
-    (((q, k, v, *bounds_and_longest), options),) = documents_call([[4, 4, 4, 7, 7], [7, 8, 9, 9, 9]], calls, window=2)
+    (((q, k, v), options),) = documents_call([[4, 4, 4, 7, 7], [7, 8, 9, 9, 9]], calls, window=2)
     assert [x.shape for x in (q, k, v)] == [(10, 4, 8)] * 3
-    *bounds, longest_q, longest_k = bounds_and_longest
-    assert [x.tolist() for x in bounds] == [[0, 3, 5, 6, 7, 10]] * 2
-    assert (longest_q, longest_k) == (3, 3)
-    assert type(longest_q) is int
+    assert [options.pop(f"cu_seqlens_{side}").tolist() for side in "qk"] == [[0, 3, 5, 6, 7, 10]] * 2
+    longest = [options.pop(f"max_seqlen_{side}") for side in "qk"]
+    assert longest == [3, 3]
+    assert type(longest[0]) is int
     assert options == {"softmax_scale": 8**-0.5, "causal": True, "window_size": (1, 0), "deterministic": True}
 
 
@@ -161,7 +221,8 @@ def test_documents_of_any_integers(calls):
 def test_more_documents_than_the_grid_allows_are_left_to_sdpa(calls):
     inputs = random_inputs(batch=1, queries=4, absent=WEIGHTS, document_ids=torch.tensor([[0, 1, 2, 2]]))
     tensors = [inputs.tensors[name] for name in "qkv"]
-    options = {"window": None, "scale": 8**-0.5, "query_offset": 0, "max_documents": 3}
+    options = {"causal": True, "window": None, "scale": 8**-0.5, "query_offset": 0}
+    options |= {"package": "flash-attn", "max_documents": 3}
     out = flash.flash_attention(*tensors, document_ids_BS=inputs.options["document_ids"], **options)
     torch.testing.assert_close(out, inputs.run("reference")["out"])
     calls.clear()
@@ -173,11 +234,8 @@ def test_more_documents_than_the_grid_allows_are_left_to_sdpa(calls):
 @pytest.mark.parametrize("documents", [None, 4])
 def test_under_compile_and_recomputation(calls, monkeypatch, documents):
     """Without documents the graph has no break; with documents one, where their number is read."""
-    for function in (
-        flash_attn_func,
-        flash_attn_varlen_func,
-    ):  # not the recorders: they break the graph
-        monkeypatch.setattr(FAKE, function.__name__, function)
+    for function in (flash_attn_func, flash_attn_varlen_func):  # not the recorders: they break the graph
+        monkeypatch.setattr(sys.modules["flash_attn"], function.__name__, function)
     inputs = random_inputs(queries=12, kv_heads=2, window=7, documents=documents, absent=WEIGHTS)
 
     def recomputed(*arguments, **options):
@@ -205,128 +263,32 @@ def test_a_transformer_trains_with_it(calls, monkeypatch, documents):
     found = gradients()
     assert len(calls) == 2 * config.layers
     assert {name for name, _, _ in calls} == {"flash_attn_varlen_func" if documents else "flash_attn_func"}
-    monkeypatch.setattr(flash, "unavailable_reason", lambda q: "not now")
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q, package: "not now")
     torch.testing.assert_close(found, gradients(), rtol=1e-12, atol=1e-12)
     assert len(calls) == 2 * config.layers
-
-
-# -- when it is called -----------------------------------------------------------------------------------------
-
-
-class OnGPU:
-    """The attributes of a tensor that choose_backend reads."""
-
-    device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (2, 9, 4, 64)
-
-
-@pytest.fixture
-def install(monkeypatch, tmp_path):
-    """Fakes a GPU; the returned function installs a flash-attn of a version with the given module source."""
-    flash._package_unavailable_reason.cache_clear()
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-
-    def installed(version, text="def flash_attn_func(): ...\ndef flash_attn_varlen_func(): ..."):
-        information = tmp_path / f"flash_attn-{version}.dist-info"
-        information.mkdir()
-        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {version}\n")
-        (tmp_path / "flash_attn.py").write_text(text)
-        monkeypatch.syspath_prepend(tmp_path)
-
-    yield installed
-    flash._package_unavailable_reason.cache_clear()
-    sys.modules.pop("flash_attn", None)
-
-
-@pytest.mark.parametrize("version", ["2.7", "2.7.4.post1+cu12torch2.6cxx11abiFALSE", "2.10.0"])
-def test_an_installed_package_is_used(install, version):
-    install(version)
-    assert choose_backend("auto", OnGPU) == ("flash-attn", "without compose weights this is plain attention")
-
-
-def reason():
-    chosen, why = choose_backend("auto", OnGPU)
-    assert chosen == "sdpa"
-    return why.removeprefix("without compose weights this is plain attention; not flash-attn: ")
-
-
-def test_not_installed(install, monkeypatch):
-    def missing(name):
-        raise flash.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(flash.importlib.metadata, "version", missing)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert reason() == "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
-
-
-UNDEFINED_SYMBOL = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10')"
-
-
-@pytest.mark.parametrize(
-    ("version", "text", "problem"),
-    [
-        ("2.6.3", "raise AssertionError('not to be imported')", "flash-attn 2.6.3 is installed, but 2.7 or newer"),
-        ("2.8.3", UNDEFINED_SYMBOL, "importing it fails: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10"),
-        ("2.8.3", "raise OSError('libcudart.so.11.0')", "importing it fails: OSError: libcudart.so.11.0"),
-        ("2.8.3", "", "importing it fails: ImportError: cannot import name 'flash_attn_func'"),
-    ],
-)
-def test_an_unusable_package_is_reported_once(install, version, text, problem):
-    install(version, text)
-    with pytest.warns(
-        UserWarning, match=rf"{problem}.*scaled_dot_product_attention instead.*Build flash-attn for this PyTorch"
-    ):
-        assert problem in reason()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert problem in reason()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "problem"),
-    [
-        ("device", torch.device("cpu"), "it needs an NVIDIA GPU, but q is on cpu"),
-        ("dtype", torch.float32, "it supports bfloat16 and float16, but q is torch.float32"),
-        ("shape", (2, 9, 4, 320), r"it supports head dims up to 256, but q has shape (2, 9, 4, 320)"),
-    ],
-)
-def test_calls_that_it_does_not_support(install, monkeypatch, name, value, problem):
-    """The package is not imported for them, so there is no warning about a package that would not be used anyway."""
-    install("2.8.3", UNDEFINED_SYMBOL)
-    monkeypatch.setattr(OnGPU, name, value)
-    assert reason() == problem
-
-
-def test_gpus_that_it_does_not_support(install, monkeypatch):
-    install("2.8.3", UNDEFINED_SYMBOL)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert reason() == "it needs compute capability 8.0, but the GPU has 7.5"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert reason() == "it is used on NVIDIA GPUs only, and this torch is built for ROCm"
-
-
-def test_the_required_version_is_that_of_pyproject():
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.findall(r'"flash-attn(.*)"', project) == [f">={flash.OLDEST_VERSION}"]
 
 
 # -- its results, on a GPU -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def package(monkeypatch):
-    """The recorded calls of the installed package."""
+IMPORTED = flash._functions
+
+
+@pytest.fixture(params=flash.PACKAGES_OF_RUNS)
+def package(request, monkeypatch):
+    """The recorded calls of an installed package."""
     if not torch.cuda.is_available():
-        pytest.skip("flash-attn needs a GPU")
-    problem = flash.unavailable_reason(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda"))
+        pytest.skip("FlashAttention needs a GPU")
+    problem = flash.unavailable_reason(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda"), request.param)
     if problem is not None:
         pytest.skip(problem)
-    module = sys.modules["flash_attn"]
-    made = []
-    for function in (module.flash_attn_func, module.flash_attn_varlen_func):
-        monkeypatch.setattr(module, function.__name__, recorder(function, made))
+    original = flash.unavailable_reason
+    monkeypatch.setattr(
+        flash, "unavailable_reason", lambda q, name: original(q, name) if name == request.param else "not now"
+    )
+    made, names = [], ("flash_attn_func", "flash_attn_varlen_func")
+    recorders = [recorder(name, function, made) for name, function in zip(names, IMPORTED(request.param))]
+    monkeypatch.setattr(flash, "_functions", lambda package: recorders)
     return made
 
 
@@ -357,7 +319,7 @@ def test_long_rows_on_a_gpu(package, monkeypatch, options):
     assert {name for name, _, _ in package} == {
         "flash_attn_varlen_func" if "documents" in options else "flash_attn_func"
     }
-    monkeypatch.undo()  # the recorder would break the graph
+    monkeypatch.setattr(flash, "_functions", IMPORTED)  # the recorders would break the graph
     for function in [plain] * 5 + [torch.compile(plain, fullgraph="documents" not in options)]:
         for name, again in narrow.run_function(function).items():
             assert torch.equal(again, results[name]), name
@@ -368,7 +330,7 @@ def test_equals_scaled_dot_product_attention_on_a_gpu(package, monkeypatch):
     inputs = random_inputs(**LONG, window=256, absent=WEIGHTS).to(torch.float64, "cuda").to(torch.bfloat16)
     results = inputs.run_function(compose_attention)
     assert len(package) == 1
-    monkeypatch.setattr(flash, "unavailable_reason", lambda q: "not now")
+    monkeypatch.setattr(flash, "unavailable_reason", lambda q, package: "not now")
     for name, other in inputs.run_function(compose_attention).items():
         assert (results[name] - other).norm() <= 0.02 * other.norm(), name
     assert len(package) == 1

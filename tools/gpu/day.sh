@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything worth learning from a GPU in under ten minutes: is it correct, how fast is it, and why. Each stage has a
-# time limit and a log in $OUT; the next one runs whether it succeeds or fails. STAGES="facts tests" runs some of them.
+# Everything worth learning from a GPU in under ten minutes: is it correct, does the model behind its design hold and
+# what should change (first_look), how fast is it, and why. Each stage has a time limit and a log in $OUT; the next one
+# runs whether it succeeds or fails. STAGES="facts tests" runs some of them; tune, which times more tiles, runs only so.
 set -uo pipefail
 out=${OUT:-gpu-out}; mkdir -p "$out"
 export SCRATCH; SCRATCH=$(mktemp -d)  # packages, caches, shards and runs that nobody needs afterwards
-stages=${STAGES:-facts tests attention tune train profile}
+stages=${STAGES:-facts tests first_look attention train profile}
 if ls .whl/*.whl >/dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SCRATCH/site" .whl/*.whl
 fi
@@ -36,9 +37,10 @@ train() {  # a step of the 405M shape, composed and plain, at 2048 and 8192 toke
 }
 profile() { data && python3 .gpu/profile_step.py; }
 export -f data train profile
-stage facts 30 bash -c facts
-stage tests 130 python3 -m pytest -q --maxfail=8 -p no:cacheprovider tests/ops/compose/test_triton_self_test.py tests/ops/compose/test_compose_triton.py tests/models/test_triton_training.py
-stage attention 150 python3 tools/bench_attention.py --quick --minutes 2.2 --output "$out/attention.json"
-stage tune 90 bash -c 'python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096; python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096 --window 256'
+stage facts 20 bash -c facts
+stage tests 120 python3 -m pytest -q --maxfail=8 -p no:cacheprovider tests/ops/compose tests/models/test_triton_training.py -k "triton and not aot and not tune"
+stage first_look 150 python3 tools/bench_attention.py --first-look --minutes 2.3 --output "$out/first-look.json"
+stage attention 100 python3 tools/bench_attention.py --quick --minutes 1.4 --output "$out/attention.json"
 stage train 150 bash -c train
 stage profile 45 bash -c profile
+stage tune 90 bash -c 'python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096; python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096 --window 256'

@@ -20,4 +20,4 @@ ls .whl/pydantic_core-"$core"-*.whl >/dev/null 2>&1 || { rm -f .whl/pydantic_cor
     --python-version 3.12 --implementation cp "${platforms[@]}" -d .whl "pydantic_core==$core"; }
 du -sh .whl | cut -f1
 echo "Ready: on the machine with the GPU, in a copy of this folder with .whl and .gpu, run  bash .gpu/day.sh"
-echo "Its stages and their time limits are at the end of .gpu/day.sh; STAGES=\"facts tests\" runs some of them. Logs go to \$OUT."
+echo "Its stages and their time limits are at the end of .gpu/day.sh; STAGES=\"facts tests\" runs some of them. Logs and results go to \$OUT."

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dcscale.bench.attention import DTYPE_NAMES, FUSED_BACKENDS
+from dcscale.bench.attention import DTYPE_NAMES, FUSED_BACKENDS, PLAIN
 from dcscale.ops import attention, choose_backend, compose_attention, flash
+from dcscale.ops.attention import plain_backend, sdpa_backend
 from dcscale.ops.masks import visible_pairs
 from dcscale.testing.attention import AttentionInputs, arguments, random_inputs, unfused_attention
 
@@ -124,13 +125,17 @@ def too_slow(kind: str, case: Case, first: Case, device: str, quick: bool) -> st
 
 DENSE = ("dense", "dense-compiled")
 COMPILED = ("dense-compiled", "compiled")
-BASELINES = ("dense-compiled", "sdpa", "flash-attn")
+BASELINES = ("dense-compiled", *PLAIN)
 """Kinds that rely on other projects' kernels and compilers. If they fail they are skipped; if dcscale's own fail, the
 benchmark fails."""
 
 _SDPA_BACKENDS = {
-    "cuda": (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
-    "cpu": (SDPBackend.FLASH_ATTENTION,),
+    "cuda": {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    },
+    "cpu": {"flash": SDPBackend.FLASH_ATTENTION},
 }
 
 
@@ -159,7 +164,7 @@ def implementations(
     kinds: Collection[str], example: AttentionInputs, device: str
 ) -> tuple[list[Implementation], dict[str, str]]:
     """(the implementations of ``kinds`` that can run on inputs like ``example``, why others cannot, by name)."""
-    q, k, v, pre, post = arguments(example.tensors)
+    q, _, _, pre, post = arguments(example.tensors)
     found, missing = [], {}
     if "dense" in kinds:
         found.append(Implementation("dense", "dense", unfused_attention))
@@ -180,20 +185,23 @@ def implementations(
             continue
         found.append(Implementation(name, name, partial(compose_attention, backend=name)))
     if "sdpa" in kinds:
-        # torch has no public function for the backend that SDPA selects.
-        chosen = torch._fused_sdp_choice(*(x.transpose(1, 2).requires_grad_() for x in (q, k, v)), is_causal=True)
-        for backend in _SDPA_BACKENDS[device]:
-            name = f"sdpa {backend.name.partition('_')[0].lower()}"
-            note = "torch's default" if backend.value == chosen else ""
-            found.append(Implementation(name, "sdpa", partial(_sdpa, backend), False, False, note))
-    # The windowed kind always runs; without flash-attn dcscale.ops.attention falls back to SDPA.
-    problem = flash.unavailable_reason(q)
-    if "flash-attn" in kinds and problem is None:
-        found.append(Implementation("flash-attn", "flash-attn", _flash_attn, False, False))
-    elif "flash-attn" in kinds:
-        missing["flash-attn"] = problem
+        chosen = sdpa_backend(q)
+        for name, backend in _SDPA_BACKENDS[device].items():
+            note = "torch's default" if name == chosen else ""
+            found.append(Implementation(f"sdpa {name}", "sdpa", partial(_sdpa, backend), False, False, note))
+    used, _ = plain_backend(q)
+    for package in (each for each in flash.PACKAGES if each in kinds):
+        problem = flash.unavailable_reason(q, package)
+        if problem is not None:
+            missing[package] = problem
+            continue
+        for deterministic in (False, True):
+            name = f"{package} deterministic" if deterministic else package
+            note = "what dcscale uses" if deterministic and package == used else ""
+            function = partial(_flash, package, deterministic)
+            found.append(Implementation(name, package, function, False, False, note))
     if "windowed" in kinds and "window" in example.options:
-        through = "scaled_dot_product_attention" if problem else "flash-attn"
+        through = used if used in flash.PACKAGES else "scaled_dot_product_attention with masks"
         found.append(Implementation("windowed", "windowed", _windowed, False, note=f"through {through}"))
     return found, missing
 
@@ -206,9 +214,10 @@ def _sdpa(backend: SDPBackend, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *
     return out_BHTD.transpose(1, 2)
 
 
-def _flash_attn(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *_: None) -> Tensor:
-    scale = q_BTHD.shape[3] ** -0.5
-    return flash.flash_attention(q_BTHD, k_BTHD, v_BTHD, window=None, scale=scale, document_ids_BS=None, query_offset=0)
+def _flash(package: str, deterministic: bool, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *_: None) -> Tensor:
+    options = {"causal": True, "window": None, "document_ids_BS": None, "query_offset": 0}
+    options |= {"scale": q_BTHD.shape[3] ** -0.5, "package": package, "deterministic": deterministic}
+    return flash.flash_attention(q_BTHD, k_BTHD, v_BTHD, **options)
 
 
 def _windowed(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, *_: None, window: int) -> Tensor:

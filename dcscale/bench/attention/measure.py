@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dcscale.bench.attention import PLAIN
 from dcscale.bench.attention.cases import (
     BACKWARD_FLOPS,
     BASELINES,
@@ -230,12 +231,12 @@ def _summary(milliseconds: list[float], flops: float) -> dict[str, float]:
 
 
 def _add_ratios(rows: Sequence[Row]) -> None:
-    """Add the ratios of times to the case's fastest SDPA, and to plain attention with the case's window."""
-    sdpa = (row for row in rows if row["kind"] == "sdpa")
-    fastest = min(sdpa, key=lambda row: row["forward_backward"]["ms"], default=None)
+    """Add the ratios of times to the case's fastest plain attention, and to plain attention with the case's window."""
+    plain = (row for row in rows if row["kind"] in PLAIN)
+    fastest = min(plain, key=lambda row: row["forward_backward"]["ms"], default=None)
     windowed = next((row for row in rows if row["kind"] == "windowed"), None)
     for row in rows:
-        for ratio, baseline in (("times_sdpa", fastest), ("times_windowed", windowed)):
+        for ratio, baseline in (("times_plain", fastest), ("times_windowed", windowed)):
             if baseline is not None:
                 row[ratio] = {each: row[each]["ms"] / baseline[each]["ms"] for each in PASSES}
                 row[ratio]["of"] = baseline["implementation"]

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcscale.bench.attention import KINDS
+from dcscale.bench.attention import KINDS, PLAIN
 from dcscale.bench.attention.cases import PASSES, TARGET_SHAPE, Case, Row
 from dcscale.cli import ResultError, short
+from dcscale.files import write_json
 
 _CASE = tuple(Case.__dataclass_fields__)
-_COLUMNS = ("", "forward ms", "fwd+bwd ms", "quartiles", "x SDPA", "x windowed", "TFLOP/s", "peak MiB", "")
+_TABLE_KINDS = {**{kind: (kind,) for kind in KINDS if kind not in PLAIN}, "plain": PLAIN}
+"""Columns of the Markdown table, each with the kinds of which it shows the fastest."""
+_COLUMNS = ("", "forward ms", "fwd+bwd ms", "quartiles", "x plain", "x windowed", "TFLOP/s", "peak MiB", "")
 LEGEND = (
-    "of two figures in a cell, the first is forward, the second forward+backward; x SDPA: time relative to the\n"
-    "fastest SDPA without a window; x windowed: relative to dcscale.ops.attention; peak MiB: above the inputs"
+    "of two figures in a cell, the first is forward, the second forward+backward; x plain: time relative to the\n"
+    "fastest plain attention without a window, marked *; x windowed: relative to dcscale.ops.attention;\n"
+    "peak MiB: above the inputs"
 )
 NOT_MEASURED = "not measured"
 
@@ -36,11 +40,11 @@ def case_lines(rows: Sequence[Row]) -> list[str]:
             notes.append(f"compiled in {row['compile_seconds']:.1f} s")
         cells.append(
             (
-                row["implementation"],
+                row["implementation"] + (" *" if row["implementation"] == row.get("times_plain", {}).get("of") else ""),
                 f"{forward['ms']:.2f}",
                 f"{both['ms']:.2f}",
                 f"{low:.2f}-{high:.2f}",
-                _ratios(row, "times_sdpa"),
+                _ratios(row, "times_plain"),
                 _ratios(row, "times_windowed"),
                 f"{short(forward['tflops'])} {short(both['tflops'])}",
                 f"{row['peak_bytes'] / 2**20:,.0f}",
@@ -89,8 +93,8 @@ def _origin(result: Mapping[str, Any]) -> list[str]:
     return [
         f"{place}; {', '.join(names)}; {result['date'][:10]}, commit {result['commit']}; `{result['command']}`",
         "",
-        "Forward and backward: median of a call in ms, relative to the fastest SDPA without a window in the same case",
-        "(x), and peak memory above the inputs.",
+        "Forward and backward: median of a call in ms, relative to the fastest plain attention without a window in",
+        "the same case (x), and peak memory above the inputs.",
     ]
 
 
@@ -98,18 +102,19 @@ def _table(rows: Sequence[Row]) -> list[str]:
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
         cases.setdefault(tuple(row[name] for name in _CASE), []).append(row)
-    lines = _head(["type", "B", "T", "H", "D", "window", *("SDPA" if kind == "sdpa" else kind for kind in KINDS)])
+    lines = _head(["type", "B", "T", "H", "D", "window", *_TABLE_KINDS])
     for (dtype, batch, length, heads, head_dim, window, _), of_case in cases.items():
         cells = [dtype, batch, length, heads, head_dim, "-" if window is None else window]
-        for kind in KINDS:
-            timed = [row for row in of_case if row["not_measured"] is None and row["kind"] == kind]
-            # Of several SDPA backends, the fastest.
+        for column, kinds in _TABLE_KINDS.items():
+            timed = [row for row in of_case if row["not_measured"] is None and row["kind"] in kinds]
             best = min(timed, key=lambda row: row["forward_backward"]["ms"], default=None)
             if best is None:
-                cells.append("-" if kind == "windowed" and window is None else NOT_MEASURED)
+                cells.append("-" if column == "windowed" and window is None else NOT_MEASURED)
                 continue
-            name = f" ({best['implementation'].removeprefix('sdpa ')})" if kind == "sdpa" else ""
-            ratio = "" if kind == "sdpa" or "times_sdpa" not in best else f" ({short(best['times_sdpa'][PASSES[1]])}x)"
+            if column == "plain":
+                name, ratio = f" ({best['implementation']})", ""
+            else:
+                name, ratio = "", f" ({short(best['times_plain'][PASSES[1]])}x)" if "times_plain" in best else ""
             memory = f"{best['peak_bytes'] / 2**20:,.0f} MiB"
             cells.append(f"{short(best['forward_backward']['ms'])} ms{name}{ratio}, {memory}")
         lines.append(_line(cells))
@@ -164,7 +169,7 @@ class Target:
         baseline = {
             "dense": "the dense formula's",
             "dense-compiled": "the compiled dense formula's",
-            "sdpa": "SDPA's without a window",
+            "plain": "plain attention's without a window",
             "growth": f"that at T={self.baseline_length}",
         }[self.baseline]
         device = {"cuda": "GPU", "cpu": "CPU"}[self.device]
@@ -172,13 +177,13 @@ class Target:
 
 
 TARGETS = (
-    Target("cuda", "triton", 3, "time", "sdpa", "bf16"),
-    Target("cuda", "triton", 1, "time", "sdpa", "bf16", window=256),
+    Target("cuda", "triton", 3, "time", "plain", "bf16"),
+    Target("cuda", "triton", 1, "time", "plain", "bf16", window=256),
     Target("cuda", "triton", 1 / 3, "time", "dense-compiled", "bf16"),
     Target("cuda", "triton", 1 / 10, "time", "dense", "bf16"),
     Target("cuda", "triton", 1 / 8, "peak memory", "dense", "bf16"),
     *(
-        Target("cpu", kind, limit, "time", "sdpa", dtype, window)
+        Target("cpu", kind, limit, "time", "plain", dtype, window)
         for kind in ("chunked", "compiled")
         for dtype in ("fp32", "bf16")
         for window, limit in ((None, 3), (256, 1))
@@ -204,9 +209,9 @@ def _verdict(target: Target, rows: Sequence[Row], machine: Mapping[str, Any]) ->
     # Peak memory does not depend on the number of threads.
     if target.device == "cpu" and target.measure == "time" and machine["threads"] != THREADS_ON_CPU:
         return _not_measured(f"the target is for {THREADS_ON_CPU} threads, but this run had {machine['threads']}")
-    baseline_kind = target.kind if target.baseline == "growth" else target.baseline
-    row = _best(target, rows, target.kind, target.length)
-    baseline = _best(target, rows, baseline_kind, target.baseline_length)
+    baseline_kinds = {"growth": (target.kind,), "plain": PLAIN}.get(target.baseline, (target.baseline,))
+    row = _best(target, rows, (target.kind,), target.length)
+    baseline = _best(target, rows, baseline_kinds, target.baseline_length)
     for found, name in ((row, target.kind), (baseline, target.baseline)):
         if found is None:
             return _not_measured(f"there is no figure for {name} in this case")
@@ -223,12 +228,12 @@ def _not_measured(why: str) -> dict[str, Any]:
     return {"verdict": "not measured", "ratio": None, "detail": why}
 
 
-def _best(target: Target, rows: Sequence[Row], kind: str, length: int) -> Row | None:
+def _best(target: Target, rows: Sequence[Row], kinds: Sequence[str], length: int) -> Row | None:
     _, heads, head_dim = TARGET_SHAPE[target.device]
     case = {"dtype": target.dtype, "batch": 1, "length": length, "heads": heads, "head_dim": head_dim}
-    case |= {"window": target.window, "rank": 2, "not_measured": None, "kind": kind}
+    case |= {"window": target.window, "rank": 2, "not_measured": None}
     # Rows that were not measured lack some keys.
-    matching = [row for row in rows if all(row.get(key, "") == value for key, value in case.items())]
+    matching = [row for row in rows if row.get("kind") in kinds and all(row.get(key, "") == case[key] for key in case)]
     return min(matching, key=lambda row: _value(row, target.measure), default=None)
 
 
@@ -247,13 +252,29 @@ COLORS = {
     "compiled": "tab:cyan",
     "triton": "tab:green",
     "sdpa": "black",
+    "flash-attn-4": "tab:pink",
+    "flash-attn-3": "tab:olive",
     "flash-attn": "tab:gray",
     "windowed": "tab:purple",
 }
 
 
+def save(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result to ``path``, plot it next to that, and print where they are."""
+    write_json(path, result)
+    print(f"written: {path}")
+    if not any("times_plain" in row for row in result["rows"]):
+        print("no plot: nothing was timed next to plain attention")
+        return
+    try:
+        plot(result, path.with_suffix(".png"))
+        print(f"plotted: {path.with_suffix('.png')}")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error.name} is not installed (pip install -c launch/constraints.txt matplotlib)")
+
+
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Plot time relative to SDPA, and peak memory, over the length: a column for each dtype and window.
+    """Plot time relative to plain attention, and peak memory, over the length: a column for each dtype and window.
 
     Only the cases with the heads and head dim of the first case are drawn.
 
@@ -270,7 +291,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     rows = [
         row
         for row in result["rows"]
-        if row["not_measured"] is None and (row["heads"], row["head_dim"]) == shape and "times_sdpa" in row
+        if row["not_measured"] is None and (row["heads"], row["head_dim"]) == shape and "times_plain" in row
     ]
     columns = list(dict.fromkeys((row["dtype"], row["window"]) for row in rows))
     lengths = sorted({row["length"] for row in rows})
@@ -300,7 +321,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         below.set_xlabel("T")
-    axes[0, 0].set_ylabel("forward+backward\nx SDPA without a window")
+    axes[0, 0].set_ylabel("forward+backward\nx the fastest plain attention")
     axes[1, 0].set_ylabel("peak memory\nabove the inputs, MiB")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
     machine, versions = result["machine"], result["versions"]
@@ -315,7 +336,8 @@ def _lines(above: Any, below: Any, rows: list[Row]) -> Any:
     """Plot the two lines of an implementation; returns the handle for the legend."""
     lengths = [row["length"] for row in rows]
     style = {"color": COLORS[rows[0]["kind"]], "marker": "o", "markersize": 4}
-    if rows[0]["kind"] == "sdpa":
-        style["linestyle"] = {"cudnn": "--", "efficient": ":"}.get(rows[0]["implementation"].split()[1], "-")
+    if rows[0]["kind"] in PLAIN:
+        variant = rows[0]["implementation"].partition(" ")[2]
+        style["linestyle"] = {"cudnn": "--", "efficient": ":", "deterministic": "--"}.get(variant, "-")
     below.plot(lengths, [row["peak_bytes"] / 2**20 for row in rows], **style)
-    return above.plot(lengths, [row["times_sdpa"]["forward_backward"] for row in rows], **style)[0]
+    return above.plot(lengths, [row["times_plain"]["forward_backward"] for row in rows], **style)[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dcscale.ops import flash
-from dcscale.ops.attention import attention, check_attention, check_tensor
+from dcscale.ops.attention import check_attention, check_tensor, checked_attention, plain_backend
 from dcscale.ops.compose.chunked import chunked_attention
 from dcscale.ops.compose.compiled import compiled_attention
-from dcscale.ops.compose.custom_op import SCRATCH_BYTES, Call
+from dcscale.ops.compose.custom_op import Call
 from dcscale.ops.compose.reference import reference_attention
+from dcscale.ops.compose.scratch import default_scratch_bytes
 from dcscale.ops.compose.triton.op import triton_attention, unavailable_reason
 from dcscale.ops.compose.triton.self_test import self_test_failure
 from dcscale.ops.compose.weights import ComposeWeights
@@ -31,14 +31,15 @@ def compose_attention(
     pre: ComposeWeights | None = None,
     post: ComposeWeights | None = None,
     *,
+    causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     document_ids: Tensor | None = None,
     query_offset: int | None = None,
     backend: str = "auto",
-    scratch_bytes: int = SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
 ) -> Tensor:
-    """Causal attention whose heads are composed before and after the softmax (DCMHA, arXiv 2405.08553)::
+    """Attention whose heads are composed before and after the softmax (DCMHA, arXiv 2405.08553)::
 
         S_h = scale * q_h k_h^T      S' = compose_pre(S), masked      P_h = softmax_s(S'_h)
         P' = compose_post(P)         O_h = P'_h v_h
@@ -49,16 +50,21 @@ def compose_attention(
         v: [B, S, G, D].
         pre: weights of the compose before the softmax; None for the identity.
         post: weights of the compose after the softmax; None for the identity.
-        window: keys that a query sees, itself included; None for all keys before it.
+        causal: a query sees the keys up to its own position. Otherwise it sees all S keys, and with a window W those
+            with |t - s| < W. Cross attention is causal=False with T != S: the weights by key then come from the key
+            sequence, and window and document_ids are refused.
+        window: keys that a query sees, itself included, and without ``causal`` as many after it; None for no limit.
         scale: factor on the scores; 1/sqrt(D) by default.
         document_ids: integers [B, S], the document of each key; a query sees keys of its own document only.
-        query_offset: position of the first query among the keys; S - T by default (the queries are the last T).
+        query_offset: position of the first query among the keys; S - T by default (the queries are the last T). Without
+            ``causal`` there is no default unless T = S: pass it if the queries are positions of the key sequence.
         backend: "reference" (dense, the definition), "chunked" (plain PyTorch, keeps nothing of size T x S for
             backward), "compiled" (the same through torch.compile: faster on long sequences, after a minute of
             compilation), "triton" (fused kernels for NVIDIA GPUs), or "auto" for the best that can run.
-        scratch_bytes: memory for the scores of a chunk of queries. Chunks are made smaller until they fit, down to a
-            few queries of one batch row; the formulas are in chunked.py, compiled.py and triton/staging.py. The
-            reference backend and plain attention ignore it.
+        scratch_bytes: memory for the scores of a chunk of queries; by default it follows from the device's total memory
+            and the shapes (scratch.py). Chunks are made smaller until they fit, down to a few queries of one batch row;
+            the formulas are in chunked.py, compiled.py and triton/staging.py. The reference backend and plain attention
+            ignore it.
 
     Returns:
         [B, T, H, D] in q's dtype, differentiable in every float tensor. 16-bit input is computed in float32.
@@ -66,22 +72,31 @@ def compose_attention(
     Raises:
         ValueError: an argument does not fit; with its name, its shape or value, and what was expected.
     """
-    scale, query_offset = check_attention(q, k, v, window, scale, document_ids, query_offset)
+    scale, query_offset = check_attention(q, k, v, causal, window, scale, document_ids, query_offset)
     for stage, weights in (("pre", pre), ("post", post)):
         if weights is not None:
             _check_weights(stage, weights, q, k)
-    name, _ = choose_backend(backend, q, pre, post)
-    if name in ("flash-attn", "sdpa"):
-        return attention(q, k, v, window=window, scale=scale, document_ids=document_ids, query_offset=query_offset)
-    if scratch_bytes < 1:
-        raise ValueError(f"scratch_bytes is {scratch_bytes}, expected at least 1; the default is {SCRATCH_BYTES}")
+    if backend == "auto" and pre is None and post is None:
+        options = {"causal": causal, "window": window, "scale": scale, "document_ids": document_ids}
+        return checked_attention(q, k, v, **options, query_offset=query_offset)
+    name, _ = choose_backend(backend, q, pre, post, kv_heads=k.shape[2])
+    if scratch_bytes is None:
+        scratch_bytes = default_scratch_bytes(q, k, window, causal)
+    elif scratch_bytes < 1:
+        raise ValueError(f"scratch_bytes is {scratch_bytes}, expected at least 1, or None for the default")
     pre = ComposeWeights() if pre is None else pre
     post = ComposeWeights() if post is None else post
-    return _IMPLEMENTATIONS[name](Call(q, k, v, pre, post, document_ids, window, scale, query_offset, scratch_bytes))
+    return _IMPLEMENTATIONS[name](
+        Call(q, k, v, pre, post, document_ids, causal, window, scale, query_offset, scratch_bytes)
+    )
 
 
 def choose_backend(
-    requested: str, q: Tensor, pre: ComposeWeights | None = None, post: ComposeWeights | None = None
+    requested: str,
+    q: Tensor,
+    pre: ComposeWeights | None = None,
+    post: ComposeWeights | None = None,
+    kv_heads: int | None = None,
 ) -> tuple[str, str]:
     """Name the implementation that :func:`compose_attention` uses for these arguments.
 
@@ -90,10 +105,11 @@ def choose_backend(
         q: as in :func:`compose_attention`.
         pre: as in :func:`compose_attention`.
         post: as in :func:`compose_attention`.
+        kv_heads: heads of k and v; those of q by default.
 
     Returns:
-        (name, reason): one of :data:`BACKENDS` except "auto", or "flash-attn" or "sdpa" for plain attention, and why
-        it was chosen, including why no faster one can run.
+        (name, reason): one of :data:`BACKENDS` except "auto", or for plain attention a name of
+        :func:`dcscale.ops.attention.plain_backend`; and why it was chosen, including why no faster one can run.
 
     Raises:
         ValueError: ``requested`` is unknown, or is "triton" and cannot run here.
@@ -101,28 +117,28 @@ def choose_backend(
     if requested not in BACKENDS:
         raise ValueError(f"backend is {requested!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if requested == "triton":
-        problem = _triton_unavailable_reason(q, pre, post)
+        problem = _triton_unavailable_reason(q, pre, post, kv_heads)
         if problem is not None:
             raise ValueError(f"backend 'triton' cannot run here: {problem}; use 'auto' or 'chunked'")
     if requested != "auto":
         return requested, "requested"
     if pre is None and post is None:
-        problem = flash.unavailable_reason(q)
-        if problem is None:
-            return "flash-attn", "without compose weights this is plain attention"
-        return "sdpa", f"without compose weights this is plain attention; not flash-attn: {problem}"
+        name, reason = plain_backend(q)
+        return name, f"without compose weights this is plain attention; {reason}"
     # On a CPU "auto" never runs the kernels, even where Triton could interpret them: that is slow, and for tests only.
-    problem = "it needs an NVIDIA GPU" if q.device.type == "cpu" else _triton_unavailable_reason(q, pre, post)
+    problem = "it needs an NVIDIA GPU" if q.device.type == "cpu" else _triton_unavailable_reason(q, pre, post, kv_heads)
     if problem is None:
         return "triton", "the fastest backend for compose; its kernels passed their self-test on this GPU"
     return "chunked", f"not triton: {problem}; 'compiled' is faster on long sequences, after a minute of compilation"
 
 
-def _triton_unavailable_reason(q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
+def _triton_unavailable_reason(
+    q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None, kv_heads: int | None
+) -> str | None:
     problem = unavailable_reason(q, pre, post)
     # In the interpreter, as in tests on a CPU, nothing is compiled, so no compiler needs testing.
     if problem is None and q.is_cuda:
-        problem = self_test_failure(q, pre, post)
+        problem = self_test_failure(q, pre, post, kv_heads)
     return problem
 
 

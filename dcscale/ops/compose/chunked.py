@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dcscale.ops.compose.custom_op import Call, Gradients, define_operator
 from dcscale.ops.compose.weights import ComposeWeights
-from dcscale.ops.masks import key_range, visible_keys
+from dcscale.ops.masks import key_range, most_keys, visible_keys
 
 MAX_CHUNK_QUERIES = 64
 """Queries of a chunk. More make the matrix products more efficient; fewer waste less work on keys that only some of the
@@ -192,16 +192,16 @@ def _backward(dout_BTHD: Tensor, _: list[Tensor], call: Call) -> Gradients:
 def _split_batch(call: Call) -> Iterator[tuple[slice, _BatchRows]]:
     """Groups of batch rows, each as large as the limits on a chunk's scores allow."""
     batch, queries, heads, _ = call.q.shape
-    # The last chunk sees the most keys.
     chunk = min(queries, MAX_CHUNK_QUERIES)
-    start, end = key_range(call.query_offset + queries - chunk, call.query_offset + queries - 1, call.window)
+    positions = range(call.query_offset, call.query_offset + queries)
+    keys = most_keys(positions, chunk, call.window, call.causal, call.k.shape[1])
     scratch = Scratch(call.q)
     # Scratch is 3 buffers of the scores' size in forward and 5 in backward, plus latents of 2 R / H of that size for
     # each compose: 2 in forward, 3 in backward.
     rank = max((w.shape[2] for w in (*call.pre, *call.post) if w is not None and w.dim() == 4), default=0)
     budget = int(call.scratch_bytes / scratch.dtype.itemsize / (5 + 3 * 2 * rank / heads))
     max_elements = min(MAX_SCORE_ELEMENTS, budget)
-    size = max(1, max_elements // (heads * chunk * (end - start)))
+    size = max(1, max_elements // (heads * chunk * keys))
     for first in range(0, batch, size):
         rows = slice(first, first + size)
         yield rows, _BatchRows(_select_rows(call, rows), scratch, max_elements)
@@ -280,14 +280,14 @@ class _BatchRows:
     def chunks(self) -> Iterator[tuple[slice, slice]]:
         """The queries of each chunk, and the keys that they see."""
         heads, batch, queries, _ = self.q_HBTD.shape
-        offset = self.call.query_offset
+        offset, window, causal = self.call.query_offset, self.call.window, self.call.causal
         start = 0
         while start < queries:
             # Halve the chunk until its scores meet the limit.
             size = MAX_CHUNK_QUERIES
             while True:
                 end = min(start + size, queries)
-                keys = slice(*key_range(offset + start, offset + end - 1, self.call.window))
+                keys = slice(*key_range(offset + start, offset + end - 1, window, causal, self.k_HBSD.shape[2]))
                 if size == 1 or heads * batch * (end - start) * (keys.stop - keys.start) <= self.max_elements:
                     break
                 size //= 2
@@ -307,6 +307,7 @@ class _BatchRows:
             range(offset + queries.start, offset + queries.stop),
             range(keys.start, keys.stop),
             self.call.window,
+            self.call.causal,
             self.call.document_ids,
             logits_HBCV.device,
         )

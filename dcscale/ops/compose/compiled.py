@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dcscale.ops.compose.custom_op import Call, Gradients, define_operator
 from dcscale.ops.compose.weights import ComposeWeights
-from dcscale.ops.masks import key_range
+from dcscale.ops.masks import band, key_range, most_keys
 
 MAX_CHUNK_QUERIES = 64
 """Queries of a chunk. More make the matrix products more efficient; fewer waste less work on keys that only some of the
@@ -88,29 +88,37 @@ def _compose_backward(
     return dx_CHV, ComposeWeights(dq1, dq2, dqg, dk1, dk2, dkg)
 
 
-class _Positions(NamedTuple):
-    """Positions of a chunk's queries and keys, and their documents; None for a single document."""
+class _Visibility(NamedTuple):
+    """What decides which keys of a chunk its queries see."""
 
     queries_C: Tensor
+    """Positions."""
     keys_V: Tensor
     query_documents_C: Tensor | None
+    """None for a single document."""
     key_documents_V: Tensor | None
+    behind: int | None
+    """See :func:`dcscale.ops.masks.band`."""
+    ahead: int | None
 
 
 def _probabilities(
-    q_HCD: Tensor, k_HVD: Tensor, pre: ComposeWeights, positions: _Positions, window: int | None, scale: float
+    q_HCD: Tensor, k_HVD: Tensor, pre: ComposeWeights, visibility: _Visibility, scale: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(scores, probabilities, both [C, H, V], and the latents of pre)."""
     scores_CHV = (torch.bmm(q_HCD, k_HVD.mT) * scale).transpose(0, 1)
     logits_CHV, latents = _compose_forward(scores_CHV, pre)
     # The mask of ops.masks.visible_keys, without its shortcuts: those would compile a variant for each.
-    distance_CV = positions.queries_C[:, None] - positions.keys_V
-    seen_CV = distance_CV >= 0
-    if window is not None:
-        seen_CV = seen_CV & (distance_CV < window)
-    if positions.query_documents_C is not None:
-        seen_CV = seen_CV & (positions.query_documents_C[:, None] == positions.key_documents_V)
-    logits_CHV = torch.where(seen_CV[:, None], logits_CHV, -torch.inf)
+    distance_CV = visibility.queries_C[:, None] - visibility.keys_V
+    conditions = []
+    if visibility.ahead is not None:
+        conditions.append(distance_CV >= -visibility.ahead)
+    if visibility.behind is not None:
+        conditions.append(distance_CV <= visibility.behind)
+    if visibility.query_documents_C is not None:
+        conditions.append(visibility.query_documents_C[:, None] == visibility.key_documents_V)
+    for seen_CV in conditions:
+        logits_CHV = torch.where(seen_CV[:, None], logits_CHV, -torch.inf)
     return scores_CHV, torch.softmax(logits_CHV, -1), latents
 
 
@@ -120,12 +128,11 @@ def _chunk_forward(
     v_HVD: Tensor,
     pre: ComposeWeights,
     post: ComposeWeights,
-    positions: _Positions,
-    window: int | None,
+    visibility: _Visibility,
     scale: float,
 ) -> Tensor:
     """The output [H, C, D]."""
-    _, probabilities_CHV, _ = _probabilities(q_HCD, k_HVD, pre, positions, window, scale)
+    _, probabilities_CHV, _ = _probabilities(q_HCD, k_HVD, pre, visibility, scale)
     composed_CHV, _ = _compose_forward(probabilities_CHV, post)
     return torch.bmm(composed_CHV.transpose(0, 1), v_HVD)
 
@@ -137,12 +144,11 @@ def _chunk_backward(
     v_HVD: Tensor,
     pre: ComposeWeights,
     post: ComposeWeights,
-    positions: _Positions,
-    window: int | None,
+    visibility: _Visibility,
     scale: float,
 ) -> list[Tensor | None]:
     """The gradients of q, k, v and the weights of pre and post, in their layouts: as :meth:`_Row.tensors`."""
-    scores_CHV, probabilities_CHV, pre_latents = _probabilities(q_HCD, k_HVD, pre, positions, window, scale)
+    scores_CHV, probabilities_CHV, pre_latents = _probabilities(q_HCD, k_HVD, pre, visibility, scale)
     composed_CHV, post_latents = _compose_forward(probabilities_CHV, post)
     # dv = P'^T dout;  dP' = dout v^T;  dP = compose_post^T(dP')
     dv_HVD = torch.bmm(composed_CHV.permute(1, 2, 0), dout_HCD)
@@ -239,36 +245,36 @@ def _mark_dynamic(axis: int, *tensors: Tensor | None) -> None:
             torch._dynamo.maybe_mark_dynamic(x, axis % x.dim())
 
 
-def _chunks(row: _Row, call: Call, documents_S: Tensor | None) -> Iterator[tuple[slice, slice, _Row, _Positions]]:
-    """The queries and keys of each chunk, their tensors and positions.
+def _chunks(row: _Row, call: Call, documents_S: Tensor | None) -> Iterator[tuple[slice, slice, _Row, _Visibility]]:
+    """The queries and keys of each chunk, their tensors, and what the queries see.
 
     The last chunk comes first. No two of its sizes are equal unless they must be, so the compiler does not specialize
     on an accidental equality.
     """
     heads, queries = row.q_HCD.shape[:2]
-    offset, window = call.query_offset, call.window
-    longest = queries if window is None else min(queries, window + MAX_CHUNK_QUERIES)
+    offset, window, causal, all_keys = call.query_offset, call.window, call.causal, row.k_HVD.shape[1]
+    longest = most_keys(range(offset, offset + queries), MAX_CHUNK_QUERIES, window, causal, all_keys)
     max_elements = min(MAX_SCORE_ELEMENTS, call.scratch_bytes // (SCRATCH_PER_SCORES * row.q_HCD.element_size()))
-    size = min(MAX_CHUNK_QUERIES, max(1, max_elements // (heads * (offset + longest))))
-    positions_S = torch.arange(offset + queries, device=row.q_HCD.device)
+    size = min(MAX_CHUNK_QUERIES, max(1, max_elements // (heads * longest)))
+    positions = torch.arange(max(offset + queries, all_keys), device=row.q_HCD.device)
     for start in reversed(range(0, queries, size)):
         end = min(start + size, queries)
-        keys = slice(*key_range(offset + start, offset + end - 1, window))
+        keys = slice(*key_range(offset + start, offset + end - 1, window, causal, all_keys))
         own = slice(offset + start, offset + end)  # the positions of the queries among the keys
         chunk = row.narrow(slice(start, end), keys)
         chunk.mark_dynamic()
         of_documents = (None, None) if documents_S is None else (documents_S[own], documents_S[keys])
-        positions = _Positions(positions_S[own], positions_S[keys], *of_documents)
-        _mark_dynamic(0, *positions)
-        yield slice(start, end), keys, chunk, positions
+        visibility = (positions[own], positions[keys], *of_documents)
+        _mark_dynamic(0, *visibility)
+        yield slice(start, end), keys, chunk, _Visibility(*visibility, *band(window, causal))
 
 
 def _forward(call: Call) -> list[Tensor]:
     out_BTHD = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     for index, out_THD in enumerate(out_BTHD):
         documents_S = None if call.document_ids is None else call.document_ids[index]
-        for queries, _, chunk, positions in _chunks(_Row.of(call, index), call, documents_S):
-            out_HCD = _compile(_chunk_forward)(*chunk, positions, call.window, call.scale)
+        for queries, _, chunk, visibility in _chunks(_Row.of(call, index), call, documents_S):
+            out_HCD = _compile(_chunk_forward)(*chunk, visibility, call.scale)
             out_THD[queries] = out_HCD.transpose(0, 1)
     return [out_BTHD]
 
@@ -280,10 +286,10 @@ def _backward(dout_BTHD: Tensor, _: list[Tensor], call: Call) -> Gradients:
         totals = row.zeros_like()
         dout_HTD = dout_THD.transpose(0, 1).to(row.q_HCD.dtype).contiguous()
         documents_S = None if call.document_ids is None else call.document_ids[index]
-        for queries, keys, chunk, positions in _chunks(row, call, documents_S):
+        for queries, keys, chunk, visibility in _chunks(row, call, documents_S):
             dout_HCD = dout_HTD[:, queries]
             _mark_dynamic(1, dout_HCD)
-            of_chunk = _compile(_chunk_backward)(dout_HCD, *chunk, positions, call.window, call.scale)
+            of_chunk = _compile(_chunk_backward)(dout_HCD, *chunk, visibility, call.scale)
             for total, gradient in zip(totals.narrow(queries, keys).tensors(), of_chunk):
                 if total is not None:
                     total.add_(gradient)

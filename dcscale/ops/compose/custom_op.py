@@ -35,6 +35,7 @@ class Call(NamedTuple):
     post: ComposeWeights = ComposeWeights()
     document_ids: Tensor | None = None
     """Integers [B, S]."""
+    causal: bool = True
     window: int | None = None
     scale: float = 1.0
     query_offset: int = 0
@@ -73,7 +74,7 @@ _WEIGHT_NAMES = [f"{stage}_{name}" for stage in ("pre", "post") for name in Comp
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, "
     + ", ".join(f"Tensor? {name}" for name in _WEIGHT_NAMES)
-    + ", Tensor? document_ids, int? window, float scale, int query_offset, int scratch_bytes"
+    + ", Tensor? document_ids, bool causal, int? window, float scale, int query_offset, int scratch_bytes"
 )
 _DIFFERENTIABLE = 3 + len(_WEIGHT_NAMES)
 _TENSORS = _DIFFERENTIABLE + 1  # document_ids
@@ -82,16 +83,16 @@ _TENSORS = _DIFFERENTIABLE + 1  # document_ids
 def _pack(call: Call) -> tuple[Any, ...]:
     """The arguments in the order of the schema."""
     weights = (*call.pre.without_unpaired(), *call.post.without_unpaired())
-    options = (call.window, call.scale, call.query_offset, call.scratch_bytes)
+    options = (call.causal, call.window, call.scale, call.query_offset, call.scratch_bytes)
     return call.q, call.k, call.v, *weights, call.document_ids, *options
 
 
 def _unpack(arguments: Sequence[Any]) -> Call:
     """The inverse of :func:`_pack`."""
-    q, k, v, *weights, document_ids, window, scale, query_offset, scratch_bytes = arguments
+    q, k, v, *weights, document_ids, causal, window, scale, query_offset, scratch_bytes = arguments
     half = len(ComposeWeights._fields)
     pre, post = ComposeWeights(*weights[:half]), ComposeWeights(*weights[half:])
-    return Call(q, k, v, pre, post, document_ids, window, scale, query_offset, scratch_bytes)
+    return Call(q, k, v, pre, post, document_ids, causal, window, scale, query_offset, scratch_bytes)
 
 
 def define_operator(

@@ -33,7 +33,7 @@ def reference_attention(call: Call, upcast: bool = True) -> Tensor:
     # S' = compose_pre(scale q k^T), masked
     scores_BHTS = compose(torch.einsum("bthd,bshd->bhts", q, k) * call.scale, call.pre)
     positions = range(call.query_offset, call.query_offset + queries)
-    seen = visible_keys(positions, range(keys), call.window, call.document_ids, q.device)
+    seen = visible_keys(positions, range(keys), call.window, call.causal, call.document_ids, q.device)
     if seen is not None:
         scores_BHTS = scores_BHTS.masked_fill(~seen.unsqueeze(-3), -torch.inf)
     # P' = compose_post(softmax(S'))

@@ -224,6 +224,8 @@ def check_compatible(
             f"train.global_batch_size is {saved} in the checkpoint and {current} now: it must match to resume"
         )
     state = TrainState.from_json(content)
+    if state.scratch_mib is None:  # a checkpoint from before scratch was part of the state
+        state.scratch_mib = saved_config.model.scratch_mib
     changes = data_changes(state.data_identity, identity)
     way_out = ""
     if changes and not config.checkpoint.allow_data_change:

@@ -63,7 +63,7 @@ def test_automatic_choice_on_a_gpu(call, gpu):
     chosen, why = choose_backend("auto", OnGPU, *call[3:])
     assert chosen == "triton"
     assert "passed their self-test" in why
-    assert gpu == [(OnGPU, *call[3:])]
+    assert gpu == [(OnGPU, *call[3:], None)]
 
 
 def test_gpus_that_are_too_old_use_chunked(call, gpu, monkeypatch):
@@ -98,7 +98,8 @@ def test_automatic_choice_on_a_cpu(call):
 
 def test_an_unknown_gpu_uses_the_tiles_of_the_newest_older_one():
     assert tiles_for(89, 2) == TABLE[80][2]
-    assert tiles_for(121, 2) == TABLE[100][2]
+    assert tiles_for(103, 2) == TABLE[100][2]
+    assert tiles_for(121, 2) == TABLE[120][2]
     with pytest.raises(ValueError, match="compute capability 75, expected at least 80; use backend 'chunked'"):
         tiles_for(75, 2)
 
@@ -112,8 +113,18 @@ def test_every_rank_has_tiles(capability):
 
 
 @pytest.mark.parametrize("capability", TABLE)
+def test_tiles_fit_into_each_other(capability):
+    for tiles in TABLE[capability].values():
+        queries, keys = tiles.block
+        assert queries % tiles.backward.queries == 0
+        assert tiles.backward.keys == keys
+        assert tiles.product.queries % tiles.product.keys == tiles.product.queries % queries == 0
+        assert tiles.product.keys % keys == 0
+
+
+@pytest.mark.parametrize("capability", TABLE)
 def test_every_thread_has_its_own_elements(capability):
-    for tile in (tile for tiles in TABLE[capability].values() for tile in tiles):
+    for tile in (tile for tiles in TABLE[capability].values() for tile in tiles[:3]):
         assert tile.queries * tile.keys >= 32 * tile.warps
         assert all(number & (number - 1) == 0 for number in tile)
 

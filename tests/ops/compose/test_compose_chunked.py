@@ -149,11 +149,12 @@ def test_the_future_has_no_effect(backend):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_keys_that_no_query_sees_are_not_accessed():
-    """Positions 0..4 are before every window, 15..19 after every query."""
-    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5)
+@pytest.mark.parametrize(("causal", "after"), [(True, 15), (False, 19)])
+def test_keys_that_no_query_sees_are_not_accessed(causal, after):
+    """Positions 0..4 are before every window, those from ``after`` on behind every query or, bidirectional, window."""
+    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5, causal=causal)
     expected = inputs.run("chunked")
-    unseen = [*range(5), *range(15, 20)]
+    unseen = [*range(5), *range(after, 20)]
     poisoned = {name: x.clone() for name, x in inputs.tensors.items()}
     by_key = [name for name in poisoned if name in "kv" or "k" in name]
     for name in by_key:
@@ -246,4 +247,4 @@ def test_the_op_passes_opcheck(absent):
     inputs = random_inputs(batch=1, queries=5, absent=absent)
     weights = [inputs.tensors.get(name) for name in WEIGHTS]
     tensors = [None if x is None else x.requires_grad_() for x in (*(inputs.tensors[n] for n in "qkv"), *weights)]
-    torch.library.opcheck(torch.ops.dcscale.compose_chunked.default, (*tensors, None, 3, 0.5, 0, 2**28))
+    torch.library.opcheck(torch.ops.dcscale.compose_chunked.default, (*tensors, None, True, 3, 0.5, 0, 2**28))

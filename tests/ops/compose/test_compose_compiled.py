@@ -65,11 +65,12 @@ def test_error_in_the_dtypes_of_training(call, dtype):
 
 
 @pytest.mark.usefixtures("uncompiled", "small_chunks")
-def test_keys_that_no_query_sees_are_not_accessed():
-    """Positions 0..4 are before every window, 15..19 after every query."""
-    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5)
+@pytest.mark.parametrize(("causal", "after"), [(True, 15), (False, 19)])
+def test_keys_that_no_query_sees_are_not_accessed(causal, after):
+    """Positions 0..4 are before every window, those from ``after`` on behind every query or, bidirectional, window."""
+    inputs = random_inputs(queries=6, keys=20, query_offset=9, window=5, causal=causal)
     expected = inputs.run("compiled")
-    unseen = [*range(5), *range(15, 20)]
+    unseen = [*range(5), *range(after, 20)]
     poisoned = {name: x.clone() for name, x in inputs.tensors.items()}
     for name in (name for name in poisoned if name in "kv" or "k" in name):
         poisoned[name][:, unseen] = torch.nan

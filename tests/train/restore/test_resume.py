@@ -198,6 +198,13 @@ def test_the_backend_may_change(config):
     assert check(folder, replace(config, model=other)).step == 3
 
 
+def test_the_scratch_of_the_run_is_restored(config):
+    assert check(write(config, 3, scratch_mib=1008), config).scratch_mib == 1008
+    # Older checkpoints have it only in their config, where the default was a number.
+    older = write(replace(config, model=replace(config.model, scratch_mib=256)), 4)
+    assert check(older, config).scratch_mib == 256
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,7 +1,6 @@
 """The Triton backend as custom torch operators, and whether it can run. Triton is imported only when it runs.
 
-Saved for backward are the inputs and the softmax's row statistics, float32 [B, H, 2, T]: the maximum of the logits, and
-log(sum(exp(logit - maximum))).
+Saved for backward are the inputs and the log-sums of the rows of logits, a float32 number for each query and head.
 
 Axes in names: B batch, T queries, H query heads, D head width.
 """
@@ -10,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcscale.ops.compose.custom_op import Call, Gradients, define_operator
-from dcscale.ops.compose.triton.tiles import MAX_RANK, TABLE
+from dcscale.ops.compose.triton.tiles import MAX_RANK, TABLE, log_sums_shape, tiles_for
 from dcscale.ops.compose.weights import ComposeWeights
 from dcscale.ops.flash import assume_constant_result
 
@@ -48,24 +49,58 @@ def _device_unavailable_reason(device_type: str, index: int | None) -> str | Non
     return None
 
 
+class _Recomputed(NamedTuple):
+    """What a forward pass inside a backward pass has kept for the backward pass of the same call.
+
+    Under activation checkpointing that comes next on the same device, as far as this operator is concerned. Autograd
+    cannot carry these tensors: outputs must have the same shapes in every forward pass, and all but this one would
+    waste them.
+    """
+
+    log_sums: Tensor
+    kept: Sequence[Any]
+
+
+_recomputed: dict[torch.device, _Recomputed] = {}
+"""By device, the last one that has not been used."""
+
+
+def _take_recomputed(log_sums: Tensor) -> Sequence[Any]:
+    """What was kept with these log-sums, recognized by their memory; nothing stays."""
+    found = _recomputed.pop(log_sums.device, None)
+    return found.kept if found is not None and found.log_sums.data_ptr() == log_sums.data_ptr() else ()
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, as in torch.utils.checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _forward(call: Call) -> list[Tensor]:
     from dcscale.ops.compose.triton.staging import StagedAttention
 
+    _recomputed.pop(call.q.device, None)  # its backward pass failed, or needed it no more: free its memory first
     with torch.cuda.device_of(call.q):
-        return list(StagedAttention(call).forward())
+        staged = StagedAttention(call)
+        kept = [] if _in_backward() and staged.keeps else None
+        out_BTHD, log_sums = staged.forward(kept)
+    if kept:
+        _recomputed[call.q.device] = _Recomputed(log_sums, kept)
+    return [out_BTHD, log_sums]
 
 
-def _backward(dout_BTHD: Tensor, kept: list[Tensor], call: Call) -> Gradients:
+def _backward(dout_BTHD: Tensor, saved: list[Tensor], call: Call) -> Gradients:
     from dcscale.ops.compose.triton.staging import StagedAttention
 
-    (statistics_BH2T,) = kept
+    (log_sums,) = saved
     with torch.cuda.device_of(dout_BTHD):
-        return StagedAttention(call).backward(dout_BTHD, statistics_BH2T)
+        return StagedAttention(call).backward(dout_BTHD, log_sums, _take_recomputed(log_sums))
 
 
-def _empty_statistics(q_BTHD: Tensor) -> list[Tensor]:
+def _empty_log_sums(q_BTHD: Tensor) -> list[Tensor]:
     batch, queries, heads, _ = q_BTHD.shape
-    return [q_BTHD.new_empty((batch, heads, 2, queries), dtype=torch.float32)]
+    tiles = tiles_for(max(TABLE), MAX_RANK, q_BTHD.element_size())
+    return [q_BTHD.new_empty(log_sums_shape(batch, queries, heads, tiles), dtype=torch.float32)]
 
 
-triton_attention = define_operator("compose_triton", _forward, _backward, _empty_statistics)
+triton_attention = define_operator("compose_triton", _forward, _backward, _empty_log_sums)

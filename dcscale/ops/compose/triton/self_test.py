@@ -1,9 +1,9 @@
 """Tests once per process that the kernels, as compiled on this machine, give correct results, before they are used.
 
 Compilers have bugs: ptxas before 13.3 can miscompile matrix products on Hopper with an operand in registers (triton
-issues 9433 and 11781). These kernels have no such products, and checking versions would not catch the next bug. So the
-kernels that a call needs run on a small input with several tiles, a window and documents, and the output and every
-gradient must agree with the reference in float64.
+issues 9433 and 11781). These kernels have no such products (products.py), and checking versions would not catch the
+next bug. So the kernels that a call needs run on a small input with several tiles, with and without a window, with
+documents, and the output and every gradient must agree with the reference in float64.
 
 Axes in names: B batch, T queries and keys, H heads, D head width, R rank.
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dcscale.ops.compose.custom_op import Call
 from dcscale.ops.compose.reference import reference_attention
@@ -23,7 +24,7 @@ from dcscale.ops.compose.triton.op import triton_attention
 from dcscale.ops.compose.weights import ComposeWeights
 from dcscale.ops.flash import assume_constant_result
 
-LENGTH, WINDOW, DOCUMENT = 150, 90, 60
+LENGTH, WINDOW, DOCUMENT = 300, 90, 60
 """Of the input: positions, keys that a query sees, and positions of the first document."""
 
 
@@ -33,22 +34,27 @@ class Kernels(NamedTuple):
     device: str
     dtype: str
     heads: int
+    kv_heads: int
     head_dim: int
     pre: tuple[int, ...]
     """For q1, q2, qg, k1, k2, kg: the rank, 1 for a gate, 0 if absent."""
     post: tuple[int, ...]
 
 
-def self_test_failure(q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None) -> str | None:
+def self_test_failure(
+    q: Tensor, pre: ComposeWeights | None, post: ComposeWeights | None, kv_heads: int | None = None
+) -> str | None:
     """What is wrong with the kernels that a call with these arguments needs; None if they are correct.
 
-    Compiles them, which takes seconds the first time on a machine, and runs them once per process.
+    Compiles them, which takes seconds the first time on a machine, and runs them once per process. ``kv_heads`` is q's
+    number of heads by default.
     """
+    kv_heads = q.shape[2] if kv_heads is None else kv_heads
     sizes = [
         (0,) * 6 if stage is None else tuple(0 if w is None else w.shape[2] if w.dim() == 4 else 1 for w in stage)
         for stage in (pre, post)
     ]
-    return _self_test(str(q.device), str(q.dtype), q.shape[2], q.shape[3], *sizes)
+    return _self_test(str(q.device), str(q.dtype), q.shape[2], kv_heads, q.shape[3], *sizes)
 
 
 @assume_constant_result  # outside of the cache, whose wrapper torch.compile would trace through
@@ -62,6 +68,8 @@ def _run_once(kernels: Kernels) -> str | None:
     try:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(_compare, kernels).result()
+    except torch.OutOfMemoryError:  # says nothing about the kernels, and must not decide for the rest of the process
+        raise
     except Exception as error:  # a compiler, an assembler or a driver can raise anything; it is the reason to report
         return f"its kernels fail here: {type(error).__name__}: {error}"
 
@@ -69,8 +77,23 @@ def _run_once(kernels: Kernels) -> str | None:
 def _compare(kernels: Kernels) -> str | None:
     dtype = getattr(torch, kernels.dtype.removeprefix("torch."))
     call, cotangent_BTHD = _inputs(kernels)
-    results = _run(triton_attention, call, cotangent_BTHD, dtype)
-    expected = _run(reference_attention, call, cotangent_BTHD, torch.float64)
+    # What changes the kernels' work besides their constants: a windowed call has rows of its own, one without may have
+    # one chunk or several, and forward may keep maps for backward.
+    no_window = call._replace(window=None, document_ids=None)
+    variants = {
+        "with a window and documents": (triton_attention, call),
+        "without window": (triton_attention, no_window),
+        "without window, in chunks": (triton_attention, no_window._replace(scratch_bytes=1)),
+        "with a window and kept maps": (_keeping_attention, call),
+    }
+    results, expected = {}, {}
+    for kind, (function, of_kind) in variants.items():
+        for found, operator, precision in (
+            (results, function, dtype),
+            (expected, reference_attention, torch.float64),
+        ):
+            of_call = _run(operator, of_kind, cotangent_BTHD, precision)
+            found |= {f"{name} {kind}": x for name, x in of_call.items()}
     # Bugs cause gross errors. Allow rounding of the input, of intermediate results and, if enabled, of TF32 products.
     narrow = torch.bfloat16 if torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32 else dtype
     bound = max(1e-4, 8 * torch.finfo(narrow).eps)
@@ -83,6 +106,12 @@ def _compare(kernels: Kernels) -> str | None:
                 f"more than {bound:.1e} ({kernels})"
             )
     return None
+
+
+def _keeping_attention(call: Call) -> Tensor:
+    """As in a recomputed forward pass under activation checkpointing, with room to keep what backward needs."""
+    with_room = call._replace(scratch_bytes=2**62)
+    return checkpoint(lambda *_: triton_attention(with_room), call.q, use_reentrant=False)
 
 
 def _run(function: Any, call: Call, cotangent_BTHD: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -113,7 +142,7 @@ def _inputs(kernels: Kernels) -> tuple[Call, Tensor]:
         return (std * torch.randn(1, LENGTH, *shape, generator=generator)).bfloat16().to(kernels.device)
 
     head_dim, heads = kernels.head_dim, kernels.heads
-    q, k, v = (normal(heads, head_dim) for _ in range(3))
+    q, k, v = (normal(count, head_dim) for count in (heads, kernels.kv_heads, kernels.kv_heads))
     stages = []
     for sizes in (kernels.pre, kernels.post):
         weights: dict[str, Tensor | None] = {}

@@ -1,499 +1,493 @@
-"""Compose attention on a GPU, chunk by chunk over the queries: cuBLAS makes the scores, Triton kernels compose them.
+"""Compose attention on a GPU, chunk by chunk over the queries: the launches of the kernels, and their memory.
 
-A chunk is n rows of C queries, each against the V keys it can see. Forward::
+Forward, for each chunk, in place in one map::
 
-    scores   = scale q k^T           cuBLAS, float32                                        [n, H, C, V]
-    logits   = compose_pre(scores)   compose_forward, in place; finish_statistics: max and log-sum-exp of each row
-    composed = compose_post(softmax(logits))      compose_forward, in the input's dtype
-    out      = composed v            cuBLAS
+    scores   = scale log2(e) q k^T                multiply_rows
+    logits   = compose_pre(scores), masked        compose_scores, finish_log_sums
+    composed = compose_post(exp2(logits - log_sum))            compose_probabilities
+    out      = composed v                         multiply_map
 
-Backward recomputes scores and probabilities, with the saved statistics, then::
+Backward recomputes scores and, with the saved log-sums, probabilities and the latents of pre, then::
 
-    dcomposed = dout v^T             cuBLAS
-    dprobabilities, composed, delta, partial sums of dpost       compose_backward
-    dv += composed^T dout            cuBLAS
-    dscores, partial sums of dpre    compose_backward, into the memory of composed
-    dq = scale dscores k,  dk += scale dscores^T q     cuBLAS
+    dcomposed = dout v^T                          multiply_rows
+    dprobabilities, composed, delta, dpost        compose_probabilities_backward, sum_by_query, sum_by_key
+    dv       += composed^T dout                   multiply_transposed_map
+    dscores, dpre                                 compose_scores_backward, sum_by_query, sum_by_key
+    dq        = scale dscores k                   multiply_map
+    dk       += scale dscores^T q                 multiply_transposed_map
 
-Without a window a row is a batch row, with all keys up to the last query's. With a window, a batch row is cut into
-blocks of about as many queries as the window has keys, and many blocks become the rows of one chunk; otherwise launch
-overhead would dominate short sequences. The keys of neighbouring blocks overlap, so k and v are copied block by block.
+Maps of 16-bit input are staged in 16 bits: scores and logits in float16, where an error of 2^-11 of log2(e) times a
+score is less than what bfloat16 probabilities lose; probabilities in float16; composed and the gradients, whose range
+is unknown, in the dtype of the input, as plain PyTorch rounds them. float32 input is staged in float32.
 
-Scores are float32. With 16-bit input, values are rounded where plain PyTorch rounds them too, because the kernels are
-bound by memory traffic: probabilities (to float16, which is more precise than bfloat16 on 0 ... 1) and the gradients of
-scores and probabilities. Query heads that share a key/value head are rows of one matrix, so k and v are not repeated.
-
-Axes in names: B batch, T queries, S keys, H query heads, G key/value heads, D head width, P positions; in a chunk
-C queries, V keys, N = n G, M = (H / G) C. Weights are packed as the kernels document.
+Axes in names: B batch, T queries, S keys, P positions of either, H query heads, G key/value heads, D head width. How
+maps and packed weights are laid out: common.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-import triton.language as tl
+import triton
 from torch import Tensor
 
 from dcscale.ops.compose.custom_op import Call, Gradients
-from dcscale.ops.compose.triton.kernels import (
-    LOGITS_TO_COMPOSED,
-    SCORES_TO_LOGITS,
-    SCORES_TO_PROBABILITIES,
-    compose_backward,
-    compose_forward,
-    finish_statistics,
-    reduce_partials,
+from dcscale.ops.compose.triton import backward, forward, products, sums
+from dcscale.ops.compose.triton.packing import Frame, Sides, pack, unpack
+from dcscale.ops.compose.triton.tiles import (
+    UNLIMITED,
+    Chunk,
+    Launch,
+    Launcher,
+    ScratchSizes,
+    Shape,
+    Tile,
+    Tiles,
+    log_sums_shape,
+    round_up,
+    tiles_for,
 )
-from dcscale.ops.compose.triton.tiles import Chunk, Tile, round_up, scratch_bytes, tiles_for
 from dcscale.ops.compose.weights import ComposeWeights
-from dcscale.ops.masks import key_range
+from dcscale.ops.masks import band, key_range
 
-MAX_CHUNK_QUERIES = 512
-"""Queries of a row of a chunk. At the diagonal half of its scores are masked, so more queries waste more work."""
-MIN_BLOCK_QUERIES = 64
-"""Queries of a block of a windowed call: fewer make the matrix products too small. Both limits are powers of two."""
-_KEY_ALIGNMENT = 16
-"""A row's first key is a multiple of this, because cuBLAS uses slow kernels for unaligned matrices."""
-_NO_WINDOW = 2**30
-REDUCE_BLOCK = 128
-"""Positions per program of the kernels that reduce partial sums."""
-
-
-class Side(NamedTuple):
-    """The terms of one compose by query, or by key, packed for the kernels."""
-
-    weights_BHRP: Tensor
-    """float32 [B, H, rows, P]."""
-    rank: int
-    gate: bool
-
-    @classmethod
-    def of(cls, w1: Tensor | None, w2: Tensor | None, gate: Tensor | None, empty_BH0P: Tensor) -> Side:
-        """Pack w1 and w2 [B, P, R, H], both or neither, and gate [B, P, H]. ``empty_BH0P`` packs none of them."""
-        low_rank = [] if w1 is None or w2 is None else [w.permute(0, 3, 2, 1) for w in (w1, w2)]
-        gates = [] if gate is None else [gate.permute(0, 2, 1).unsqueeze(2)]
-        weights_BHRP = torch.cat([empty_BH0P, *(w.float() for w in (*low_rank, *gates))], dim=2)
-        return cls(weights_BHRP, low_rank[0].shape[2] if low_rank else 0, gate is not None)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a head: 2R + 1 with all weights."""
-        return 2 * self.rank + self.gate
-
-    def unpack(self, gradient_BHRP: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of w1, w2 and gate from one packed like the weights; None for absent weights."""
-        low_rank = gradient_BHRP[:, :, : 2 * self.rank].permute(0, 3, 2, 1)
-        w1, w2 = low_rank.split(self.rank, dim=2) if self.rank else (None, None)
-        return w1, w2, gradient_BHRP[:, :, -1].transpose(1, 2) if self.gate else None
+LOG2_E = math.log2(math.e)
+SUM_BLOCK = 256
+"""Elements per program of the kernels that add partial sums."""
+MOST_ROWS = 65535
+"""Rows of a chunk: the largest third dimension of a grid in CUDA."""
+PROGRAM_TILES = 4
+"""Tiles along keys of a program that makes scores: it reads its queries once for all of them."""
+STAGES = 3
+"""Tiles that products and sums load ahead."""
 
 
-class Sides(NamedTuple):
-    """One compose, packed for the kernels."""
+class Kept(NamedTuple):
+    """What backward needs of a chunk's forward pass."""
 
-    by_query: Side
-    by_key: Side
-
-    @classmethod
-    def of(cls, weights: ComposeWeights, empty_BH0T: Tensor, empty_BH0S: Tensor) -> Sides:
-        """Pack the weights."""
-        w = weights
-        return cls(Side.of(w.q1, w.q2, w.qg, empty_BH0T), Side.of(w.k1, w.k2, w.kg, empty_BH0S))
-
-    def unpack(self, gradients_BHRP: Sequence[Tensor]) -> ComposeWeights:
-        """The gradients of the weights from packed ones, by query and by key."""
-        by_query, by_key = gradients_BHRP
-        return ComposeWeights(*self.by_query.unpack(by_query), *self.by_key.unpack(by_key))
+    scores: Tensor
+    probabilities: Tensor
+    latents: Tensor
 
 
-class GradientSums(NamedTuple):
-    """Gradients that the chunks fill in: q in its dtype, the others in float32; the weights by query and by key."""
+class Sums(NamedTuple):
+    """Gradients that the chunks fill in: of q, k and v in their layout, of the weights packed, in blocks of a tile."""
 
     q_BTHD: Tensor
-    k_BGSD: Tensor
-    v_BGSD: Tensor
-    pre: list[Tensor]
-    post: list[Tensor]
-
-
-class Block(NamedTuple):
-    """Size of a row in a windowed call; ``keys`` is a multiple of ``queries``."""
-
-    queries: int
-    keys: int
-
-
-def _block_of(window: int, queries: int) -> Block | None:
-    """A block of about as many queries as the window has keys, so that half of its scores are visible.
-
-    None for short sequences, which are not worth cutting.
-    """
-    # The power of two from window - 1 on, within the limits; then enough keys for the block's first query.
-    size = min(MAX_CHUNK_QUERIES, max(MIN_BLOCK_QUERIES, 1 << max(0, window - 2).bit_length()))
-    keys = size * (1 + math.ceil((window - 1) / size))
-    return Block(size, keys) if queries >= 2 * keys else None
+    k_BSGD: Tensor
+    v_BSGD: Tensor
+    k_so_far: Tensor
+    """float32 [batch rows of a chunk, positions of all blocks of keys, G, D]: incomplete sums, if there are several
+    chunks. Not part of scratch."""
+    v_so_far: Tensor
+    by_query: dict[str, Tensor]
+    """Of pre and post."""
+    by_key: dict[str, Tensor]
 
 
 class StagedAttention:
-    """One call: its inputs in the layout of the products and the kernels."""
+    """One call, with its weights as the kernels want them.
 
-    def __init__(self, call: Call):
-        self.budget = call.scratch_bytes
+    Args:
+        call: checked arguments.
+        tiles: of the kernels; by default those for the GPU.
+        launch: what to do with each launch, in order.
+    """
+
+    def __init__(self, call: Call, tiles: Tiles | None = None, launch: Launcher = Launch.run):
+        self.all_keys, (self.first_key, call) = call.k.shape[1], _seen_keys_only(call)
+        self.call, self.launch = call, launch
         self.batch, self.queries, self.heads, self.head_dim = call.q.shape
         self.keys, self.kv_heads = call.k.shape[1:3]
-        self.window, self.scale, self.query_offset = call.window, call.scale, call.query_offset
-        self.block = None if call.window is None else _block_of(call.window, self.queries)
-        # Positions before 0 that the keys of the first blocks reach.
-        self.padding = 0 if self.block is None else max(0, self.block.keys - self.block.queries - self.query_offset)
-        self.first_visible, _ = key_range(self.query_offset, self.query_offset, self.window)
-        self.q_BTHD, self.k_BGSD, self.v_BGSD = call.q, self.heads_first(call.k), self.heads_first(call.v)
-        empty_BH0T, empty_BH0S = (self.empty(self.batch, self.heads, 0, size) for size in (self.queries, self.keys))
-        self.pre, self.post = (Sides.of(weights, empty_BH0T, empty_BH0S) for weights in (call.pre, call.post))
-        self.document_ids_BS = None if call.document_ids is None else call.document_ids.contiguous()
-        self.gradient_dtype = call.q.dtype
-        self.probability_dtype = torch.float32 if call.q.dtype == torch.float32 else torch.float16
-        # On a CPU the kernels are interpreted, and any tile works.
-        major, minor = torch.cuda.get_device_capability(call.q.device) if call.q.is_cuda else (9, 0)
-        self.tiles = tiles_for(10 * major + minor, max(side.rank for side in (*self.pre, *self.post)))
+        ranks = [0 if w is None or w.dim() == 3 else w.shape[2] for w in (*call.pre, *call.post)]
+        self.tiles = tiles or tiles_for(_capability(call.q), max(ranks), call.q.element_size())
+        behind, ahead = band(call.window, call.causal)
+        self.shape = Shape(self.batch, self.queries, self.keys, call.query_offset, behind, ahead)
+        self.sizes = ScratchSizes(self.heads, call.q.element_size(), (ranks[0], ranks[6]), (ranks[3], ranks[9]))
+        self.forward_chunks = self.chunks(self.sizes.forward)
+        self.backward_chunks = self.chunks(self.sizes.backward)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The output [B, T, H, D], and the statistics of the rows of logits, float32 [B, H, 2, T]."""
-        out_BTHD = torch.empty_like(self.q_BTHD, memory_format=torch.contiguous_format)
-        statistics_BH2T = self.empty(self.batch, self.heads, 2, self.queries)
-        for chunk in self.chunks(self.tiles.forward, None):
-            self.forward_chunk(chunk, out_BTHD, statistics_BH2T)
-        return out_BTHD, statistics_BH2T
+        # Both directions cut the same range of keys, and of queries, so their blocks are the same.
+        block_queries, block_keys = self.tiles.block
+        origin = min(chunk.first_key for chunk in self.forward_chunks)
+        end = max(chunk.first_key + chunk.keys for chunk in self.forward_chunks)
+        self.query_frame = Frame(0, round_up(self.queries, self.tiles.product.queries), block_queries)
+        self.key_frame = Frame(origin, end - origin, block_keys)
+        self.document_ids = None if call.document_ids is None else call.document_ids.contiguous()
+        self.q, self.k, self.v = (_rows(x) for x in (call.q, call.k, call.v))
+        self.staged_dtype = torch.float32 if call.q.dtype == torch.float32 else torch.float16
 
-    def forward_chunk(self, chunk: Chunk, out_BTHD: Tensor, statistics_BH2T: Tensor) -> None:
-        """Write the chunk's part of both results."""
-        tile = self.tiles.forward
-        rows, queries, keys = chunk.sizes
-        scores = self.scores(chunk, tile, self.of_queries(self.q_BTHD, chunk), self.of_keys(self.k_BGSD, chunk))
-        partials = self.empty(rows, scores.shape[3] // tile.keys, self.heads, 2, queries)
-        # Logits overwrite the scores.
-        logits = scores
-        self.compose_forward(SCORES_TO_LOGITS, chunk, tile, scores, logits, statistics_BH2T, partials)
-        self.finish_statistics(chunk, partials, statistics_BH2T)
-        composed = torch.empty_like(logits, dtype=self.q_BTHD.dtype)
-        self.compose_forward(LOGITS_TO_COMPOSED, chunk, tile, logits, composed, statistics_BH2T)
-        out_NMD = torch.bmm(self.matrices(composed, keys), self.of_keys(self.v_BGSD, chunk))
-        self.store_queries(out_NMD, chunk, out_BTHD)
-
-    def backward(self, dout_BTHD: Tensor, statistics_BH2T: Tensor) -> Gradients:
-        """The gradients of the call."""
-        total = GradientSums(
-            torch.empty_like(self.q_BTHD, memory_format=torch.contiguous_format),
-            *(torch.zeros_like(x, dtype=torch.float32) for x in (self.k_BGSD, self.v_BGSD)),
-            *([torch.zeros_like(side.weights_BHRP) for side in sides] for sides in (self.pre, self.post)),
-        )
-        gradient_rows = tuple(max(side.rows for side in pair) for pair in zip(self.pre, self.post))
-        for chunk in self.chunks(self.tiles.backward, gradient_rows):
-            self.backward_chunk(chunk, dout_BTHD, statistics_BH2T, total)
-
-        def finish(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(self.q_BTHD.dtype).contiguous()
-
-        dk, dv = (finish(x[:, :, self.padding :].transpose(1, 2)) for x in (total.k_BGSD, total.v_BGSD))
-        dpre, dpost = (
-            ComposeWeights(*map(finish, sides.unpack(packed)))
-            for sides, packed in ((self.pre, total.pre), (self.post, total.post))
-        )
-        return Gradients(finish(total.q_BTHD), dk, dv, dpre, dpost)
-
-    def backward_chunk(self, chunk: Chunk, dout_BTHD: Tensor, statistics_BH2T: Tensor, total: GradientSums) -> None:
-        """Write the chunk's part of q's gradient, and add to the others."""
-        tile = self.tiles.backward
-        rows, queries, keys = chunk.sizes
-        q_NMD, k_NVD = self.of_queries(self.q_BTHD, chunk), self.of_keys(self.k_BGSD, chunk)
-        scores = self.scores(chunk, tile, q_NMD, k_NVD)
-        probabilities = torch.empty_like(scores, dtype=self.probability_dtype)
-        self.compose_forward(SCORES_TO_PROBABILITIES, chunk, tile, scores, probabilities, statistics_BH2T)
-
-        # dP' = dout v^T; the kernel replaces it by dP
-        dout_NMD = self.of_queries(dout_BTHD, chunk)
-        gradient = torch.empty_like(scores, dtype=self.gradient_dtype)
-        _product(self.matrices(gradient, keys), dout_NMD, self.of_keys(self.v_BGSD, chunk).mT)
-        operand = torch.empty_like(scores, dtype=self.q_BTHD.dtype)
-        delta_partials = self.empty(rows, scores.shape[3] // tile.keys, self.heads, queries)
-        self.compose_backward(
-            True, chunk, tile, probabilities, gradient, probabilities, delta_partials, operand, total.post
-        )
-        # delta = sum_s P dP over all tiles. The rows are independent, so reduce them as the batch rows of one block.
-        delta = self.empty(rows, self.heads, queries)
-        all_rows = Chunk(slice(0, rows), slice(0, queries), slice(0, 0))
-        self.reduce_partials(delta_partials, delta, all_rows, queries, add=False)
-        # dv += P'^T dout; operand is P'
-        self.add_to_keys(total.v_BGSD, self.matrices(operand, keys).mT, dout_NMD, chunk)
-
-        # dS = compose_pre^T(P (dP - delta)), into operand
-        self.compose_backward(False, chunk, tile, scores, gradient, probabilities, delta, operand, total.pre)
-        dscores_NMV = self.matrices(operand, keys)
-        dq_NMD = torch.empty_like(dout_NMD)
-        _product(dq_NMD, dscores_NMV, k_NVD, scale=self.scale)
-        self.store_queries(dq_NMD, chunk, total.q_BTHD)
-        self.add_to_keys(total.k_BGSD, dscores_NMV.mT, q_NMD, chunk, self.scale)
-
-    def chunks(self, tile: Tile, gradient_rows: tuple[int, int] | None) -> list[Chunk]:
-        """Cut the call so that each chunk's scratch fits; arguments as :func:`scratch_bytes`.
-
-        The last chunks come first: they see the most keys, and the memory that they free is large enough for the rest.
-        """
+    def chunks(self, scratch: Callable[[Chunk, Tiles], int]) -> list[Chunk]:
+        """The chunks of a direction, whose scratch fits the budget."""
 
         def fits(chunk: Chunk) -> bool:
-            item = self.q_BTHD.element_size()
-            sizes = self.heads, self.kv_heads, self.head_dim, item
-            return scratch_bytes(chunk, *sizes, tile, gradient_rows) <= self.budget
+            return scratch(chunk, self.tiles) <= self.call.scratch_bytes and chunk.rows <= MOST_ROWS
 
-        chunks = [] if self.block is None else self.chunks_of_blocks(fits)
-        # Queries that do not fill a block, or all without blocks, are cut by rows and sizes.
-        begin = chunks[-1].queries.stop if chunks else 0
-        if begin == self.queries:
-            return chunks[::-1]
-        # First reduce the batch rows of a chunk, judged by the last chunk, then its queries.
-        rows = self.batch
-        while rows > 1 and not fits(self.chunk_at(0, rows, max(begin, self.queries - MAX_CHUNK_QUERIES), self.queries)):
-            rows = (rows + 1) // 2
-        for row in range(0, self.batch, rows):
-            start, size = begin, MAX_CHUNK_QUERIES
-            while start < self.queries:
-                chunk = self.chunk_at(row, rows, start, start + size)
-                while size > tile.queries and not fits(chunk):
-                    size = max(tile.queries, size // 2)
-                    chunk = self.chunk_at(row, rows, start, start + size)
-                chunks.append(chunk)
-                start = chunk.queries.stop
-        return chunks[::-1]
+        return self.shape.chunks(self.tiles.product, fits)
 
-    def chunk_at(self, row: int, rows: int, start: int, end: int) -> Chunk:
-        """The chunk of up to ``rows`` batch rows from ``row`` on, and of the queries [start, end) that exist."""
-        end = min(end, self.queries)
-        first, last = key_range(self.query_offset + start, self.query_offset + end - 1, self.window)
-        first -= first % _KEY_ALIGNMENT
-        return Chunk(slice(row, min(row + rows, self.batch)), slice(start, end), slice(first, last))
+    @cached_property
+    def pre(self) -> Sides:
+        """The weights of pre, packed when they are first needed."""
+        return self._pack(self.call.pre)
 
-    def chunks_of_blocks(self, fits: Callable[[Chunk], bool]) -> list[Chunk]:
-        """All complete blocks of a windowed call, in as few chunks as fit; none if not even two blocks fit."""
-        queries, keys = self.block
-        blocks = self.queries // queries
+    @cached_property
+    def post(self) -> Sides:
+        """The weights of post."""
+        return self._pack(self.call.post)
 
-        def chunk_of(row: int, rows: int, block: int, count: int) -> Chunk:
-            first, last = block * queries, min(block + count, blocks) * queries
-            stop = self.query_offset + first + queries
-            batch = slice(row, min(row + rows, self.batch))
-            return Chunk(batch, slice(first, last), slice(stop - keys, stop), (last - first) // queries)
+    def _pack(self, w: ComposeWeights) -> Sides:
+        of_query, of_key = self._weights_like
+        return Sides(
+            pack((w.q1, w.q2, w.qg), of_query, self.query_frame, True, self.launch),
+            pack((w.k1, w.k2, w.kg), of_key, self.key_frame, False, self.launch),
+        )
 
-        # Reduce the batch rows first, then the blocks, until a chunk fits.
-        rows, count = self.batch, blocks
-        while rows > 1 and not fits(chunk_of(0, rows, 0, count)):
-            rows = (rows + 1) // 2
-        while count > 1 and not fits(chunk_of(0, rows, 0, count)):
-            count = (count + 1) // 2
-        if count < 2:  # a single block is not worth copying its keys
-            return []
-        return [
-            chunk_of(row, rows, block, count) for row in range(0, self.batch, rows) for block in range(0, blocks, count)
-        ]
+    @property
+    def _weights_like(self) -> tuple[Tensor, Tensor]:
+        """Empty tensors [B, P, 0, H] by query and by key."""
+        q = self.call.q
+        return tuple(q.new_empty(self.batch, size, 0, self.heads) for size in (self.queries, self.keys))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether scratch memory can hold what backward needs of all chunks, and what else it needs for one at a time.
+
+        The chunks are the same either way: dk and dv are added up over them, and other chunks would give other bits.
+        """
+        kept = [self.sizes.kept(chunk) for chunk in self.backward_chunks]
+        others = (
+            self.sizes.backward(chunk, self.tiles) - of_chunk for chunk, of_chunk in zip(self.backward_chunks, kept)
+        )
+        return sum(kept) + max(others) <= self.call.scratch_bytes
+
+    def forward(self, kept: list[Kept] | None = None) -> tuple[Tensor, Tensor]:
+        """The output [B, T, H, D], and log_sums, float32 [B, blocks, H, block].
+
+        Fills ``kept`` if it is given; the bits of the results are the same.
+        """
+        out_BTHD = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        log_sums = self.empty(*log_sums_shape(self.batch, self.queries, self.heads, self.tiles))
+        for chunk in self.forward_chunks if kept is None else self.backward_chunks:
+            of_chunk = self.forward_chunk(chunk, out_BTHD, log_sums, keep=kept is not None)
+            if kept is not None:
+                kept.append(of_chunk)
+        return out_BTHD, log_sums
+
+    def forward_chunk(self, chunk: Chunk, out_BTHD: Tensor, log_sums: Tensor, keep: bool) -> Kept | None:
+        """Write the chunk's part of both results."""
+        scores = self.scores(chunk)
+        # Logits and composed probabilities take the memory of the scores, unless these are kept.
+        logits = torch.empty_like(scores) if keep else scores
+        kept = Kept(scores, torch.empty_like(scores), self.latents(chunk)) if keep else None
+        self.compose_scores(chunk, scores, logits, log_sums, kept and kept.latents, probabilities=False)
+        composed = logits.view(self.q.dtype)
+        tensors = {"logits_ptr": logits, "composed_ptr": composed, "log_sums_ptr": log_sums}
+        tensors["probabilities_ptr"] = kept.probabilities if keep else logits
+        kernel, tile = forward.compose_probabilities, self.tiles.forward
+        self._mix(kernel, chunk, tile, self.post, tensors, KEEP_PROBABILITIES=keep)
+        self.multiply_map("out", chunk, tile, composed, self.v, out_BTHD, 1.0)
+        return kept
+
+    def backward(self, dout_BTHD: Tensor, log_sums: Tensor, kept: Sequence[Kept] = ()) -> Gradients:
+        """The gradients of the call. ``kept``, which is overwritten, is from :meth:`forward`; else it is made again."""
+        total, dout_BTHD = self._empty_sums(), _rows(dout_BTHD)
+        for i, chunk in enumerate(self.backward_chunks):
+            self.backward_chunk(i, chunk, dout_BTHD, kept[i] if kept else self.recompute(chunk, log_sums), total)
+        of_query, of_key = self._weights_like
+        gradients = []
+        # The scores that pre's kernel sees are in units of log2(e).
+        for name, sides, scale in (("pre", self.pre, 1 / LOG2_E), ("post", self.post, 1.0)):
+            by_query = unpack(sides.by_query, total.by_query[name], of_query, scale, self.launch)
+            by_key = unpack(sides.by_key, total.by_key[name], of_key, scale, self.launch)
+            gradients.append(ComposeWeights(*by_query, *by_key))
+        found = Gradients(total.q_BTHD, total.k_BSGD, total.v_BSGD, *gradients)
+        if self.keys == self.all_keys:
+            return found
+        pre, post = (ComposeWeights(*w[:3], *map(self._with_unseen_keys, w[3:])) for w in (found.pre, found.post))
+        return Gradients(found.q, self._with_unseen_keys(found.k), self._with_unseen_keys(found.v), pre, post)
+
+    def _with_unseen_keys(self, gradient: Tensor | None) -> Tensor | None:
+        """The gradient with zeros for the keys that no query sees."""
+        if gradient is None:
+            return None
+        batch, keys, *rest = gradient.shape
+        whole = gradient.new_zeros(batch, self.all_keys, *rest)
+        whole[:, self.first_key : self.first_key + keys] = gradient
+        return whole
+
+    def recompute(self, chunk: Chunk, log_sums: Tensor) -> Kept:
+        """What forward may keep."""
+        scores, latents = self.scores(chunk), self.latents(chunk)
+        probabilities = torch.empty_like(scores)
+        self.compose_scores(chunk, scores, probabilities, log_sums, latents, probabilities=True)
+        return Kept(scores, probabilities, latents)
+
+    def backward_chunk(self, index: int, chunk: Chunk, dout_BTHD: Tensor, kept: Kept, total: Sums) -> None:
+        """Write the chunk's part of q's gradient, and add to the others."""
+        scores, probabilities, latents = kept
+        gradient, composed = (torch.empty_like(scores, dtype=self.q.dtype) for _ in range(2))
+        # dP' = dout v^T; the kernel replaces it by dP
+        self.multiply_rows("dcomposed", chunk, self.tiles.backward, dout_BTHD, self.v, gradient, 1.0)
+        tensors = {"probabilities_ptr": probabilities, "gradient_ptr": gradient}
+        self._mix_backward(
+            "post", backward.compose_probabilities_backward, chunk, {**tensors, "composed_ptr": composed}, total
+        )
+        # dv += P'^T dout
+        self.multiply_transposed_map("dv", index, chunk, composed, dout_BTHD, total.v_so_far, total.v_BSGD, 1.0)
+        del composed
+        # dS = compose_pre^T(P (dP - delta)), in the memory of the scores
+        dscores = scores.view(self.q.dtype)
+        tensors |= {"scores_ptr": scores, "dscores_ptr": dscores, "latents_ptr": latents}
+        tensors |= {"query_sums_ptr": total.by_query["post"]}
+        self._mix_backward(
+            "pre",
+            backward.compose_scores_backward,
+            chunk,
+            tensors,
+            total,
+            POST_QUERY_RANK=self.post.by_query.rank,
+        )
+        scale = self.call.scale
+        self.multiply_map("dq", chunk, self.tiles.backward, dscores, self.k, total.q_BTHD, scale)
+        self.multiply_transposed_map("dk", index, chunk, dscores, self.q, total.k_so_far, total.k_BSGD, scale)
+
+    def _empty_sums(self) -> Sums:
+        """Packed gradients by key are added up, so they start as zeros."""
+        dk, dv = self.k.new_empty(self.k.shape), self.k.new_empty(self.k.shape)
+        several = any(chunk.first_batch == 0 for chunk in self.backward_chunks[1:])
+        batch_rows = self.backward_chunks[0].batch_rows
+        so_far = (batch_rows, self.key_frame.positions if several else 0, self.kv_heads, self.head_dim)
+        tile, by_query, by_key = self.tiles.backward.queries, {}, {}
+        for name, sides, more in (("pre", self.pre, 0), ("post", self.post, 1)):
+            _, blocks, _, rows, _ = sides.by_query.weights.shape
+            blocks *= self.query_frame.block // tile
+            by_query[name] = self.empty(self.batch, blocks, self.heads, rows + more, tile)
+            by_key[name] = torch.zeros_like(sides.by_key.weights)
+        dq = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        return Sums(dq, dk, dv, self.empty(*so_far), self.empty(*so_far), by_query, by_key)
 
     def empty(self, *shape: int) -> Tensor:
-        """Uninitialized float32 scratch."""
-        return self.q_BTHD.new_empty(shape, dtype=torch.float32)
+        """Uninitialized float32 memory."""
+        return self.q.new_empty(shape, dtype=torch.float32)
 
-    def scores(self, chunk: Chunk, tile: Tile, q_NMD: Tensor, k_NVD: Tensor) -> Tensor:
-        """scale q k^T, float32 [n, H, C, V'], where V' is V rounded up to a multiple of the tile's keys."""
-        rows, queries, keys = chunk.sizes
-        scores = self.empty(rows, self.heads, queries, round_up(keys, tile.keys))
-        # Scale the product, not q: scaling q would round once more.
-        _product(self.matrices(scores, keys), q_NMD, k_NVD.mT, scale=self.scale)
+    def map(self, chunk: Chunk, heads: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialized map."""
+        block_queries, block_keys = self.tiles.block
+        blocks = (chunk.row_queries // block_queries, chunk.row_keys // block_keys)
+        return self.q.new_empty((chunk.rows, *blocks, heads, block_queries, block_keys), dtype=dtype)
+
+    def latents(self, chunk: Chunk) -> Tensor:
+        """An uninitialized map of the latents of pre."""
+        return self.map(chunk, self.pre.by_query.rank + self.pre.by_key.rank, torch.float32)
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        """The scores in units of log2(e)."""
+        scores = self.map(chunk, self.heads, self.staged_dtype)
+        scale, limit = self.call.scale * LOG2_E, torch.finfo(self.staged_dtype).max
+        self.multiply_rows("scores", chunk, self.tiles.forward, self.q, self.k, scores, scale, limit)
         return scores
 
-    def compose_forward(
+    def compose_scores(
+        self, chunk: Chunk, scores: Tensor, out: Tensor, log_sums: Tensor, latents: Tensor | None, probabilities: bool
+    ) -> None:
+        """Logits and their log-sums or, with the known log-sums, probabilities."""
+        tile = self.tiles.forward
+        tiles = chunk.scores // (tile.queries * tile.keys)
+        partials = scores if probabilities else self.empty(tiles, self.heads, 2, tile.queries)
+        tensors = {
+            "scores_ptr": scores,
+            "out_ptr": out,
+            "latents_ptr": scores if latents is None else latents,
+            "partials_ptr": partials,
+            "log_sums_ptr": log_sums,
+            "documents_ptr": scores if self.document_ids is None else self.document_ids,
+        }
+        constants = {"PROBABILITIES": probabilities, "KEEP_LATENTS": latents is not None}
+        constants["DOCUMENTS"] = self.document_ids is not None
+        self._mix(forward.compose_scores, chunk, tile, self.pre, tensors, **constants)
+        if not probabilities:
+            grid = (self.heads, chunk.row_queries // tile.queries, chunk.rows)
+            tensors = {"partials_ptr": partials, "log_sums_ptr": log_sums}
+            warps = max(1, tile.queries // 32)
+            self._run(sums.finish_log_sums, grid, chunk, tile, tensors, warps=warps, stages=STAGES)
+
+    def _mix(
+        self, kernel: Any, chunk: Chunk, tile: Tile, sides: Sides, tensors: dict[str, Tensor], **constants: Any
+    ) -> None:
+        """Launch a kernel with a program for each tile."""
+        grid = (chunk.row_keys // tile.keys, chunk.row_queries // tile.queries, chunk.rows)
+        by_query, by_key = sides
+        tensors = {**tensors, "query_weights_ptr": by_query.weights, "key_weights_ptr": by_key.weights}
+        self._run(kernel, grid, chunk, tile, tensors, **sides.constants, **constants)
+
+    def _mix_backward(
+        self, stage: str, kernel: Any, chunk: Chunk, tensors: dict[str, Tensor], total: Sums, **constants: Any
+    ) -> None:
+        """Launch the kernel of a stage, and those that add up the gradients of its weights."""
+        tile, sides = self.tiles.backward, getattr(self, stage)
+        tiles = chunk.scores // (tile.queries * tile.keys)
+        by_query, by_key = total.by_query[stage], total.by_key[stage]
+        query_partials = self.empty(tiles, *by_query.shape[2:])
+        key_partials = self.empty(tiles, *by_key.shape[2:])
+        partials = {"query_partials_ptr": query_partials, "key_partials_ptr": key_partials}
+        self._mix(kernel, chunk, tile, sides, {**tensors, **partials}, **constants)
+        for reduce, partials, of_stage, programs in (
+            (sums.sum_by_query, query_partials, by_query, (chunk.row_queries // tile.queries, chunk.rows)),
+            (sums.sum_by_key, key_partials, by_key, (chunk.keys // tile.keys, chunk.batch_rows)),
+        ):
+            line = partials[0].numel()
+            if line > 0:  # there are weights by key
+                block = min(SUM_BLOCK, triton.next_power_of_2(line))
+                grid = (programs[0], triton.cdiv(line, block), programs[1])
+                tensors = {"partials_ptr": partials, "sums_ptr": of_stage}
+                self._run(reduce, grid, chunk, tile, tensors, stages=STAGES, LINE=line, BLOCK=block)
+
+    def multiply_rows(
         self,
-        step: tl.constexpr,
+        name: str,
         chunk: Chunk,
         tile: Tile,
-        x: Tensor,
+        a: Tensor,
+        b: Tensor,
         out: Tensor,
-        statistics_BH2T: Tensor,
-        partials: Tensor | None = None,
+        scale: float,
+        limit: float = math.inf,
     ) -> None:
-        """Launch the kernel for one of its steps."""
-        sides = self.post if step == LOGITS_TO_COMPOSED else self.pre
-        documents = self.document_ids_BS
-        # A step does not access the tensors that it does not need; any tensor will do for them.
-        partials = x if partials is None else partials
-        tensors = [x, out, statistics_BH2T, partials, sides.by_query.weights_BHRP, sides.by_key.weights_BHRP]
-        tensors.append(x if documents is None else documents)
-        self.launch(compose_forward, tensors, chunk, tile, x, sides, STEP=step.value, DOCUMENTS=documents is not None)
+        """The map scale a b^T within +-limit, for kernels with this tile."""
+        product = self.tiles.product
+        programs = triton.cdiv(chunk.row_keys // product.keys, PROGRAM_TILES)
+        grid = (chunk.row_queries // product.queries * programs, self.heads, chunk.rows)
+        tensors = {"a_ptr": a, "b_ptr": b, "map_ptr": out}
+        # Wider heads in parts: all of one would not leave enough registers and shared memory.
+        block = self._columns(self.tiles.columns if self.head_dim <= self.tiles.columns else self.tiles.columns // 2)
+        numbers = {"scale": scale, "limit": limit}
+        stages = self.tiles.score_stages
+        self._multiply(name, products.multiply_rows, grid, chunk, tile, tensors, block, stages, **numbers)
 
-    def compose_backward(
+    def multiply_map(
+        self, name: str, chunk: Chunk, tile: Tile, map_: Tensor, b: Tensor, out: Tensor, scale: float
+    ) -> None:
+        """The chunk's part of scale map b, by query, for a map from kernels with this tile."""
+        block = self._columns(self.tiles.columns)
+        parts = triton.cdiv(self.head_dim, block)
+        grid = (chunk.row_queries // self.tiles.product.queries * parts, self.heads, chunk.rows)
+        tensors = {"map_ptr": map_, "b_ptr": b, "out_ptr": out}
+        self._multiply(name, products.multiply_map, grid, chunk, tile, tensors, block, STAGES, scale=scale)
+
+    def multiply_transposed_map(
+        self, name: str, index: int, chunk: Chunk, map_: Tensor, a: Tensor, so_far: Tensor, out: Tensor, scale: float
+    ) -> None:
+        """Add scale map^T a, by key, for the chunk at this index of the list."""
+        tile = self.tiles.product
+        block = self._columns(self.tiles.columns)
+        grid = (chunk.keys // tile.keys * triton.cdiv(self.head_dim, block), self.kv_heads, chunk.batch_rows)
+        origin, before = self.key_frame.origin, self.backward_chunks[index - 1] if index else None
+        final_from = self.shape.complete_from(chunk, origin, tile.keys)
+        add_from = add_below = 0
+        if before is not None and before.first_batch == chunk.first_batch:
+            # What the chunk before, of later queries, saw and could not complete.
+            add_from, add_below = before.first_key - origin, self.shape.complete_from(before, origin, tile.keys)
+        tensors = {"map_ptr": map_, "a_ptr": a, "sums_ptr": so_far, "out_ptr": out}
+        numbers = {"scale": scale, "add_from": add_from, "add_below": add_below, "final_from": final_from}
+        numbers["sums_keys"] = so_far.shape[1]
+        kernel, mixed = products.multiply_transposed_map, self.tiles.backward
+        self._multiply(name, kernel, grid, chunk, mixed, tensors, block, STAGES, **numbers)
+
+    def _columns(self, most: int) -> int:
+        """Columns of heads that a program works on: a power of two, at least the 16 of a ``tl.dot``."""
+        return min(most, max(16, triton.next_power_of_2(self.head_dim)))
+
+    def _multiply(
         self,
-        post: bool,
+        name: str,
+        kernel: Any,
+        grid: tuple[int, int, int],
         chunk: Chunk,
         tile: Tile,
-        x: Tensor,
-        gradient: Tensor,
-        probabilities: Tensor,
-        delta: Tensor,
-        operand: Tensor,
-        dweights_BHRP: Sequence[Tensor],
+        tensors: dict[str, Tensor],
+        block: int,
+        stages: int,
+        **numbers: float,
     ) -> None:
-        """Launch the kernel, and add the gradients of the weights to ``dweights_BHRP``, by query and by key."""
-        by_query, by_key = sides = self.post if post else self.pre
-        rows, queries, keys = chunk.sizes
-        row_stride = x.shape[3]
-        tiles_along_keys, tiles_along_queries = row_stride // tile.keys, math.ceil(queries / tile.queries)
-        query_partials = self.empty(rows, tiles_along_keys, self.heads, by_query.rows, queries)
-        key_partials = self.empty(rows, tiles_along_queries, self.heads, by_key.rows, row_stride)
-        tensors = [x, gradient, probabilities, delta, operand, query_partials, key_partials]
-        tensors += [by_query.weights_BHRP, by_key.weights_BHRP]
-        self.launch(compose_backward, tensors, chunk, tile, x, sides, POST=post)
-        dquery_BHRT, dkey_BHRS = dweights_BHRP
-        # Each query belongs to one chunk, so its sum is final; keys get gradients from many chunks.
-        self.reduce_partials(query_partials, dquery_BHRT, chunk._replace(keys=chunk.queries), queries, add=False)
-        self.reduce_partials(key_partials, dkey_BHRS, chunk, keys, add=True)
+        arguments = {**tensors, **numbers}
+        for letter in ("a", "b"):
+            if f"{letter}_ptr" in tensors:
+                arguments |= _strides(letter, tensors[f"{letter}_ptr"])
+        warps = self.tiles.product.warps
+        self._run(kernel, grid, chunk, tile, arguments, name=name, warps=warps, stages=stages, BLOCK_D=block)
 
-    def finish_statistics(self, chunk: Chunk, partials: Tensor, statistics_BH2T: Tensor) -> None:
-        """Launch the kernel: the chunk's part of the statistics from partials [n, tiles along keys, H, 2, C]."""
-        rows, queries, _ = chunk.sizes
-        finish_statistics[(math.ceil(queries / REDUCE_BLOCK), self.heads, rows)](
-            partials,
-            statistics_BH2T,
-            queries,
-            partials.shape[1],
-            chunk.blocks,
-            chunk.batch.start,
-            chunk.queries.start,
-            self.queries,
-            HEADS=self.heads,
-            BLOCK=REDUCE_BLOCK,
-        )
-
-    def reduce_partials(self, partials: Tensor, sums: Tensor, chunk: Chunk, width: int, add: bool) -> None:
-        """Launch the kernel: reduce partials [n, tiles, ..., positions] to sums [..., positions].
-
-        The partials start at position ``chunk.keys.start`` of the sums, and only their first ``width`` positions count.
-        """
-        _, queries, _ = chunk.sizes
-        # The kernel wants a block's queries to be a multiple of a program's positions; both are powers of two.
-        size = REDUCE_BLOCK if chunk.blocks == 1 else min(REDUCE_BLOCK, queries)
-        span = (chunk.blocks - 1) * queries + width
-        lines = partials[0, 0].numel() // partials.shape[-1]
-        if lines == 0:  # a side without weights
-            return
-        reduce_partials[(math.ceil(span / size), lines, chunk.batch.stop - chunk.batch.start)](
-            partials,
-            sums,
-            width,
-            queries,
-            partials.shape[1],
-            chunk.blocks,
-            chunk.batch.start,
-            chunk.keys.start,
-            partials.shape[-1],
-            sums.shape[-1],
-            ADD=add,
-            BLOCK=size,
-        )
-
-    def launch(
+    def _run(
         self,
-        kernel: Callable,
-        tensors: Sequence[Tensor],
+        kernel: Any,
+        grid: tuple[int, int, int],
         chunk: Chunk,
         tile: Tile,
-        x: Tensor,
-        sides: Sides,
+        arguments: dict[str, Any],
+        *,
+        name: str | None = None,
+        warps: int | None = None,
+        stages: int = 1,
         **constants: Any,
     ) -> None:
-        """Launch a compose kernel with a program for each tile of ``x`` [n, H, C, V']."""
-        rows, queries, keys = chunk.sizes
-        by_query, by_key = sides
-        row_stride = x.shape[3]
-        grid = (row_stride // tile.keys, math.ceil(queries / tile.queries), rows)
-        kernel[grid](
-            *tensors,
-            queries,
-            keys,
-            chunk.blocks,
-            row_stride,
-            chunk.batch.start,
-            chunk.queries.start,
-            chunk.keys.start,
-            self.query_offset,
-            self.queries,
-            self.keys,
-            self.first_visible,
-            _NO_WINDOW if self.window is None else min(self.window, _NO_WINDOW),
-            HEADS=self.heads,
-            QUERY_RANK=by_query.rank,
-            QUERY_GATE=int(by_query.gate),
-            KEY_RANK=by_key.rank,
-            KEY_GATE=int(by_key.gate),
-            BLOCK_T=tile.queries,
-            BLOCK_S=tile.keys,
-            num_warps=tile.warps,
-            enable_fp_fusion=True,  # not the default in newer versions of Triton, and the kernels are mostly FMAs
-            **constants,
+        """Complete a launch by what its kernel asks for, and launch it."""
+        behind, ahead = (UNLIMITED if x is None else min(x, UNLIMITED) for x in (self.shape.behind, self.shape.ahead))
+        geometry = {
+            "queries": self.queries,
+            "keys": self.keys,
+            "first_batch": chunk.first_batch,
+            "blocks": chunk.blocks,
+            "first_query": chunk.first_query,
+            "first_key": chunk.first_key,
+            "key_origin": self.key_frame.origin,
+            "shift": self.call.query_offset + chunk.first_query - chunk.first_key,
+            "behind": behind,
+            "ahead": ahead,
+            "row_queries": chunk.row_queries,
+            "row_keys": chunk.row_keys,
+            "query_blocks": self.query_frame.blocks,
+            "key_blocks": self.key_frame.blocks,
+        }
+        block_queries, block_keys = self.tiles.block
+        product = self.tiles.product
+        coarse = {"COARSE_T": product.queries, "COARSE_S": product.keys, "TILES": PROGRAM_TILES}
+        blocks = {"BLOCK_Q": block_queries, "BLOCK_T": tile.queries, "BLOCK_S": block_keys}
+        heads = {"HEADS": self.heads, "GROUP": self.heads // self.kv_heads, "HEAD_DIM": self.head_dim}
+        takes = set(kernel.arg_names)
+        arguments = {**arguments, **{name: x for name, x in geometry.items() if name in takes}}
+        constants |= {name: x for name, x in {**heads, **blocks, **coarse}.items() if name in takes}
+        self.launch(
+            Launch(name or kernel.__name__, kernel, grid, arguments, constants, warps or tile.warps, stages, chunk)
         )
 
-    def of_queries(self, x_BTHD: Tensor, chunk: Chunk) -> Tensor:
-        """The chunk's part of a tensor by query, [N, M, D]: heads that share a key/value head form one matrix."""
-        return self.by_row(x_BTHD, chunk).reshape(chunk.sizes[0] * self.kv_heads, -1, self.head_dim)
 
-    def by_row(self, x_BTHD: Tensor, chunk: Chunk) -> Tensor:
-        """The chunk's part of a tensor by query as [batch rows, blocks, H, C, D], a view."""
-        return x_BTHD[chunk.batch, chunk.queries].unflatten(1, (chunk.blocks, -1)).transpose(2, 3)
-
-    def store_queries(self, x_NMD: Tensor, chunk: Chunk, out_BTHD: Tensor) -> None:
-        """The inverse of :meth:`of_queries`."""
-        view = self.by_row(out_BTHD, chunk)
-        view.copy_(x_NMD.view(view.shape))
-
-    def heads_first(self, x_BSGD: Tensor) -> Tensor:
-        """[B, G, padding + S, D], with zeros in the padding and before the first key that any query sees."""
-        visible_BGSD = x_BSGD[:, self.first_visible :].transpose(1, 2)
-        return F.pad(visible_BGSD, (0, 0, self.padding + self.first_visible, 0)).contiguous()
-
-    def of_keys(self, x_BGSD: Tensor, chunk: Chunk) -> Tensor:
-        """The chunk's part of a tensor by key, [N, V, D]; a copy if there are several blocks, whose keys overlap."""
-        _, queries, keys = chunk.sizes
-        start = self.padding + chunk.keys.start
-        x_nGSD = x_BGSD[chunk.batch, :, start : start + (chunk.blocks - 1) * queries + keys]
-        if chunk.blocks == 1:
-            return x_nGSD.flatten(0, 1)
-        # Windows of ``keys`` positions every ``queries`` positions, one for each block.
-        return x_nGSD.unfold(2, keys, queries).permute(0, 2, 1, 4, 3).reshape(-1, keys, self.head_dim)
-
-    def add_to_keys(self, x_BGSD: Tensor, a: Tensor, b: Tensor, chunk: Chunk, scale: float = 1.0) -> None:
-        """Add the products scale a b [N, V, D] to the part of a tensor by key that :meth:`of_keys` selects."""
-        if chunk.blocks == 1:
-            _product(self.of_keys(x_BGSD, chunk), a, b, scale=scale, add=True)
-            return
-        _, queries, keys = chunk.sizes
-        product_NVD = self.empty(a.shape[0], keys, self.head_dim)
-        _product(product_NVD, a, b, scale=scale)
-        product = product_NVD.view(-1, chunk.blocks, self.kv_heads, keys, self.head_dim).transpose(1, 2)
-        # The keys of blocks overlap, but those ``queries`` keys apart do not: add one such slice after the other.
-        for first in range(0, keys, queries):
-            start = self.padding + chunk.keys.start + first
-            part = x_BGSD[chunk.batch, :, start : start + chunk.blocks * queries].unflatten(2, (chunk.blocks, queries))
-            part += product[:, :, :, first : first + queries]
-
-    def matrices(self, x: Tensor, keys: int) -> Tensor:
-        """[n, H, C, V'] as [N, M, V], a view without the padding past the last key."""
-        return x.view(x.shape[0] * self.kv_heads, -1, x.shape[3])[:, :, :keys]
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """Arguments of a kernel that tell where the rows of a tensor are."""
+    batch, position, head, _ = x.stride()
+    return {f"{name}_batch_stride": batch, f"{name}_stride": position, f"{name}_head_stride": head}
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: bool = False) -> None:
-    """out = scale a b, plus out if ``add``, as batched matrices. A float32 ``out`` of 16-bit a and b is not rounded."""
-    options = {"beta": int(add), "alpha": scale, "out": out}
-    if out.is_cuda and out.dtype != a.dtype:
-        torch.baddbmm(out, a, b, out.dtype, **options)
-    elif out.is_cuda or add or out.dtype != torch.float32:
-        torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), **options)
-    else:
-        # Like cuBLAS, scale the result of the product. MKL's alpha scales an input, which rounds once more.
-        torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out).mul_(scale)
+def _rows(x: Tensor) -> Tensor:
+    """The tensor, or a copy if the elements of a head are not contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _capability(q: Tensor) -> int:
+    """10 * major + minor. On a CPU the kernels are interpreted, and any tile works."""
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    return 10 * major + minor
+
+
+def _seen_keys_only(call: Call) -> tuple[int, Call]:
+    """The first key that some query sees, and the call with only the keys from there to the last such key."""
+    last_query = call.query_offset + call.q.shape[1] - 1
+    start, stop = key_range(call.query_offset, last_query, call.window, call.causal, call.k.shape[1])
+
+    def seen(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, start:stop]
+
+    pre, post = (ComposeWeights(*w[:3], *map(seen, w[3:])) for w in (call.pre, call.post))
+    tensors = {"k": seen(call.k), "v": seen(call.v), "document_ids": seen(call.document_ids), "pre": pre, "post": post}
+    return start, call._replace(**tensors, query_offset=call.query_offset - start)

@@ -15,47 +15,58 @@ import torch
 import triton
 
 from dcscale.ops.compose.custom_op import Call
+from dcscale.ops.compose.scratch import default_scratch_bytes
 from dcscale.ops.compose.triton.staging import StagedAttention
-from dcscale.ops.compose.triton.tiles import TABLE, Tile, Tiles
+from dcscale.ops.compose.triton.tiles import TABLE, Tile, Tiles, column
 from dcscale.ops.compose.weights import ComposeWeights
 
 CANDIDATES = [
-    Tile(queries, keys, warps)
-    for queries, keys, warps in product((16, 32, 64), (32, 64, 128), (4, 8, 16))
-    if 2 <= queries * keys / (32 * warps) <= 16
+    *dict.fromkeys(tiles for of_gpu in TABLE.values() for rank, tiles in of_gpu.items() if rank != "float32"),
+    *(
+        Tiles(Tile(64, keys, forward), Tile(queries, keys, backward), Tile(128, 128, products))
+        for keys, forward, queries, backward, products in product((64, 128), (4, 8), (16, 32, 64), (4, 8), (4, 8))
+        if 8 <= queries * keys / (32 * backward) <= 16 and 64 * keys / (32 * forward) <= 32
+    ),
 ]
-"""Tiles with 2 to 16 elements per thread: fewer waste threads, more do not fit into a thread's registers."""
+"""The tiles in the table for 16-bit input, and others with 8 to 16 elements per thread in backward, up to 32 in
+forward: fewer waste instructions, more spill."""
 
 
 def tune(
-    attention: StagedAttention,
+    call: Call,
     dout_BTHD: torch.Tensor,
-    candidates: Iterable[Tile] = CANDIDATES,
+    candidates: Iterable[Tiles] = CANDIDATES,
     milliseconds: Callable[[Callable], float] = triton.testing.do_bench,
 ) -> Tiles:
     """Time every candidate for a call, forward and backward, and print the times.
 
     Args:
-        attention: the call.
+        call: the call.
         dout_BTHD: gradient of its output.
         candidates: tiles to try. Those that need more resources than the GPU has are skipped.
         milliseconds: measures the time of a function.
 
     Returns:
-        The fastest tile of each direction.
+        The tiles with the smallest sum of both times.
     """
-    _, statistics_BH2T = attention.forward()
-    runs = {"forward": attention.forward, "backward": lambda: attention.backward(dout_BTHD, statistics_BH2T)}
-    times: dict[str, dict[Tile, float]] = {name: {} for name in runs}
-    for tile in candidates:
-        attention.tiles = Tiles(tile, tile)
-        for name, run in runs.items():
-            try:
-                times[name][tile] = milliseconds(run)
-                print(f"{name:8}  {tile.queries:3} x {tile.keys:3}, {tile.warps:2} warps  {times[name][tile]:9.3f} ms")
-            except triton.OutOfResources as error:
-                print(f"{name:8}  {tile.queries:3} x {tile.keys:3}, {tile.warps:2} warps  does not fit: {error}")
-    return Tiles(*(min(by_tile, key=by_tile.__getitem__) for by_tile in times.values()))
+    times: dict[Tiles, float] = {}
+    for tiles in candidates:
+        attention = StagedAttention(call, tiles)
+        line = f"forward {_words(tiles.forward)}  backward {_words(tiles.backward)}  products {_words(tiles.product)}"
+        try:
+            _, log_sums = attention.forward()
+            forward = milliseconds(attention.forward)
+            backward = milliseconds(lambda: attention.backward(dout_BTHD, log_sums))  # noqa: B023 (called at once)
+        except triton.OutOfResources as error:
+            print(f"{line}  does not fit: {error}")
+            continue
+        times[tiles] = forward + backward
+        print(f"{line}  {forward:9.3f} + {backward:9.3f} ms")
+    return min(times, key=times.__getitem__)
+
+
+def _words(tile: Tile) -> str:
+    return f"{tile.queries:3} x {tile.keys:3}, {tile.warps:2} warps"
 
 
 def main() -> None:
@@ -73,12 +84,14 @@ def main() -> None:
     q, k, v, dout = (normal(options.heads, options.head_dim) for _ in range(4))
     low_rank, gate = (options.rank, options.heads), (options.heads,)
     pre, post = (ComposeWeights(*(0.1 * normal(*shape) for shape in (low_rank, low_rank, gate) * 2)) for _ in range(2))
-    call = Call(q, k, v, pre, post, window=options.window or None, scale=options.head_dim**-0.5)
-    attention = StagedAttention(call)
-    best = tune(attention, dout)
+    window = options.window or None
+    scratch = default_scratch_bytes(q, k, window, causal=True)
+    call = Call(q, k, v, pre, post, window=window, scale=options.head_dim**-0.5, scratch_bytes=scratch)
+    best = tune(call, dout)
     architecture = max(key for key in TABLE if key <= 10 * major + minor)
-    ranks = min(key for key in TABLE[architecture] if key >= options.rank)
-    print(f"best for {torch.cuda.get_device_name()}; in tiles.py: TABLE[{architecture}][{ranks}] = {best}")
+    print(
+        f"best for {torch.cuda.get_device_name()}; in tiles.py: TABLE[{architecture}][{column(options.rank)}] = {best}"
+    )
 
 
 if __name__ == "__main__":
