@@ -23,7 +23,7 @@ from dcscale.bench.attention.first_look.verdicts import Decision, decide, table
 from dcscale.bench.attention.measure import WrongResultsError, run_all
 from dcscale.bench.attention.static.compilation import Compiler
 from dcscale.bench.attention.static.cost import Rates, cost
-from dcscale.bench.attention.static.plan import Clock, make_call, plan, time_launches, work_of
+from dcscale.bench.attention.static.plan import Clock, make_call, plan, time_launches, with_room_to_keep, work_of
 from dcscale.bench.attention.static.report import add_measured, lines
 from dcscale.bench.attention.static.tool import MODELLED_ARCH, model_case
 from dcscale.bench.meter import Name, Run, first_line, gpu_clock, time_in_turns
@@ -316,11 +316,10 @@ def kept(look: Look) -> Row:
     rows = []
     for window in (None, look.window):
         case = replace(look.case, window=window)
-        call = enough = look.call(case)
-        while not StagedAttention(enough).keeps:
-            enough = enough._replace(scratch_bytes=2 * enough.scratch_bytes)
+        call = look.call(case)
+        enough = with_room_to_keep(call, look.arch)
         runs = {"recomputed": _checkpointed(look, call, False), "kept": _checkpointed(look, enough, True)}
-        row = {"window": window, "mib": enough.scratch_bytes // MIB, "by_default": StagedAttention(call).keeps}
+        row = {"window": window, "mib": enough.scratch_bytes // MIB, "by_default": enough is call}
         row |= look.times(runs)
         if look.models:
             model = look.model(case)

@@ -127,7 +127,7 @@ class Traffic(NamedTuple):
     """Read again in a later sweep over the heads: from L2 as far as it is still there."""
     written: float = 0
     operands: float = 0
-    """Read from L2 beside the above: tiles of a product's operands, again for each tile of its result."""
+    """Read from L2 in addition: tiles of a product's operands, again for each tile of its result."""
     added: float = 0
     """Read and written for sums that a product adds its result to when it is finished, so nothing overlaps them."""
 
