@@ -198,8 +198,11 @@ def test_workers_relieve_the_training_process(tmp_path):
             steps = loader.steps()
             for _ in range(20):
                 next(steps)
-            begin = time.process_time()
-            for _ in range(100):
-                next(steps)
-            spent[count] = time.process_time() - begin
+            rounds = []
+            for _ in range(4):  # the best of them, because other tests share the caches of the CPU
+                begin = time.process_time()
+                for _ in range(25):
+                    next(steps)
+                rounds.append(time.process_time() - begin)
+            spent[count] = min(rounds)
     assert spent[1] < 0.6 * spent[0]
