@@ -7,7 +7,6 @@ torch. What needs torch imports it when it is called.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,17 @@ def whole_number(text: str, minimum: int = 1) -> int:
     if not (digits.isascii() and digits.isdecimal()) or int(digits) < minimum:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of {minimum} or more")
     return int(digits)
+
+
+def positive_number(text: str) -> float:
+    """Type of an option that is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return number
 
 
 whole_number_from_0 = partial(whole_number, minimum=0)
@@ -62,15 +72,35 @@ def check_output(parser: argparse.ArgumentParser, path: Path | None, note: str =
         parser.error(f"--output {path}: {path.parent} is not a writable folder")
 
 
+def add_bad_row_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the policy for rows of text that cannot be used, see :mod:`dcscale.data.bad_rows`."""
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what to do about a row whose text cannot be used, because it is not UTF-8 or not JSON, or the text is "
+        "missing, null or not a string: stop (default), or leave it out and count it by reason",
+    )
+    parser.add_argument(
+        "--max-bad-rows",
+        type=float,
+        default=0.01,
+        metavar="FRACTION",
+        help="with --on-bad-row skip: stop if more than 100 rows and this fraction of all are bad (default 0.01)",
+    )
+
+
 class ResultError(ValueError):
     """A file that is not a result of this benchmark."""
 
 
 def print_tables(parser: argparse.ArgumentParser, path: Path, markdown: Callable[[Any], str]) -> None:
     """Prints the tables of an earlier result; exits through ``parser.error`` if ``path`` is not a result."""
+    from dcscale.files import read_json
+
     try:
-        print(markdown(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError) as error:  # JSONDecodeError and ResultError are ValueErrors
+        print(markdown(read_json(path)))
+    except ValueError as error:
         parser.error(f"--markdown {path}: {error}")
 
 
@@ -88,8 +118,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         type=Path,
-        help="run (its newest complete checkpoint is used), checkpoint, model folder, or any other folder that "
-        "tools/convert_checkpoint.py reads; it is only read",
+        help="run (its newest complete checkpoint is used), checkpoint, model folder, or any other folder or file "
+        "that tools/convert_checkpoint.py reads; it is only read",
     )
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.json, or byte (default: the one next to the model)"

@@ -20,6 +20,11 @@ from typing import Any
 TEMPORARY_PREFIX = ".unfinished-"
 """Prefix of the name of a folder that is being written or removed."""
 
+_MAX_JSON_DEPTH = 100
+"""More than any file of ours or of others needs, and far below where Python's recursive functions fail."""
+_MAX_DIGITS = 300
+"""Of an integer: larger ones overflow where they meet a float."""
+
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Replaces the content of ``path`` by ``content`` (text as UTF-8) and makes it durable."""
@@ -40,6 +45,57 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces the content of ``path`` by ``value`` as indented JSON."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def parse_json(content: str | bytes, source: Path | str) -> Any:
+    """The value of JSON in UTF-8 that anybody may have written.
+
+    Args:
+        source: the file, and line if any, for error messages.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or has an integer that is too large; names ``source`` and
+            the reason.
+    """
+    try:
+        value = json.loads(content if isinstance(content, str) else content.decode(), parse_int=_parse_integer)
+    except RecursionError:
+        raise ValueError(f"{source} cannot be read: it is nested too deeply") from None
+    except OverflowError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} cannot be read: it is not UTF-8: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be read: it is not JSON: {error}") from error
+    level = [value]  # all values at the same depth
+    for _ in range(_MAX_JSON_DEPTH):
+        parts = (part for part in level if isinstance(part, (dict, list)))
+        level = [item for part in parts for item in (part.values() if isinstance(part, dict) else part)]
+    if level:
+        raise ValueError(f"{source} cannot be read: it is nested too deeply, in more than {_MAX_JSON_DEPTH} levels")
+    return value
+
+
+def _parse_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise OverflowError(f"the integer {digits[:10]}... has {len(digits)} digits")
+    return int(digits)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that anybody may have written.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold a JSON object; names it and the reason.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    value = parse_json(content, path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, but is a {type(value).__name__}")
+    return value
 
 
 @contextmanager

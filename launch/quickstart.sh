@@ -27,6 +27,7 @@ while [ $# -gt 0 ]; do
         --name|--processes)
             [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
             if [ "$1" = --name ]; then name=$2; else processes=$2; fi; shift ;;
+        run.name=*) echo "error: '$1': name the run with --name ${1#*=}" >&2; exit 2 ;;
         *=*) settings+=("$1") ;;
         *) echo "error: unknown option '$1'; see bash launch/quickstart.sh --help" >&2; exit 2 ;;
     esac
@@ -35,6 +36,12 @@ done
 [[ "$name" =~ ^[A-Za-z0-9._-]+$ ]] || { echo "error: --name '$name': use letters, digits, '.', '_' and '-'" >&2; exit 2; }
 [[ -z "$processes" || "$processes" =~ ^[1-9][0-9]*$ ]] || { echo "error: --processes '$processes' is not a number above 0" >&2; exit 2; }
 
+# Adds a setting unless it is given: train.py refuses a key that is given twice.
+default() {
+    local given
+    for given in "${settings[@]}"; do [[ "$given" != "${1%%=*}="* ]] || return 0; done
+    settings=("$1" "${settings[@]}")
+}
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
 say "1/3  Installation"
@@ -48,7 +55,7 @@ if [ -f "$data/train/manifest.json" ] && [ -f "$data/validation/manifest.json" ]
     echo "already in $data"
 else
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-    python tools/make_shards.py "$stdlib" --suffix .py --exclude site-packages --skip-undecodable --workers 1 \
+    python tools/make_shards.py "$stdlib" --suffix .py --exclude site-packages --on-bad-row skip --workers 1 \
         --tokenizer byte --hold-out 0.02 --shard-tokens 2000000 --output "$data"
 fi
 
@@ -81,13 +88,13 @@ else
     if [ "$gpus" -gt 0 ]; then
         processes=${processes:-$gpus}
         [ "$processes" -le "$gpus" ] || { echo "error: --processes $processes, but there are $gpus GPUs" >&2; exit 2; }
-        settings=(train.precision=bf16 "${settings[@]}")
+        default train.precision=bf16
     else
         processes=${processes:-2}
         export DS_ACCELERATOR=cpu  # no warning from DeepSpeed that it found no GPU
     fi
     # configs/quickstart.yaml has 4 sequences for each of 2 processes; keep 4 per process with more of them.
-    [ "$processes" -le 2 ] || settings=("train.global_batch_size=$((4 * processes))" "${settings[@]}")
+    [ "$processes" -le 2 ] || default "train.global_batch_size=$((4 * processes))"
     # With a number of processes, deepspeed ignores CUDA_VISIBLE_DEVICES, and --include takes indices only, no UUIDs.
     visible=$(printf %s "${CUDA_VISIBLE_DEVICES:-}" | tr -d ' ' | cut -d, -f "1-$processes")
     if [ "$gpus" -eq 0 ] || [ -z "$visible" ]; then

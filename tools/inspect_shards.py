@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from itertools import islice
 from pathlib import Path
 
-from dcscale.cli import whole_number
+from dcscale.cli import add_bad_row_options, whole_number
 
 MAX_CHARACTERS = 2000
 
@@ -43,14 +44,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--text-member", choices=("txt", "json"), help="members that hold the text (default: detected in the first tar)"
     )
     parser.add_argument("--text-field", default="text", help="field of a .json member that holds the text")
+    add_bad_row_options(parser)
     parser.add_argument(
         "--workers", type=whole_number, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
     )
     options = parser.parse_args(arguments)
     if options.write_manifest != (options.tokenizer is not None):
         parser.error("--tokenizer is needed for --write-manifest, and for nothing else")
-    if (options.eos_token or options.text_member) and not options.write_manifest:
-        parser.error("--eos-token and --text-member are for --write-manifest only; leave them out")
+    for_manifest = (options.eos_token, options.text_member, options.on_bad_row == "skip")
+    if any(for_manifest) and not options.write_manifest:
+        parser.error("--eos-token, --text-member and --on-bad-row are for --write-manifest only; leave them out")
     return options
 
 
@@ -112,7 +115,8 @@ def write_manifest(options: argparse.Namespace) -> bool:
     elif len(paths) > 1:
         raise DataError(f"{paths[1]}: is given together with a folder; give one folder, or only tars")
     chosen = {
-        name: getattr(options, name) for name in ("tokenizer", "eos_token", "text_member", "text_field", "workers")
+        name: getattr(options, name)
+        for name in ("tokenizer", "eos_token", "text_member", "text_field", "on_bad_row", "max_bad_rows", "workers")
     }
     found = index_tars(folder, tars, **chosen, progress=True)
     report(found)
@@ -120,7 +124,8 @@ def write_manifest(options: argparse.Namespace) -> bool:
         print(f"{folder}: no manifest was written; repair or remove the tars named above")
         return False
     vocab_size = found.manifest.tokenizer.vocab_size
-    print(f"Wrote the manifest. To train on it: data.train={folder} model.vocab_size={vocab_size}")
+    settings = shlex.join([f"data.train={folder}", f"model.vocab_size={vocab_size}"])
+    print(f"Wrote the manifest. To train on it: {settings}")
     if found.manifest.text:
         print("The text is tokenized whenever it is read: for a large run, unpack it and use tools/make_shards.py.")
     return True

@@ -1,37 +1,52 @@
 """Build token shards for training from text: OUTPUT/train, and OUTPUT/validation for held-out documents.
 
-Inputs are text files (one document each), JSONL files (.jsonl, .jsonl.gz, .jsonl.zst; one document per line), Parquet
-files (one document per row) and folders of these.
-
     python tools/make_shards.py notes/ --suffix .md .txt --output data/notes --hold-out 0.02
     python tools/make_shards.py web.jsonl.zst --tokenizer tokenizer.json --output data/web --workers 16
     python tools/make_shards.py web/ --output data/web --pack best-fit --sequence-length 2048
+    python tools/make_shards.py site/ --suffix .html --format text --output data/site
+
+Inputs are files and folders. The suffix of a file, in upper or lower case, says what it is:
+  .jsonl .ndjson .json       JSON: an object on each line, or one array of objects; one document each
+                             (also .gz; .zst with the package backports.zstd)
+  .parquet                   one document a row (with the package pyarrow)
+  .txt .md .rst .tex and source code such as .py .c .java .rs .js
+                             plain text: one document a file
+Any other file (.html .csv .xml ...) is refused unless --format states what all files are. Of folders, JSON, Parquet and
+.txt are read, or what --suffix names; what is not read is counted and printed.
 
 To resume an interrupted build, run the same command again. The result is the same byte for byte for any number of
-workers and interruptions.
+workers and interruptions, and wherever the inputs lie.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 
-from dcscale.cli import whole_number, whole_number_from_0
+from dcscale.cli import add_bad_row_options, whole_number, whole_number_from_0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("inputs", nargs="+", help="files and folders of text, JSONL, Parquet")
+    parser.add_argument("inputs", nargs="+", help="files and folders of text, JSON, Parquet")
     parser.add_argument("--output", required=True, help="folder to create; appears when it is complete")
-    parser.add_argument("--tokenizer", default="byte", help="'byte' (default) or the path of a tokenizer.json")
+    parser.add_argument("--tokenizer", default="byte", help="'byte' (default), or a tokenizer.json or its folder")
     parser.add_argument("--eos-token", help="token of tokenizer.json that ends a document, if it cannot be detected")
-    parser.add_argument("--suffix", nargs="+", metavar="SUFFIX", help="which files of folders to read, such as .py .md")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="files and folders to leave out")
-    parser.add_argument("--text-field", default="text", help="JSONL field or Parquet column of the text")
+    parser.add_argument(
+        "--suffix", action="extend", nargs="+", metavar="SUFFIX", help="which files of folders to read, such as .py .md"
+    )
+    parser.add_argument(
+        "--format", choices=("json", "parquet", "text"), help="format of all files, whatever their suffix"
+    )
+    parser.add_argument(
+        "--exclude", action="extend", nargs="+", default=[], metavar="NAME", help="files and folders to leave out"
+    )
+    parser.add_argument("--text-field", default="text", help="JSON field or Parquet column of the text")
     parser.add_argument("--hold-out", type=float, default=0.0, help="fraction of the documents in OUTPUT/validation")
     parser.add_argument(
         "--shard-tokens", type=whole_number, default=1 << 22, help="minimum tokens per shard (default 4,194,304)"
@@ -51,7 +66,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=whole_number, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
     )
-    parser.add_argument("--skip-undecodable", action="store_true", help="leave out documents that are not UTF-8")
+    add_bad_row_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing shards in OUTPUT")
     return parser.parse_args(arguments)
 
@@ -61,14 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments, since these take seconds and --help should not.
     from dcscale.data.errors import DataError
     from dcscale.data.prepare.build import build_shards
-    from dcscale.data.prepare.documents import DEFAULT_SUFFIXES
     from dcscale.data.prepare.journal import state_folder
 
     inputs, output = options.pop("inputs"), options.pop("output")
-    suffixes = options.pop("suffix") or DEFAULT_SUFFIXES
     started = time.perf_counter()
     try:
-        report = build_shards(inputs, output, suffixes=suffixes, progress=True, **options)
+        report = build_shards(inputs, output, suffixes=options.pop("suffix"), progress=True, **options)
     except (DataError, OSError, KeyboardInterrupt) as error:
         print(f"make_shards: {str(error) or 'interrupted'}", file=sys.stderr)
         path = Path(os.path.abspath(output))
@@ -91,13 +104,15 @@ def main(arguments: list[str] | None = None) -> int:
             )
     if report.empty:
         print(f"Skipped empty documents: {report.empty:,}")
-    if report.undecodable:
-        print(f"Skipped documents that are not UTF-8: {len(report.undecodable):,}, such as {report.undecodable[0]}")
+    if report.skipped.by_reason:
+        print(f"Skipped: {report.skipped}")
+    if report.not_read.kinds:
+        print(f"Not read: {report.not_read}")
     print("To train on these shards, set (vocab_size may be larger):")
     settings = [f"data.{folder.name}={folder}" for folder in report.splits]
     vocab_size = next(iter(report.splits.values())).manifest.tokenizer.vocab_size
     settings += [f"data.sequence_length={options['sequence_length']}"] if options["pack"] else []
-    print(f"  {' '.join(settings)} model.vocab_size={vocab_size}")
+    print(f"  {shlex.join([*settings, f'model.vocab_size={vocab_size}'])}")
     return 0
 
 

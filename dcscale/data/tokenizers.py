@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import reprlib
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +38,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without an end-of-document token."""
+        """Token ids of ``text``, without an end-of-document token.
+
+        Raises:
+            ValueError: the text cannot be tokenized, such as half of a surrogate pair.
+        """
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -50,6 +57,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without end-of-document tokens; invalid UTF-8 becomes U+FFFD."""
+
+    def decode_continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
+        """What ``new_ids`` add to the text of ``prompt_ids``, for example by a model that continues a prompt.
+
+        Tokens cannot always be decoded alone: SentencePiece drops the space of the first word, and a character may be
+        several tokens. A character that the prompt begins and the new tokens complete belongs to the continuation.
+        """
+        prompt, text = self.decode(prompt_ids), self.decode([*prompt_ids, *new_ids])
+        return text[len(os.path.commonprefix([prompt, text])) :]  # noqa: RUF071 (characters, not paths)
 
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
@@ -116,7 +132,11 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._definition = Path(path).read_bytes() if definition is None else definition
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; give 'byte' or a {TOKENIZER_NAME}") from error
+            raise DataError(
+                f"{path}: cannot be read: {error.strerror}; give 'byte', or a {TOKENIZER_NAME} or its folder. "
+                f"'hf download OWNER/MODEL {TOKENIZER_NAME} --local-dir FOLDER' gets that of a model on the Hugging "
+                f"Face Hub; if it has none, AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) makes one"
+            ) from error
         try:
             self._library = Library.from_buffer(self._definition)
         except Exception as error:  # the library raises bare Exception for a malformed file
@@ -135,7 +155,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos is None:
             candidates = [name for name in EOS_TOKENS if name in vocabulary]
         else:
-            candidates = [self._library.id_to_token(eos) if isinstance(eos, int) else eos]
+            named = [name for name, number in vocabulary.items() if number == eos]
+            candidates = [eos] if isinstance(eos, str) else named
         if len(candidates) != 1 or candidates[0] not in vocabulary:
             raise DataError(
                 f"{self.spec}: the end-of-document token is ambiguous or missing: requested {eos!r}, found "
@@ -144,11 +165,19 @@ class HuggingFaceTokenizer(Tokenizer):
         return vocabulary[candidates[0]]
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+        return self._encode(text).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._library.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         return encoding.ids, encoding.offsets
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._library.encode(text, add_special_tokens=False)
+        except Exception as error:  # as in encode_documents; TypeError for half of a surrogate pair
+            raise DataError(
+                f"{self.spec}: cannot tokenize {reprlib.repr(text)}: {error}; give another tokenizer or text"
+            ) from error
 
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i != self.eos_id]

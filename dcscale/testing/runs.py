@@ -5,9 +5,11 @@ Folders of token shards with known content, written without the text side of the
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,8 +17,10 @@ from torch import Tensor
 from dcscale.config import Config, check_config, load_config, raise_problems
 from dcscale.data.prepare.build import build_shards
 from dcscale.data.prepare.packing import Row, pack_best_fit
-from dcscale.data.shards.manifest import Manifest, TokenizerInfo, write_manifest
-from dcscale.data.shards.shard import write_shard
+from dcscale.data.shards.manifest import Manifest, TokenizerInfo, read_manifest, write_manifest
+from dcscale.data.shards.shard import read_shard, write_shard
+from dcscale.data.shards.text import open_text_reader
+from dcscale.data.storage import open_storage
 from dcscale.data.tokenizers import ByteTokenizer
 from dcscale.observe import Console
 from dcscale.parallel import Engine, discover, share_cores, start_distributed, stop_distributed
@@ -174,3 +178,22 @@ def packed_shards(
             filled += [[eos_id]] * (row_tokens - sum(stop - start for _, start, stop in row))
         packed.append(filled)
     return packed
+
+
+def documents_of(folder: Path) -> list[list[int]]:
+    """The token ids of every document in a folder of shards."""
+    manifest, source = read_manifest(folder), open_storage(folder)
+    vocab_size, text = manifest.tokenizer.vocab_size, open_text_reader(source, manifest)
+    return [
+        document.tolist()
+        for info in manifest.shards
+        for document in read_shard(source, info, dtype=manifest.dtype, vocab_size=vocab_size, verify=True, text=text)
+    ]
+
+
+def change_entry(folder: Path, number: int, **changes: Any) -> None:
+    """Changes what the manifest of a folder says of a shard."""
+    manifest = read_manifest(folder)
+    shards = list(manifest.shards)
+    shards[number] = dataclasses.replace(shards[number], **changes)
+    write_manifest(folder, dataclasses.replace(manifest, shards=tuple(shards)))

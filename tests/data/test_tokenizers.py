@@ -57,6 +57,30 @@ def test_invalid_bytes_decode_to_replacement_characters():
     assert load_tokenizer("byte").decode([104, 0xC3, 300, 105]) == "h\ufffd\ufffdi"
 
 
+@pytest.mark.parametrize("kind", ["byte", "tokenizer_json", "llama_tokenizer"])
+def test_a_continuation_is_decoded_with_its_prompt(kind, request):
+    tokenizer = load_tokenizer("byte" if kind == "byte" else request.getfixturevalue(kind))
+    text = "Ann has a kind of 🙂, 50 € or\ufffd of it"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_continuation([], ids) == text
+    for cut in range(1, len(ids) + 1):
+        prompt, new = ids[:cut], ids[cut:]
+        continuation = tokenizer.decode_continuation(prompt, [*new, tokenizer.eos_id])
+        assert text.endswith(continuation)
+        # What the prompt shows of a character that it only begins is part of the continuation.
+        shown = text.removesuffix(continuation)
+        assert tokenizer.decode(prompt).rstrip("\ufffd") == shown.rstrip("\ufffd")
+    begun = tokenizer.encode("🙂")[:-1]
+    assert tokenizer.decode_continuation(ids, begun).strip("\ufffd ") == ""
+
+
+def test_the_space_before_a_continuation_is_kept(llama_tokenizer):
+    tokenizer = load_tokenizer(llama_tokenizer)
+    prompt = tokenizer.encode("Ann has a kind of")
+    new = tokenizer.encode("Ann has a kind of the river")[len(prompt) :]
+    assert (tokenizer.decode(new), tokenizer.decode_continuation(prompt, new)) == ("the river", " the river")
+
+
 def test_hugging_face_round_trip(tokenizer_json):
     tokenizer = load_tokenizer(tokenizer_json)
     library = Tokenizer.from_file(str(tokenizer_json))
@@ -97,6 +121,7 @@ def test_the_end_of_document_token_is_found_or_given(tmp_path):
         (none, None, r"found \[\]"),
         (two, "<x>", "'<x>'"),
         (two, 9999, "9999"),
+        (two, -1, "-1"),
     ):
         with pytest.raises(DataError, match=rf"end-of-document token is ambiguous or missing.*{shown}.*--eos-token"):
             HuggingFaceTokenizer(path, eos)
@@ -141,8 +166,10 @@ def test_a_folder_with_a_tokenizer_json(tokenizer_json):
 
 
 def test_missing_and_malformed_files(tmp_path):
-    with pytest.raises(DataError, match=r"bites: cannot be read: No such file.*give 'byte' or a tokenizer\.json"):
-        load_tokenizer("bites")
+    with pytest.raises(
+        DataError, match=r"gpt2: cannot be read: No such file.*give 'byte', or a tokenizer\.json .*hf download"
+    ):
+        load_tokenizer("gpt2")
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(DataError, match=r"is not a Hugging Face tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -155,6 +182,12 @@ def test_text_that_a_tokenizer_cannot_encode_is_reported(tmp_path):
     assert [ids.tolist() for ids in tokenizer.encode_documents(["known"])] == [[0, 1]]
     with pytest.raises(DataError, match=r"words\.json: cannot tokenize a document: .*UNK.*; give another tokenizer"):
         tokenizer.encode_documents(["known", "other"])
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        for text in ("other", "\ud83d"):
+            with pytest.raises(
+                DataError, match=r"words\.json: cannot tokenize '.*': .*; give another tokenizer or text"
+            ):
+                encode(text)
 
 
 def test_without_the_tokenizers_package_bytes_work_and_the_error_has_a_hint(tokenizer_json, monkeypatch):

@@ -22,7 +22,7 @@ facts() { nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.max.sm 
 export -f facts
 data() {  # token shards of the standard library's sources: seconds
     [ -f $SCRATCH/shards/train/manifest.json ] || python3 tools/make_shards.py "$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
-        --suffix .py --exclude site-packages dist-packages --skip-undecodable --tokenizer byte --hold-out 0.02 --shard-tokens 2000000 --output $SCRATCH/shards
+        --suffix .py --exclude site-packages dist-packages --on-bad-row skip --tokenizer byte --hold-out 0.02 --shard-tokens 2000000 --output $SCRATCH/shards
 }
 train() {  # a step of the 405M shape, composed and plain, at 2048 and 8192 tokens
     data || return 1

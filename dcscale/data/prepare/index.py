@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dcscale.data.bad_rows import SkippedRows, check_policy
 from dcscale.data.errors import DataError
 from dcscale.data.prepare.inspect import Inspection, measure_shards
 from dcscale.data.shards.manifest import (
@@ -19,6 +20,7 @@ from dcscale.data.shards.manifest import (
     token_dtype,
     write_manifest,
 )
+from dcscale.data.shards.repeated import find_repeated
 from dcscale.data.shards.shard import TOKEN_EXTENSIONS, detect_token_dtype
 from dcscale.data.shards.tar import read_samples
 from dcscale.data.storage import LocalStorage
@@ -33,6 +35,8 @@ def index_tars(
     eos_token: str | None = None,
     text_member: str | None = None,
     text_field: str = "text",
+    on_bad_row: str = "fail",
+    max_bad_rows: float = 0.01,
     workers: int = 1,
     progress: bool = False,
 ) -> Inspection:
@@ -50,6 +54,9 @@ def index_tars(
         text_member: read the text from ``txt`` or ``json`` members; None reads tokens if the first tar has them, else
             ``txt`` if it has that, else ``json``.
         text_field: field of the object in a ``json`` member that holds the text.
+        on_bad_row: ``fail`` takes a sample whose text cannot be used for a defect, ``skip`` leaves it out whenever the
+            shards are read, see :mod:`dcscale.data.bad_rows`.
+        max_bad_rows: with ``skip``, the fraction of the samples that may be bad; 100 always may.
         workers: number of processes; each holds one tar in memory.
         progress: show a progress bar.
 
@@ -57,9 +64,10 @@ def index_tars(
         What the tars hold. If it has defects, no manifest was written.
 
     Raises:
-        DataError: there is a manifest or another tokenizer already, ``tars`` or their names are invalid, or the first
-            tar holds neither tokens nor text.
+        DataError: there is a manifest or another tokenizer already, an argument or a name of a tar is invalid, the
+            first tar holds neither tokens nor text, or too many samples are bad.
     """
+    check_policy(on_bad_row, max_bad_rows)
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder / MANIFEST_NAME}: already exists; to write another one, remove it first")
     names = [tar.relative_to(folder).as_posix() for tar in tars]
@@ -82,14 +90,26 @@ def index_tars(
     dtype, text = _content_of(first, data, text_member, text_field, loaded.vocab_size)
     try:
         # Saves the tokenizer before the tars are read, since workers load it from the folder.
-        header = Manifest(dtype, loaded.save(folder), 0, (), text=text)
+        skipped_rows = {} if on_bad_row == "skip" else None
+        header = Manifest(dtype, loaded.save(folder), 0, (), text=text, skipped_rows=skipped_rows)
         shards = measure_shards(folder, header, names, workers, progress)
+        skipped = SkippedRows()
+        for name, shard in zip(names, shards):
+            good = shard.info.documents if shard.info else 0
+            skipped.add(good, shard.bad_rows, dict.fromkeys(shard.bad_rows, storage.location(name)))
+        skipped.check(max_bad_rows)
         defects = [defect for shard in shards for defect in shard.defects]
         manifest = replace(
             header,
             max_token_id=max(shard.max_token_id for shard in shards),
             shards=tuple(shard.info for shard in shards if shard.info),
+            skipped_rows=dict(sorted(skipped.by_reason.items())) or None,
         )
+        if not defects:
+            repeated = find_repeated([(storage, manifest)])
+            defects = [
+                f"{shards}: are the same, so would be trained on twice; remove one of them" for shards in repeated
+            ]
         if not defects:
             write_manifest(folder, manifest)
     finally:

@@ -36,6 +36,8 @@ class ShardInspection:
     """Documents of one end-of-document token that only fill rows."""
     without_eos: int = 0
     """Documents whose last token is not the end-of-document token."""
+    bad_rows: Counter[str] = field(default_factory=Counter)
+    """Reason -> samples of text that are left out because their text cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Inspection:
             f"  documents   {documents - padding:,}; {without_eos:,} do not end with token {tokenizer.eos_id:,}",
             f"  lengths     {', '.join(lengths) or 'none'} tokens",
         ]
+        if manifest.skipped_rows:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.skipped_rows.items())
+            lines.append(f"  left out    {sum(manifest.skipped_rows.values()):,} rows of the input: {reasons}")
         if self.unlisted:
             lines.append(f"  {len(self.unlisted):,} tars in the folder are not in the manifest: {self.unlisted[0]}")
         return lines
@@ -125,6 +130,10 @@ def inspect_shards(
     if not defects and names is None and largest != manifest.max_token_id:
         where = storage.location(MANIFEST_NAME)
         defects.append(f"{where}: max_token_id is {manifest.max_token_id}, but the largest in the shards is {largest}")
+    bad_rows = sum((shard.bad_rows for shard in shards), Counter())
+    if not defects and names is None and manifest.text and bad_rows != Counter(manifest.skipped_rows):
+        where = storage.location(MANIFEST_NAME)
+        defects.append(f"{where}: skipped_rows is {manifest.skipped_rows}, but the shards have {dict(bad_rows)}")
     unlisted = []
     if isinstance(storage, LocalStorage):
         present = {path.relative_to(storage.folder).as_posix() for path in storage.folder.rglob("*.tar")}
@@ -239,7 +248,7 @@ def _measure_samples(
     samples = text_bytes = 0
     all_lengths, out_of_vocabulary = [], []
     eos_id, vocab_size = header.tokenizer.eos_id, header.tokenizer.vocab_size
-    for key, tokens, lengths, size in _samples(where, data, header, text):
+    for key, tokens, lengths, size in _samples(where, data, header, text, found.bad_rows):
         samples, text_bytes = samples + 1, text_bytes + size
         all_lengths.append(lengths)
         largest = int(tokens.max())
@@ -270,12 +279,12 @@ def _measure_samples(
 
 
 def _samples(
-    where: str, data: bytes, header: Manifest, text: TextReader | None
+    where: str, data: bytes, header: Manifest, text: TextReader | None, bad_rows: Counter[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
     """(key, tokens [n], lengths [documents], bytes of the text or 0 if unknown) of each sample."""
     if text is None:
         for key, tokens, lengths in token_samples(where, data, header.dtype):
             yield key, tokens, lengths, 0
     else:
-        for key, string, tokens in text.documents(where, data):
+        for key, string, tokens in text.documents(where, data, bad_rows):
             yield key, tokens, np.array([len(tokens)]), len(string.encode())

@@ -32,7 +32,7 @@ from typing import Any
 from dcscale.data.errors import DataError
 from dcscale.data.prepare.shuffle import SpooledChunk, WrittenShard
 from dcscale.data.shards.manifest import ShardInfo
-from dcscale.files import publish_folder, write_json
+from dcscale.files import parse_json, publish_folder, read_json, write_json
 
 
 def state_folder(output: Path) -> Path:
@@ -130,7 +130,11 @@ class Journal:
         found = []
         for path in sorted(self._root.glob("*/identity.json")):
             if path.parent != self.folder:
-                other = json.loads(path.read_bytes())
+                try:
+                    other = read_json(path)
+                except ValueError as error:  # after a crash of the machine
+                    found.append(str(error))
+                    continue
                 names = sorted(other.keys() | self._identity.keys())
                 pairs = [(name, other.get(name), self._identity.get(name)) for name in names]
                 differences = [f"{name} {then!r} (now {now!r})" for name, then, now in pairs if then != now]
@@ -151,7 +155,7 @@ class Journal:
         # Without an incomplete last line, which a killed process may leave.
         for line in content[: content.rfind(b"\n") + 1].splitlines():
             try:
-                entries.append(json.loads(line))
+                entries.append(parse_json(line, path))
             except ValueError:  # after a crash of the machine
                 break
             valid_bytes += len(line) + 1

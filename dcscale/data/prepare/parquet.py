@@ -102,7 +102,8 @@ def _check_column(path: Path, schema, column: str) -> None:
     kind = fields[0].type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+    # null: no row of this file has a text
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
         raise DataError(
             f"{path}: column {column!r} is {fields[0].type}, but must be a string; name another one with --text-field, "
             f"or store the text as a string"

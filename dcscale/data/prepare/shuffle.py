@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +63,7 @@ class SpoolTask:
     eos_token: str | None
     dtype: str
     text_field: str
-    skip_undecodable: bool
+    skip_bad_rows: bool
     hold_out: float
     seed: int
     buckets: int
@@ -81,7 +81,10 @@ class SpooledChunk(NamedTuple):
     documents: dict[str, int]
     """Split -> number of its documents that are kept."""
     empty: int
-    undecodable: list[str]
+    bad_rows: dict[str, dict[str, int]]
+    """Split -> reason -> number of its rows that are left out."""
+    first_bad_row: dict[str, str]
+    """Reason -> name of its first row."""
 
 
 class ShardPlan(NamedTuple):
@@ -154,10 +157,15 @@ def spool_chunk(task: SpoolTask, numbered: tuple[int, Chunk]) -> SpooledChunk:
 
 
 def _spool_chunk(task: SpoolTask, number: int, chunk: Chunk, owner: str) -> SpooledChunk:
-    kept, empty, undecodable = {TRAIN: 0, VALIDATION: 0}, 0, []
-    read = read_documents(chunk, text_field=task.text_field, skip_undecodable=task.skip_undecodable)
+    kept, empty = {TRAIN: 0, VALIDATION: 0}, 0
+    bad_rows: dict[str, Counter[str]] = {TRAIN: Counter(), VALIDATION: Counter()}
+    first_bad_row: dict[str, str] = {}
+    read = read_documents(chunk, text_field=task.text_field, skip_bad_rows=task.skip_bad_rows)
     for batch in _batches(read, task.batch_chars):
-        undecodable += [document.name for document in batch if document.text is None]
+        for document in batch:
+            if document.text is None:
+                bad_rows[split_of(document.name, task.hold_out)][document.bad_row] += 1
+                first_bad_row.setdefault(document.bad_row, document.name)
         documents = [document for document in batch if document.text]
         encoded = _tokenizer(task.tokenizer, task.eos_token, task.fingerprint).encode_documents(
             [document.text for document in documents]
@@ -180,8 +188,8 @@ def _spool_chunk(task: SpoolTask, number: int, chunk: Chunk, owner: str) -> Spoo
                 file.writelines(tokens.data for tokens, _ in group)
             with open(stem.with_suffix(".index"), "ab") as file:
                 file.write(np.array([record for _, record in group], dtype=_RECORD).tobytes())
-        empty += len(batch) - sum(map(len, groups.values()))
-    return SpooledChunk(number, owner, chunk.bytes, kept, empty - len(undecodable), undecodable)
+        empty += len(batch) - sum(map(len, groups.values())) - sum(document.text is None for document in batch)
+    return SpooledChunk(number, owner, chunk.bytes, kept, empty, bad_rows, first_bad_row)
 
 
 def _batches(documents: Iterable[Document], batch_chars: int) -> Iterator[list[Document]]:

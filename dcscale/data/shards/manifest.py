@@ -39,6 +39,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
@@ -49,7 +50,7 @@ import numpy as np
 
 from dcscale.data.errors import DataError
 from dcscale.data.storage import LocalStorage, Storage, UnionStorage, UnreadableError, open_storage
-from dcscale.files import write_json
+from dcscale.files import parse_json, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "dcscale-token-shards"
@@ -157,6 +158,10 @@ class Manifest:
     """Where the text is, if the shards hold text, which is tokenized at each read; see
     :mod:`dcscale.data.shards.text`. Omitted from the file if None."""
 
+    skipped_rows: dict[str, int] | None = field(default=None, hash=False)  # a dict cannot be hashed
+    """Reason -> rows of the input that were left out because they cannot be used, see :mod:`dcscale.data.bad_rows`.
+    Omitted from the file if None."""
+
     @cached_property
     def totals(self) -> dict[str, int]:
         """Sums over the shards: ``bytes``, ``samples``, ``documents``, ``tokens``, ``text_bytes``."""
@@ -169,14 +174,19 @@ class Manifest:
             "dtype": self.dtype,
             "tokenizer": [self.tokenizer.fingerprint, self.tokenizer.vocab_size, self.tokenizer.eos_id],
             "shards": [[shard.sha256, shard.documents, shard.tokens] for shard in self.shards],
-            **self._optional,  # absent keys keep the fingerprints of manifests that lack them
+            # Absent keys keep the fingerprints of manifests that lack them; skipped rows are not read.
+            **{name: value for name, value in self._optional.items() if name != "skipped_rows"},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def _optional(self) -> dict[str, Any]:
         """The optional keys of the file that have a value."""
-        values = {"row_tokens": self.row_tokens, "text": self.text and asdict(self.text)}
+        values = {
+            "row_tokens": self.row_tokens,
+            "text": self.text and asdict(self.text),
+            "skipped_rows": self.skipped_rows,
+        }
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -238,7 +248,13 @@ def _join(storage: UnionStorage, manifests: Sequence[Manifest]) -> Manifest:
         for number, manifest in enumerate(manifests)
         for shard in manifest.shards
     ]
-    return replace(first, max_token_id=max(manifest.max_token_id for manifest in manifests), shards=tuple(shards))
+    skipped_rows = sum((Counter(manifest.skipped_rows) for manifest in manifests), Counter())
+    return replace(
+        first,
+        max_token_id=max(manifest.max_token_id for manifest in manifests),
+        shards=tuple(shards),
+        skipped_rows=dict(sorted(skipped_rows.items())) or None,
+    )
 
 
 @cache
@@ -300,7 +316,12 @@ class _ManifestParser:
             rule = "member json with the name of a field, or member txt with an empty field, and without row_tokens"
             self.fail("text", content["text"], rule)
 
-        manifest = Manifest(dtype, tokenizer, max_token_id, shards, row_tokens, text_info)
+        skipped_rows = content.get("skipped_rows")
+        counts = skipped_rows.values() if isinstance(skipped_rows, dict) else ()
+        if "skipped_rows" in content and (not counts or any(type(count) is not int or count < 1 for count in counts)):
+            self.fail("skipped_rows", skipped_rows, "an object of whole numbers, at least 1, or left out")
+
+        manifest = Manifest(dtype, tokenizer, max_token_id, shards, row_tokens, text_info, skipped_rows)
         self.keys("totals", content["totals"], set(_TOTALS))
         for name, total in manifest.totals.items():
             if content["totals"][name] != total:
@@ -310,9 +331,9 @@ class _ManifestParser:
     def _load(self, text: bytes) -> dict[str, Any]:
         """The JSON object, of the right format and version and with the right keys."""
         try:
-            content = json.loads(text)
+            content = parse_json(text, self.path)
         except ValueError as error:
-            self.fail("the content", text[:60], f"a JSON object ({error})")
+            raise DataError(f"{error}; give a folder that tools/make_shards.py wrote") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             value = content.get("format") if isinstance(content, dict) else content
             self.fail("format", value, repr(FORMAT), "give a folder that tools/make_shards.py wrote")
@@ -320,7 +341,7 @@ class _ManifestParser:
             fix = "make the shards again with this version's tools/make_shards.py, or use the version that wrote them"
             self.fail("version", content.get("version"), f"{VERSION}, the version that this code reads", fix)
         required = {"format", "version", "dtype", "tokenizer", "max_token_id", "totals", "shards"}
-        self.keys("the manifest", content, required | ({"row_tokens", "text"} & set(content)))
+        self.keys("the manifest", content, required | ({"row_tokens", "text", "skipped_rows"} & set(content)))
         return content
 
     def shard(self, name: str, value: Any) -> ShardInfo:

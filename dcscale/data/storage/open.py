@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ def expand_pattern(root: str, glob_objects: Callable[[str], Sequence[str]]) -> l
         glob_objects: finds folders of an object store, see :meth:`ObjectStorage.glob`.
 
     Raises:
-        DataError: nothing matches, the braces do not match, a root is named twice, or ``*`` is used for a web server.
+        DataError: nothing matches, the braces do not match, a folder is named twice, also under different names, or
+            ``*`` is used for a web server.
     """
     scheme = url_scheme(root)
     if scheme is None and os.path.isdir(root):
@@ -62,12 +64,27 @@ def expand_pattern(root: str, glob_objects: Callable[[str], Sequence[str]]) -> l
             if not found:
                 raise DataError(f"{pattern}: no folder matches; check the pattern")
         roots += found
-    for number, one in enumerate(roots):
-        if one.rstrip("/") in [other.rstrip("/") for other in roots[:number]]:
+    root_of_key: dict[str, str] = {}
+    for one in roots:
+        if (key := _root_key(one)) in root_of_key:
             raise DataError(
-                f"{redact(root)}: names {redact(one)} twice, so its data would be trained on twice; name it once"
+                f"{redact(root)}: {redact(root_of_key[key])} and {redact(one)} are the same folder, so its data would "
+                f"be used twice; name it once"
             )
+        root_of_key[key] = one
     return roots
+
+
+def _root_key(root: str) -> str:
+    """The same text for all ways to write a root."""
+    if url_scheme(root) is None:
+        return os.path.realpath(root)
+    web = re.fullmatch(r"(https?)://(?:[^/?#]*@)?([^/?#]*)([^?#]*)(.*)", root)
+    if web is None:  # in an object store . and // are part of the name
+        return root.rstrip("/")
+    scheme, host, path, rest = web.groups()
+    host = host.lower().removesuffix(":443" if scheme == "https" else ":80")
+    return f"{scheme}://{host}{posixpath.normpath('/' + path.lstrip('/'))}{rest}"
 
 
 class UnionStorage(Storage):

@@ -37,6 +37,9 @@ class Batch:
     target_count: int
     """Targets with a loss; a batch may have none."""
 
+    padding_count: int
+    """Inputs that are padding, which have no loss."""
+
     skipped: tuple[SkippedShard, ...] = ()
     """Shards that were skipped when its blocks were built."""
 
@@ -44,7 +47,7 @@ class Batch:
         """The batch with its tensors on ``device``."""
         tensors = (self.input_ids, self.targets, self.document_ids)
         moved = (x if x is None else x.to(device, non_blocking=True) for x in tensors)
-        return Batch(*moved, self.target_count, self.skipped)
+        return Batch(*moved, self.target_count, self.padding_count, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ class BatchLoader:
                 torch.from_numpy(sequences.targets_NL[rows].astype(np.int64)),
                 None if ids is None else torch.from_numpy(ids[rows].copy()),
                 int(np.count_nonzero(sequences.targets_NL[rows] != IGNORED)),
+                int(sequences.padding_N[rows].sum()),
                 tuple(
                     {shard for row, shards in sequences.skipped.items() if row in all_rows[rows] for shard in shards}
                 ),

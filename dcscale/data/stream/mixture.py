@@ -26,6 +26,7 @@ import numpy as np
 
 from dcscale.config import DataSource
 from dcscale.data.errors import DataError
+from dcscale.data.shards.repeated import find_repeated
 from dcscale.data.stream.order import Location, Order, Planner
 from dcscale.data.stream.stream import Source, Stream, StreamConfig, open_source
 
@@ -162,7 +163,8 @@ def open_mixture(
         skipped: checksums of shards that were skipped before.
 
     Raises:
-        DataError: a source cannot be opened, has another tokenizer than the first, or no positive weight.
+        DataError: a source cannot be opened, has another tokenizer than the first, or no positive weight; or two
+            sources have shards in common, unless both have a weight other than the default: then it is meant.
     """
     for source in sources:
         if not 0 < source.weight < math.inf:
@@ -178,10 +180,26 @@ def open_mixture(
                 f"{source.storage}: its tokenizer is {source.manifest.tokenizer}, but that of {first.storage} is "
                 f"{first.manifest.tokenizer}; the sources of a mixture need the same: make the shards of one again"
             )
+    warnings = _check_repeated(sources, opened)
     weights = integer_weights([source.weight for source in sources])
     planner = MixedPlanner([source.order for source in opened], weights, stream_config.slots)
     reopen = partial(open_mixture, list(sources), stream_config)
-    return MixedStream([source.name for source in sources], opened, planner, reopen)
+    return MixedStream([source.name for source in sources], opened, planner, reopen, warnings)
+
+
+def _check_repeated(sources: Sequence[DataSource], opened: Sequence[Source]) -> list[str]:
+    """Refuse sources with shards in common, or warn of them if their weights show that it is meant."""
+    warnings = []
+    for repeated in find_repeated([(source.storage, source.manifest) for source in opened]):
+        pair = [sources[repeated.first], sources[repeated.second]]
+        text = f"sources {pair[0].name} and {pair[1].name} of the mixture have data in common: {repeated}"
+        if any(source.weight == DataSource.weight for source in pair):
+            raise DataError(
+                f"{text}; it would be used twice: remove it from one of them, or, if that is meant, give both a weight "
+                f"other than {DataSource.weight:g}"
+            )
+        warnings.append(f"{text}; it is used with the weight of both")
+    return warnings
 
 
 class MixedStream(Stream):
@@ -195,6 +213,7 @@ class MixedStream(Stream):
         sources: Sequence[Source],
         planner: MixedPlanner,
         reopen: Callable[..., MixedStream],
+        warnings: Sequence[str] = (),
     ) -> None:
         identities = [source.identity for source in sources]
         identity = {
@@ -203,6 +222,7 @@ class MixedStream(Stream):
             "weights": planner.weights,
         }
         super().__init__(names, sources, planner, identity, reopen)
+        self.warnings = warnings
 
     @property
     def shares(self) -> list[float]:

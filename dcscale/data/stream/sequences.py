@@ -73,9 +73,13 @@ class Sequences:
     targets_NL: np.ndarray
     """int32 [N, L]; ``IGNORED`` in padding, in placeholders and, with the document mask, where a document begins."""
 
+    padding_N: np.ndarray
+    """int32 [N]: how many inputs are padding: what fills packed rows and the last sequence of an epoch, placeholders
+    of skipped shards, and rows beyond the last sequence."""
+
     document_ids_NL: np.ndarray | None = None
-    """int32 [N, L]: index of the input's document in its row, from 0; padding counts as one document. None without
-    the document mask."""
+    """int32 [N, L]: index of the input's document in its row, from 0; a row beyond the last sequence counts as one
+    document. None without the document mask."""
 
     skipped: dict[int, tuple[SkippedShard, ...]] = field(default_factory=dict)
     """By row, the shards that were skipped when the row's blocks were built."""
@@ -88,6 +92,7 @@ class Sequences:
             yield Sequences(
                 self.tokens_NL1[begin:end],
                 self.targets_NL[begin:end],
+                self.padding_N[begin:end],
                 None if ids_NL is None else ids_NL[begin:end],
                 {row - begin: shards for row, shards in self.skipped.items() if begin <= row < end},
             )
@@ -99,7 +104,8 @@ class SequenceBuffer:
 
     def __init__(self, count: int, length: int, pad_id: int) -> None:
         self._tokens_NL1, self._pad_id = np.empty((count, length + 1), dtype=np.int32), pad_id
-        self._filled_N = np.zeros(count, dtype=np.int64)
+        self._filled_N = np.zeros(count, dtype=np.int32)
+        self._is_packed_N = np.zeros(count, dtype=bool)
         none = np.zeros(0, dtype=np.int64)
         # (rows_n, column, stride, document starts) of each placement. The empty entry keeps np.concatenate working
         # where there are no placements.
@@ -125,6 +131,7 @@ class SequenceBuffer:
             to_NL1[:, column : column + width][rows_n] = view
 
         self._filled_N[rows_n] = column + width
+        self._is_packed_N[rows_n] = stride == self._tokens_NL1.shape[1]  # else neighbours share a token
         put(self._tokens_NL1, block.tokens)
         if block.is_placeholder is not None:
             if self._is_placeholder_NL1 is None:
@@ -147,8 +154,10 @@ class SequenceBuffer:
             self._tokens_NL1[row, filled:] = self._pad_id
             targets_NL1[row, filled:] = IGNORED
             self._starts.append((np.array([row]), filled, width, np.array([0])))
+        padding_N = np.maximum(width - 1 - self._filled_N, 0)
         if self._is_placeholder_NL1 is not None:
             targets_NL1[self._is_placeholder_NL1] = IGNORED
+            padding_N += self._is_placeholder_NL1[:, :-1].sum(axis=1, dtype=np.int32)
         document_ids_NL = None
         if document_mask:
             # The first token of a document cannot be predicted from the document before it.
@@ -156,10 +165,15 @@ class SequenceBuffer:
             targets_NL1.reshape(-1)[starts] = IGNORED
             starts_NL1 = np.zeros(targets_NL1.shape, dtype=bool)
             starts_NL1.reshape(-1)[starts] = True
+            packed_n = np.flatnonzero(self._is_packed_N)
+            if len(packed_n):
+                # A packed row is filled up with documents of one token.
+                is_filler_nL = starts_NL1[packed_n, :-1] & starts_NL1[packed_n, 1:]
+                padding_N[packed_n] += is_filler_nL.sum(axis=1, dtype=np.int32)
             starts_NL1[:, 0] = False
             # id = document starts in the row so far, without that of column 0
             document_ids_NL = np.cumsum(starts_NL1[:, :-1], axis=1, dtype=np.int32)
-        return Sequences(self._tokens_NL1, targets_NL1[:, 1:], document_ids_NL, self._skipped)
+        return Sequences(self._tokens_NL1, targets_NL1[:, 1:], padding_N, document_ids_NL, self._skipped)
 
     def _document_starts(self) -> np.ndarray:
         """Positions of the tokens at which documents start, in the flattened rows.

@@ -18,6 +18,7 @@ from typing import Any
 from dcscale.config import Config
 from dcscale.data.errors import DataError
 from dcscale.data.shards.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, read_manifest
+from dcscale.data.shards.repeated import find_repeated
 from dcscale.data.shards.shard import check_shards
 from dcscale.data.storage import RetryPolicy, Storage, StorageOptions, open_storage
 from dcscale.data.stream.block_builder import BlockBuilder
@@ -155,6 +156,11 @@ def open_source(root: str | Path | Storage, stream_config: StreamConfig, skipped
     """Open a folder of shards; see :func:`open_stream`."""
     storage = open_storage(root, stream_config.storage_options)
     manifest = read_manifest(storage)
+    if repeated := find_repeated([(storage, manifest)]):
+        raise DataError(
+            f"{storage}: has the same content twice: {repeated[0]}; name each folder once, or remove the copies (and "
+            f"write the manifest again with tools/inspect_shards.py --write-manifest if they are in one folder)"
+        )
     _check_manifest(storage.location(MANIFEST_NAME), manifest, stream_config)
     # Without shuffling these settings have no effect. Fixed values keep them from changing the fingerprint.
     unshuffled = {"slots": 1, "shuffle_shards": 1, "seed": 0, "shuffle": False}
@@ -264,6 +270,9 @@ class Stream:
         reopen: opens the same stream; takes ``skipped``.
     """
 
+    warnings: Sequence[str] = ()
+    """What the user should know about the data."""
+
     def __init__(
         self,
         names: Sequence[str],
@@ -298,6 +307,11 @@ class Stream:
     def tokenizer(self) -> TokenizerInfo:
         """The tokenizer that made the tokens of all sources."""
         return self.sources[0].manifest.tokenizer
+
+    @property
+    def has_packed_rows(self) -> bool:
+        """Whether any source consists of packed rows, whose ends may be padding."""
+        return any(source.manifest.row_tokens is not None for source in self.sources)
 
     def epochs(self, count: int) -> dict[str, float]:
         """How many epochs of each source the first ``count`` sequences are, by name."""
@@ -415,7 +429,8 @@ def open_stream(
         skipped: checksums of shards that were skipped before.
 
     Raises:
-        DataError: the manifest is missing or malformed, the tokenizer's vocabulary is larger than ``vocab_size``, or
-            the data does not fill one sequence, has no target or consists of rows of another length.
+        DataError: the manifest is missing or malformed, a shard is in it twice, the tokenizer's vocabulary is larger
+            than ``vocab_size``, or the data does not fill one sequence, has no target or consists of rows of another
+            length.
     """
     return SequenceStream(open_source(root, stream_config, skipped), partial(open_stream, root, stream_config))

@@ -8,8 +8,8 @@ The processes are forked from a server, because forking the training process its
 safe. They ignore the signals that ask a run to stop, since a launcher may send these to every process. They end when
 the training process closes them or dies.
 
-Axes: G groups, N sequences, L tokens per sequence; X integers of a sequence: its tokens, targets and, with the document
-mask, document ids, concatenated.
+Axes: G groups, N sequences, L tokens per sequence; X integers of a sequence: its tokens, targets, number of padding
+inputs and, with the document mask, document ids, concatenated.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class WorkerSequences:
         groups = max(2, -(-prefetch_steps // self._group_steps))
         parts = 3 if stream.identity["document_mask"] else 2
         # One group more than is prefetched: the one whose steps the consumer is using.
-        shape = (groups + 1, self._group_steps * step_sequences, self._length * parts + 1)
+        shape = (groups + 1, self._group_steps * step_sequences, self._length * parts + 2)
         try:
             self._memory_GNX = torch.empty(shape, dtype=torch.int32).share_memory_()
         except RuntimeError as error:
@@ -223,12 +223,13 @@ def _rows_of_worker(worker: int, workers: int, group: int, rows: int) -> slice:
 
 
 def _pack(sequences: Sequences, memory_NX: np.ndarray) -> None:
-    parts = (sequences.tokens_NL1, sequences.targets_NL, sequences.document_ids_NL)
-    parts = [part for part in parts if part is not None]
+    parts = [sequences.tokens_NL1, sequences.targets_NL, sequences.padding_N[:, None]]
+    if sequences.document_ids_NL is not None:
+        parts.append(sequences.document_ids_NL)
     np.concatenate(parts, axis=1, out=memory_NX[: len(sequences.targets_NL)])
 
 
 def _unpack(rows_NX: np.ndarray, length: int, skipped: Skipped) -> Sequences:
-    """The inverse of :func:`_pack`, as views: L + 1 tokens, L targets and, if any are left, L document ids."""
-    parts = np.split(rows_NX, range(length + 1, rows_NX.shape[1], length), axis=1)
-    return Sequences(*parts, skipped=skipped)
+    """The inverse of :func:`_pack`, as views: L + 1 tokens, L targets, a count and, if any are left, L document ids."""
+    tokens_NL1, targets_NL, padding_N1, ids_NL = np.split(rows_NX, [length + 1, 2 * length + 1, 2 * length + 2], axis=1)
+    return Sequences(tokens_NL1, targets_NL, padding_N1[:, 0], ids_NL if ids_NL.shape[1] else None, skipped)

@@ -5,8 +5,10 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -16,12 +18,14 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dcscale.data import DataError, StreamConfig, build_shards, open_stream, read_manifest
-from dcscale.data.prepare.documents import find_files, zstd
+from dcscale.data.prepare.json_files import zstd
 from dcscale.data.prepare.shuffle import document_key, split_of
+from dcscale.data.prepare.sources import find_files
 from dcscale.data.shards.shard import read_shard
 from dcscale.data.storage import open_storage
 
 REPOSITORY = Path(__file__).parents[3]
+CASES = Path(__file__).parent / "cases"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def test_every_text_is_in_exactly_one_shard(corpus, tmp_path):
     train, validation = texts_of_shards(tmp_path / "out/train"), texts_of_shards(tmp_path / "out/validation")
     assert sorted(train + validation) == texts_of_corpus(corpus)
     assert report.empty == 2
-    assert report.undecodable == ()
+    assert (report.skipped.rows, report.skipped.by_reason) == (120, {})
     assert list(report.splits) == [tmp_path / "out/train", tmp_path / "out/validation"]
     for folder, split in report.splits.items():
         manifest = split.manifest
@@ -156,24 +160,122 @@ def test_names_that_are_not_utf8_have_different_keys():
     assert document_key(os.fsdecode(b"\xff.txt"), "order") != document_key(os.fsdecode(b"\xfe.txt"), "order")
 
 
-def test_documents_with_the_same_name_are_all_kept(tmp_path):
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "same.txt").write_text(f"text {name}")
-    build_shards([tmp_path / name for name in "abc"], tmp_path / "out")
-    assert sorted(texts_of_shards(tmp_path / "out/train")) == ["text a", "text b", "text c"]
+def test_files_with_the_same_name_are_held_out_and_shuffled_apart(tmp_path):
+    books = [tmp_path / f"book{number}/text.txt" for number in range(40)]
+    for book in books:
+        book.parent.mkdir()
+        book.write_text(f"text of {book.parent.name}")
+    report = build_shards(books, tmp_path / "books", hold_out=0.25)
+    assert [split.documents for split in report.splits.values()] == [31, 9]
+    for language in ("en", "fr"):
+        (tmp_path / language).mkdir()
+        lines = (json.dumps({"text": f"{language} {i}"}) + "\n" for i in range(100))
+        (tmp_path / language / "part-0.jsonl").write_text("".join(lines))
+    build_shards([tmp_path / "en", tmp_path / "fr"], tmp_path / "out")
+    texts = texts_of_shards(tmp_path / "out/train")
+    assert len(texts) == 200
+    neighbours = [here.split()[1] == there.split()[1] for here, there in itertools.pairwise(texts)]
+    assert sum(neighbours) < 10
 
 
-def test_undecodable_documents_stop_the_build_or_are_counted(corpus, tmp_path):
+def test_the_result_does_not_depend_on_where_the_inputs_lie(tmp_path):
+    for folder in ("here", "deep/there"):
+        for name in ("a", "b"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "x.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(30)))
+    for inputs in (lambda folder: [folder], lambda folder: [folder / "b/x.jsonl", folder / "a"]):
+        for folder in ("here", "deep/there"):
+            build_shards(inputs(tmp_path / folder), tmp_path / "out", overwrite=True, hold_out=0.2)
+            (tmp_path / "out").rename(tmp_path / f"out-{folder[:4]}")
+        assert tree(tmp_path / "out-here") == tree(tmp_path / "out-deep")
+        for name in ("out-here", "out-deep"):
+            shutil.rmtree(tmp_path / name)
+
+
+def test_bad_rows_stop_the_build_or_are_counted_by_reason(corpus, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "bad.jsonl").write_text('{"text": null}\n' * 9 + '{"text": "good"}\n{"text": null}\nx\n')
+    inputs = [corpus, tmp_path / "bad.txt", tmp_path / "bad.jsonl"]
     for workers in (1, 2):
         with pytest.raises(DataError, match=r"bad\.txt: byte 0 is 0xff"):
-            build_shards([corpus, tmp_path / "bad.txt"], tmp_path / "out", workers=workers)
+            build_shards(inputs, tmp_path / "out", workers=workers)
     assert not (tmp_path / "out").exists()
-    report = build_shards([corpus, tmp_path / "bad.txt"], tmp_path / "out", skip_undecodable=True)
-    assert report.undecodable == ("bad.txt",)
-    assert sorted(texts_of_shards(tmp_path / "out/train")) == texts_of_corpus(corpus)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "out"], "nothing else is left behind"
+    options = {"on_bad_row": "skip", "hold_out": 0.5}
+    report = build_shards(inputs, tmp_path / "out", **options)
+    assert report.skipped.rows == 120 + 13
+    assert report.skipped.by_reason == {"null text": 10, "not JSON": 1, "not UTF-8": 1}
+    assert report.skipped.first == {"null text": "bad.jsonl:1", "not JSON": "bad.jsonl:12", "not UTF-8": "bad.txt"}
+    manifests = [split.manifest for split in report.splits.values()]
+    assert all(manifest.skipped_rows and list(manifest.skipped_rows) for manifest in manifests), "each split its own"
+    assert sum((Counter(manifest.skipped_rows) for manifest in manifests), Counter()) == report.skipped.by_reason
+    texts = texts_of_shards(tmp_path / "out/train") + texts_of_shards(tmp_path / "out/validation")
+    assert sorted(texts) == sorted([*texts_of_corpus(corpus), "good"])
+    build_shards(inputs, tmp_path / "again", workers=2, **options)
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "bad.jsonl", "bad.txt", "out"]
+
+
+def test_the_limit_on_bad_rows_is_one_on_all_rows(tmp_path):
+    """Wherever they are, and however many workers there are."""
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 150)
+    (tmp_path / "b.jsonl").write_text('{"text": "y"}\n' * 850)
+    report = build_shards([tmp_path], tmp_path / "out", on_bad_row="skip", max_bad_rows=0.15)
+    assert report.skipped.by_reason == {"no text field": 150}
+
+
+def test_a_build_stops_early_where_no_row_can_be_used(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 10_000)
+    (tmp_path / "b.jsonl").write_text('{"text": "y"}\n' * 10)
+    with pytest.raises(DataError, match=r"^10,000 of 10,000 rows cannot be used: .*; .*--text-field"):
+        build_shards([tmp_path], tmp_path / "out", on_bad_row="skip", workers=1)
+    report = build_shards([tmp_path], tmp_path / "out", on_bad_row="skip", max_bad_rows=1)
+    assert report.skipped.rows == 10_010
+
+
+def test_too_many_bad_rows_stop_the_build(tmp_path):
+    """As where the text is in another field."""
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 150 + '{"text": "y"}\n' * 850)
+    message = (
+        r"^150 of 1,000 rows cannot be used: no text field 150, such as a\.jsonl:1\. These are more than 100 and more "
+        r"than the fraction 0\.1; .*--text-field, or .*--max-bad-rows"
+    )
+    for _ in range(2):  # also when it is resumed
+        with pytest.raises(DataError, match=message):
+            build_shards([tmp_path], tmp_path / "out", on_bad_row="skip", max_bad_rows=0.1)
+    report = build_shards([tmp_path], tmp_path / "out", on_bad_row="skip", max_bad_rows=0.15)
+    assert report.skipped.by_reason.total() == 150
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n' * 50)
+    message = "all their documents are empty or left out; 50 of 50 rows cannot be used: no text field 50, such as"
+    with pytest.raises(DataError, match=message):
+        build_shards([tmp_path / "b.jsonl"], tmp_path / "out2", on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "texts"),
+    [
+        ("dolma-0000.json", {}, ["one document", "two documents"]),
+        ("corpus.ndjson", {}, ["one document", "two documents"]),
+        ("mixedcase", {}, ["aaa", "bbb", "ccc", "ddd", "fff"]),
+        ("bom.jsonl", {}, ["first", "second"]),
+        ("bom.txt", {}, ["hello\r\nworld\r\n"]),
+        ("bigint.jsonl", {}, ["ok"]),
+        ("nulltext.jsonl", {"on_bad_row": "skip"}, ["a", "b"]),
+        ("null.parquet", {"on_bad_row": "skip"}, ["a", "b"]),
+    ],
+)
+def test_cases_that_once_failed(tmp_path, name, options, texts):
+    report = build_shards([CASES / name], tmp_path / "out", **options)
+    assert sorted(texts_of_shards(tmp_path / "out/train")) == texts
+    assert report.skipped.by_reason == ({"null text": 1} if options else {})
+    assert report.not_read.kinds == ({".jsonl.bz2": 1} if name == "mixedcase" else {})
+
+
+def test_an_output_inside_an_input_is_not_read_again(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    for _ in range(2):
+        report = build_shards([tmp_path], tmp_path / "out", overwrite=True)
+        assert sorted(texts_of_shards(tmp_path / "out/train")) == ["one", "two"]
+        assert not report.not_read.kinds
 
 
 def make_word_tokenizer(path, vocabulary):
@@ -288,9 +390,12 @@ def test_an_overwrite_that_fails_at_the_last_rename_restores_the_old_shards(corp
         ({"hold_out": 1e-9}, r"have no document for validation: .*; give more text, or another --hold-out"),
         ({"tokenizer": "missing.json"}, r"missing\.json: cannot be read"),
         ({"pack": "tight", "sequence_length": 8}, r"pack is 'tight', but must be best-fit or one-per-sequence"),
-        ({"pack": "best-fit"}, r"sequence_length is None and pack is best-fit, but with pack it must be at least 1"),
-        ({"pack": "best-fit", "sequence_length": 0}, r"sequence_length is 0 and pack is best-fit"),
-        ({"sequence_length": 8}, r"sequence_length is 8 and pack is None, .* without pack it must be left out"),
+        ({"pack": "best-fit"}, r"--pack best-fit needs --sequence-length, .* at least 1, not None"),
+        ({"pack": "best-fit", "sequence_length": 0}, r"--pack best-fit needs --sequence-length, .* not 0"),
+        ({"sequence_length": 8}, r"--sequence-length 8 is the length of rows, so it needs --pack best-fit"),
+        ({"format": "csv"}, r"format is 'csv', but must be json or parquet or text"),
+        ({"on_bad_row": "ignore"}, r"on_bad_row is 'ignore', but must be fail or skip"),
+        ({"max_bad_rows": 1.5}, r"max_bad_rows is 1\.5, but must be a fraction from 0 to 1 of the rows"),
     ],
 )
 def test_invalid_arguments_are_refused(corpus, tmp_path, changes, message):
@@ -313,14 +418,18 @@ def run_tool(*arguments):
 
 def test_the_tool_builds_shards_that_a_stream_reads_and_prints_the_settings(corpus, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
-    out = tmp_path / "out"
-    options = ["--hold-out", 0.2, "--workers", 2, "--skip-undecodable", "--shard-tokens", 500]
-    options += ["--suffix", ".txt", "--exclude", "sub1"]
+    out = tmp_path / "my shards"
+    options = ["--hold-out", 0.2, "--workers", 2, "--on-bad-row", "skip", "--shard-tokens", 500]
+    options += ["--suffix", ".txt", "--exclude", "sub1", "--exclude", "*.png"]
     done = run_tool(corpus, tmp_path / "bad.txt", "--output", out, *options)
     assert done.returncode == 0, done.stderr
-    assert f"data.train={out / 'train'} data.validation={out / 'validation'} model.vocab_size=257" in done.stdout
+    # To be copied into a shell.
+    assert f"'data.train={out / 'train'}' 'data.validation={out / 'validation'}' model.vocab_size=257" in done.stdout
     assert "Skipped empty documents: 1\n" in done.stdout
-    assert "Skipped documents that are not UTF-8: 1, such as bad.txt\n" in done.stdout
+    assert "Skipped: 1 of 41 rows cannot be used: not UTF-8 1, such as bad.txt\n" in done.stdout
+    not_read = f"Not read: 4 files, such as {corpus / 'a.parquet'}, "
+    assert not_read in done.stdout
+    assert done.stderr.startswith(not_read), "before it begins"
     assert "tokenize" in done.stderr, "a progress bar"
     totals = read_manifest(out / "train").totals
     assert f"{out / 'train'}: {totals['tokens']:,} tokens of {totals['documents']:,} documents" in done.stdout

@@ -1,8 +1,7 @@
-"""Reading documents from files: their order and names, and errors for every kind of unreadable text."""
+"""Reading documents from files: their order, every kind of bad row, and errors for every kind of unreadable file."""
 
 import gzip
 import json
-import os
 import random
 import sys
 
@@ -11,59 +10,27 @@ import pytest
 from pyarrow import parquet
 
 from dcscale.data import DataError
-from dcscale.data.prepare import documents
-from dcscale.data.prepare.documents import find_files, read_documents, split_into_chunks
+from dcscale.data.prepare import json_files
+from dcscale.data.prepare.documents import read_documents, split_into_chunks
+from dcscale.data.prepare.json_files import zstd
+from dcscale.data.prepare.sources import find_files
 
-zstd = documents.zstd
 
-
-def documents_of(inputs, chunk_bytes=1 << 22, text_field="text", skip_undecodable=False, **options):
+def documents_of(inputs, chunk_bytes=1 << 22, text_field="text", skip_bad_rows=False, **options):
+    files, _ = find_files(inputs, **options)
     return [
         document
-        for chunk in split_into_chunks(find_files(inputs, **options), text_field=text_field, chunk_bytes=chunk_bytes)
-        for document in read_documents(chunk, text_field=text_field, skip_undecodable=skip_undecodable)
+        for chunk in split_into_chunks(files, text_field=text_field, chunk_bytes=chunk_bytes)
+        for document in read_documents(chunk, text_field=text_field, skip_bad_rows=skip_bad_rows)
     ]
+
+
+def files_of(*inputs):
+    return find_files(inputs)[0]
 
 
 def named(documents):
     return {document.name: document.text for document in documents}
-
-
-def make_tree(folder):
-    for name in (
-        "b.txt",
-        "a/z.txt",
-        "a/b/c.txt",
-        "a.txt",
-        "a-.txt",
-        "skip.bin",
-        "tests/t.txt",
-        "a/tests/u.txt",
-        "x.tmp.txt",
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"text of {name}\r\n", newline="")
-    return folder
-
-
-def test_folders_are_read_at_any_depth_sorted_by_path(tmp_path):
-    found = documents_of([make_tree(tmp_path)])
-    assert [document.name for document in found] == [
-        "a/b/c.txt", "a/tests/u.txt", "a/z.txt", "a-.txt", "a.txt", "b.txt", "tests/t.txt", "x.tmp.txt",
-    ]  # fmt: skip
-    assert [document.number for document in found] == list(range(8))
-    assert found[0].text == "text of a/b/c.txt\r\n", "line ends stay as they are"
-    assert named(documents_of([tmp_path], suffixes=[".bin"])) == {"skip.bin": "text of skip.bin\r\n"}
-
-
-def test_excluded_files_and_folders(tmp_path):
-    found = documents_of([make_tree(tmp_path)], exclude=["tests", "*.tmp.txt", "b"])
-    assert list(named(found)) == ["a/z.txt", "a-.txt", "a.txt", "b.txt"]
-
-
-def test_inputs_keep_their_order_and_files_are_taken_whatever_their_suffix(tmp_path):
-    make_tree(tmp_path)
-    assert list(named(documents_of([tmp_path / "skip.bin", tmp_path / "tests"]))) == ["skip.bin", "t.txt"]
 
 
 def write_parquet(path, texts, kind=None, rows=2, **columns):
@@ -86,14 +53,6 @@ def test_lines_of_jsonl_and_packed_jsonl_are_documents(tmp_path):
         ("b.jsonl.gz:1", "one", 5), ("b.jsonl.gz:2", "zwei ä €", 6), ("b.jsonl.gz:5", "", 9),
         ("c.jsonl.zst:1", "one", 10), ("c.jsonl.zst:2", "zwei ä €", 11), ("c.jsonl.zst:5", "", 14),
     ]  # fmt: skip
-
-
-def test_suffixes_in_capitals_are_recognised(tmp_path):
-    (tmp_path / "A.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "three"}'))
-    write_parquet(tmp_path / "C.PARQUET", ["four"])
-    found = documents_of([tmp_path / name for name in ("A.JSONL", "B.JSONL.GZ", "C.PARQUET")])
-    assert [document.text for document in found] == ["one", "two", "three", "four"]
 
 
 def test_zst_of_the_largest_window_is_read(tmp_path):
@@ -131,7 +90,7 @@ def test_only_the_column_of_the_text_is_read(tmp_path):
 
 def test_a_parquet_file_that_lost_rows_after_it_was_listed_is_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["x"] * 5)
-    (chunk,) = split_into_chunks(find_files([tmp_path]))
+    (chunk,) = split_into_chunks(files_of(tmp_path))
     write_parquet(tmp_path / "a.parquet", ["x"] * 5, rows=1)
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read .*row groups 0 to 2 hold 3 rows instead of 5"):
         list(read_documents(chunk))
@@ -153,7 +112,7 @@ def test_a_parquet_file_with_inconsistent_row_counts_is_refused(tmp_path):
             with pytest.raises(
                 DataError, match=rf"its row groups hold {sum(counts)} rows instead of {footer.num_rows}"
             ):
-                list(split_into_chunks(find_files([path])))
+                list(split_into_chunks(files_of(path)))
         if contradictions == 3:
             break
     assert contradictions == 3
@@ -172,83 +131,37 @@ def test_another_text_field(tmp_path):
 
 
 def test_numbers_and_names_do_not_depend_on_the_chunks(tmp_path):
-    make_tree(tmp_path)
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
     (tmp_path / "m.jsonl").write_text("".join(json.dumps({"text": "x" * i}) + "\n" for i in range(50)))
     (tmp_path / "n.txt").write_text("last")
+    (tmp_path / "n0.json").write_text(json.dumps([{"text": "y" * i} for i in range(30)]))
     write_parquet(tmp_path / "o.parquet", [f"row {i}" for i in range(21)], rows=4)
     (tmp_path / "p.txt").write_text("after")
     whole = documents_of([tmp_path])
-    assert len(whole) == 81
-    assert [document.number for document in whole] == list(range(81))
+    assert len(whole) == 111
+    assert [document.number for document in whole] == list(range(111))
     for chunk_bytes in (1, 20, 100, 700):
         assert documents_of([tmp_path], chunk_bytes) == whole
-    chunks = list(split_into_chunks(find_files([tmp_path]), chunk_bytes=100))
+    chunks = list(split_into_chunks(files_of(tmp_path), chunk_bytes=100))
     assert len(chunks) > 10
-    assert sum(chunk.bytes for chunk in chunks) == sum(file.bytes for file in find_files([tmp_path]))
+    assert sum(chunk.bytes for chunk in chunks) == sum(file.bytes for file in files_of(tmp_path))
 
 
 def test_row_groups_are_never_divided_and_small_ones_share_a_chunk(tmp_path):
     write_parquet(tmp_path / "a.parquet", [f"row {i}" for i in range(10, 34)], rows=4)
     group = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).total_byte_size
     for chunk_bytes, expected in ((1, [1] * 6), (2 * group, [2] * 3), (1 << 20, [6])):
-        chunks = list(split_into_chunks(find_files([tmp_path]), chunk_bytes=chunk_bytes))
+        chunks = list(split_into_chunks(files_of(tmp_path), chunk_bytes=chunk_bytes))
         assert [len(chunk.row_groups) for chunk in chunks] == expected
         assert [number for chunk in chunks for number in chunk.row_groups] == list(range(6))
-
-
-def test_text_that_is_not_utf8_is_named_or_skipped(tmp_path):
-    (tmp_path / "good.txt").write_text("gut")
-    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt: byte 3 is 0xf6, which is not UTF-8; .*--skip-undecodable"):
-        documents_of([tmp_path])
-    assert named(documents_of([tmp_path], skip_undecodable=True)) == {"good.txt": "gut", "latin.txt": None}
-
-
-def test_jsonl_lines_that_are_not_utf8_are_named_or_skipped(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: byte 10 is 0xff, which is not UTF-8"):
-        documents_of([tmp_path])
-    assert named(documents_of([tmp_path], skip_undecodable=True)) == {
-        "a.jsonl:1": "ok",
-        "a.jsonl:2": None,
-        "a.jsonl:3": None,
-    }
-    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800"}\n')
-    with pytest.raises(DataError, match=r"line 1: character 1 of 'text' is half of a surrogate pair"):
-        documents_of([tmp_path])
-
-
-def test_parquet_text_that_is_not_utf8_is_named_or_skipped(tmp_path):
-    buffers = pyarrow.array([b"ok", b"no\xff", b"fine"]).buffers()
-    write_parquet(tmp_path / "a.parquet", pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers))
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: byte 2 is 0xff, which is not UTF-8; .*--skip-undecodable"):
-        documents_of([tmp_path])
-    found = named(documents_of([tmp_path], skip_undecodable=True))
-    assert found == {"a.parquet:1": "ok", "a.parquet:2": None, "a.parquet:3": "fine"}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{'text': 1}", r"is not JSON"),
-        ("[" * 100_000, r"is not JSON"),
-        ('"text"', r"must be an object whose field 'text' is a string, but has str"),
-        ('{"body": "x", "id": 1}', r".* but has \['body', 'id'\]; name the right field with --text-field"),
-        ('{"text": null}', r"must be an object whose field 'text' is a string, but the field is null; name"),
-    ],
-)
-@pytest.mark.parametrize("skip", [False, True])
-def test_malformed_lines_are_never_skipped(tmp_path, line, message, skip):
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line + "\n")
-    with pytest.raises(DataError, match=rf"a\.jsonl, line 3: {message}"):
-        documents_of([tmp_path], skip_undecodable=skip)
 
 
 @pytest.mark.parametrize("keep", [15, 40, -4])
 def test_corrupt_gz_is_named(tmp_path, keep):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "some text"}\n' * 50)[:keep])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read after line \d+: .*replace the file"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read.*: .*replace the file"):
         documents_of([tmp_path])
 
 
@@ -257,13 +170,13 @@ def test_corrupt_zst_is_named(tmp_path, change):
     """Also where the file is truncated, which some readers take for its end."""
     lines = b'{"text": "some text"}\n' * 50
     (tmp_path / "a.jsonl.zst").write_bytes(change(zstd.compress(lines)))
-    with pytest.raises(DataError, match=r"a\.jsonl\.zst: cannot be read after line \d+: .*replace the file"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: cannot be read.*: .*replace the file"):
         documents_of([tmp_path])
 
 
 def test_zst_and_parquet_without_their_packages(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    monkeypatch.setattr(documents, "zstd", None)
+    monkeypatch.setattr(json_files, "zstd", None)
     with pytest.raises(DataError, match=r"a\.jsonl\.zst: reading \.zst needs .*'pip install backports\.zstd'"):
         documents_of([tmp_path / "a.jsonl.zst"])
     write_parquet(tmp_path / "a.parquet", ["x"])
@@ -288,17 +201,6 @@ def test_parquet_columns_that_are_not_text_are_refused(tmp_path, texts, kind, me
         documents_of([tmp_path])
 
 
-def test_parquet_files_without_the_column_or_with_null_are_refused(tmp_path):
-    write_parquet(tmp_path / "a.parquet", ["x", "y", None])
-    with pytest.raises(
-        DataError, match=r"must have one column 'body', but its columns are \['id', 'text'\]; .*--text-f"
-    ):
-        documents_of([tmp_path], text_field="body")
-    for skip in (False, True):
-        with pytest.raises(DataError, match=r"a\.parquet, row 3: 'text' is null, but must be text"):
-            documents_of([tmp_path], skip_undecodable=skip)
-
-
 def test_parquet_with_a_random_bit_flipped_gives_the_texts_or_a_data_error(tmp_path):
     texts = [f"text number {i}" for i in range(30)]
     write_parquet(tmp_path / "a.parquet", texts, rows=10)
@@ -320,37 +222,106 @@ def test_parquet_with_a_random_bit_flipped_gives_the_texts_or_a_data_error(tmp_p
             documents_of([tmp_path])
 
 
-def test_inputs_without_documents_are_refused(tmp_path):
-    (tmp_path / "a.md").write_text("x")
-    with pytest.raises(DataError, match=r"no file in it ends in \.txt, \.jsonl, .*\.parquet; .*--suffix"):
-        find_files([tmp_path])
-    with pytest.raises(DataError, match=r"missing: is neither a file nor a folder"):
-        find_files([tmp_path / "missing"])
-
-
-def test_a_file_given_twice(tmp_path):
-    make_tree(tmp_path)
-    with pytest.raises(DataError, match=r"a\.txt: is given twice"):
-        find_files([tmp_path, tmp_path / "a" / ".." / "a.txt"])
-
-
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.arrow", "a.txt.zst", "a.zip", "A.ZIP"])
-def test_unsupported_files_are_refused(tmp_path, name):
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"{name}: this kind of file is not supported; unpack it"):
-        find_files([tmp_path / name])
-
-
-def test_files_that_vanish_or_cannot_be_listed(tmp_path, monkeypatch):
+def test_a_text_file_that_vanishes_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    (chunk,) = split_into_chunks(find_files([tmp_path]))
+    (chunk,) = split_into_chunks(files_of(tmp_path))
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match=r"a\.txt: cannot be read: No such file"):
         list(read_documents(chunk))
 
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"cannot be listed: Permission denied"):
-        find_files([tmp_path])
+def test_parquet_files_without_the_column_are_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    message = r"must have one column 'body', but its columns are \['id', 'text'\]; .*--text-field"
+    with pytest.raises(DataError, match=message):
+        documents_of([tmp_path], text_field="body")
+
+
+# -- bad rows ----------------------------------------------------------------------------------------------------------
+
+BAD_LINES = [
+    (b'{"text": "\xff"}', "not UTF-8", r"byte 10 is 0xff, which is not UTF-8; convert it to UTF-8"),
+    (b"{'text': 1}", "not JSON", r"is not JSON: .*; correct it"),
+    (b'{"text": "cut', "not JSON", r"is not JSON: Invalid control character"),
+    (b"[" * 100_000, "not JSON", r"is not JSON: .*recursion"),
+    (b'{"text": "x"} {"text": "y"}', "not JSON", r"is not JSON: Extra data"),
+    (b'\xef\xbb\xbf{"text": "x"}', "not JSON", r"is not JSON"),  # only a file's beginning may have a byte order mark
+    (b'"text"', "not an object", r"is a string, but must be an object with the text in 'text'"),
+    (b"[]", "not an object", r"is an array, but"),
+    (b"12", "not an object", r"is a number, but"),
+    (b"null", "not an object", r"is null, but"),
+    (b'{"body": "x", "id": 1}', "no text field", r"has no field 'text' \(its fields: 'body', 'id'\); .*--text-field"),
+    (b"{}", "no text field", r"has no field 'text' \(its fields: none\)"),
+    (b'{"%s": 1}' % (b"x" * 300), "no text field", r"has no field 'text' \(its fields: 'x{199}\.\.\.\)"),
+    (b'{"text": null}', "null text", r"'text' is null; correct it, or leave out such rows with"),
+    (b'{"text": ["x"]}', "text is not a string", r"'text' is an array, but must be a string"),
+    (b'{"text": {}}', "text is not a string", r"'text' is an object"),
+    (b'{"text": true}', "text is not a string", r"'text' is a boolean"),
+    (b'{"text": "x\\ud800"}', "lone surrogate", r"character 1 of 'text' is half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES)
+def test_a_bad_line_is_named_or_left_out(tmp_path, line, reason, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n' + line + b'\n{"text": "y"}\n')
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 3: {message}.*--on-bad-row skip"):
+        documents_of([tmp_path])
+    found = documents_of([tmp_path], skip_bad_rows=True)
+    assert [(document.name, document.text, document.bad_row) for document in found] == [
+        ("a.jsonl:1", "x", ""),
+        ("a.jsonl:3", None, reason),
+        ("a.jsonl:4", "y", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("element", "reason"),
+    [(b'{"text": "\xff"}', "not UTF-8"), (b'{"text": null}', "null text"), (b'["x"]', "not an object")],
+)
+def test_a_bad_element_is_named_or_left_out(tmp_path, element, reason):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "x"},' + element + b',{"text": "y"}]')
+    with pytest.raises(DataError, match=r"a\.json, element 2: .*--on-bad-row skip"):
+        documents_of([tmp_path])
+    found = documents_of([tmp_path], skip_bad_rows=True)
+    assert [(document.text, document.bad_row) for document in found] == [("x", ""), (None, reason), ("y", "")]
+
+
+def test_a_bad_text_file_is_named_or_left_out(tmp_path):
+    (tmp_path / "good.txt").write_text("gut")
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt: byte 3 is 0xf6, which is not UTF-8; .*--on-bad-row skip"):
+        documents_of([tmp_path])
+    assert named(documents_of([tmp_path], skip_bad_rows=True)) == {"good.txt": "gut", "latin.txt": None}
+
+
+def test_a_bad_row_of_parquet_is_named_or_left_out(tmp_path):
+    buffers = pyarrow.array([b"ok", b"no\xff", None, b"fine"]).buffers()
+    write_parquet(tmp_path / "a.parquet", pyarrow.Array.from_buffers(pyarrow.string(), 4, buffers))
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: byte 2 is 0xff, which is not UTF-8; .*--on-bad-row skip"):
+        documents_of([tmp_path])
+    found = documents_of([tmp_path], skip_bad_rows=True)
+    assert [document.text for document in found] == ["ok", None, None, "fine"]
+    assert [document.bad_row for document in found] == ["", "not UTF-8", "null text", ""]
+    write_parquet(tmp_path / "a.parquet", ["x", "y", None])
+    with pytest.raises(DataError, match=r"a\.parquet, row 3: 'text' is null; correct it, or .*--on-bad-row skip"):
+        documents_of([tmp_path])
+    write_parquet(tmp_path / "a.parquet", [None, None])  # a column without a string is of type null
+    assert [document.bad_row for document in documents_of([tmp_path], skip_bad_rows=True)] == ["null text"] * 2
+
+
+def test_other_fields_may_hold_anything(tmp_path):
+    digits = "9" * 5000
+    line = '{"id": %s, "f": -%s, "score": NaN, "max": Infinity, "odd": "\\ud800", "text": "ok", "x": [{"y": null}]}'
+    (tmp_path / "a.jsonl").write_text(line % (digits, digits))
+    (tmp_path / "b.json").write_text(f"[{line % (digits, digits)}]")
+    assert [document.text for document in documents_of([tmp_path])] == ["ok", "ok"]
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_removed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\ufeffkept"}\n{"text": "two"}\n', encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text('[{"text": "three"}]', encoding="utf-8-sig")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress('{"text": "four"}'.encode("utf-8-sig")))
+    (tmp_path / "d.txt").write_text("f\ufeffive", encoding="utf-8-sig")
+    texts = [document.text for document in documents_of([tmp_path])]
+    assert texts == ["\ufeffkept", "two", "three", "four", "f\ufeffive"]
+    assert [d.text for d in documents_of([tmp_path / "a.jsonl"], chunk_bytes=1)] == ["\ufeffkept", "two"]

@@ -15,8 +15,9 @@ import pytest
 
 from dcscale.data import ByteTokenizer, DataError, build_shards, read_manifest
 from dcscale.data.prepare import shuffle
-from dcscale.data.prepare.documents import find_files, split_into_chunks
+from dcscale.data.prepare.documents import split_into_chunks
 from dcscale.data.prepare.journal import Journal
+from dcscale.data.prepare.sources import find_files
 from dcscale.files import publish_folder
 
 REPOSITORY = Path(__file__).parents[3]
@@ -154,32 +155,34 @@ def test_every_chunk_is_in_the_journal_before_the_next_one_starts(corpus, tmp_pa
 
 def test_the_report_includes_what_earlier_calls_did(corpus, tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": ""}\n')
-    reference = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "reference", **SIZES, skip_undecodable=True)
+    reference = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "reference", **SIZES, on_bad_row="skip")
     count_work(monkeypatch, shards=4)
     with pytest.raises(KeyboardInterrupt):
-        build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, skip_undecodable=True)
+        build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, on_bad_row="skip")
     monkeypatch.undo()
-    again = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, skip_undecodable=True)
-    assert (again.empty, again.undecodable) == (reference.empty, reference.undecodable) == (1, ("bad.jsonl:1",))
+    again = build_shards([tmp_path / "bad.jsonl", corpus], tmp_path / "out", **SIZES, on_bad_row="skip")
+    assert (again.empty, again.skipped) == (reference.empty, reference.skipped)
+    assert (again.empty, again.skipped.first) == (1, {"not UTF-8": "bad.jsonl:1"})
     assert list(again.splits.values()) == list(reference.splits.values())
     assert tree(tmp_path / "out") == tree(tmp_path / "reference")
 
 
-def test_a_build_stopped_by_an_undecodable_document_resumes_when_it_may_be_skipped(corpus, tmp_path, monkeypatch):
+def test_a_build_stopped_by_a_bad_row_resumes_when_it_may_be_skipped(corpus, tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n')
     inputs, out = [corpus, tmp_path / "bad.jsonl"], tmp_path / "out"
     with pytest.raises(DataError, match="bad.jsonl, line 1"):
         build_shards(inputs, out, **SIZES)
     did = count_work(monkeypatch, shards=0)
     with pytest.raises(KeyboardInterrupt):
-        build_shards(inputs, out, **SIZES, skip_undecodable=True)
+        build_shards(inputs, out, **SIZES, on_bad_row="skip")
     assert did["spool_chunk"] == 1
     monkeypatch.undo()
     with pytest.raises(
-        DataError, match=r"holds this build, interrupted, and bad\.jsonl:1 was left out .*--skip-undecodable"
+        DataError,
+        match=r"holds this build, interrupted, and rows were left out .* such as bad\.jsonl:1; pass --on-bad-row",
     ):
         build_shards(inputs, out, **SIZES)
-    assert build_shards(inputs, out, **SIZES, skip_undecodable=True).undecodable == ("bad.jsonl:1",)
+    assert build_shards(inputs, out, **SIZES, on_bad_row="skip").skipped.by_reason == {"not UTF-8": 1}
 
 
 CHANGES = {
@@ -188,6 +191,7 @@ CHANGES = {
     "bundle_tokens": lambda corpus: {"bundle_tokens": 50},
     "hold_out": lambda corpus: {"hold_out": 0.4},
     "text_field": lambda corpus: {"text_field": "more"},
+    "format": lambda corpus: {"format": "text", "suffixes": [".jsonl"]},
     "pack": lambda corpus: {"pack": "best-fit", "sequence_length": 50},
     "input_bytes": lambda corpus: (corpus / "1.jsonl").write_text('{"text": "new", "more": "new"}'),
     "input_files": lambda corpus: (corpus / "9.jsonl").write_text('{"text": "new", "more": "new"}'),
@@ -230,7 +234,7 @@ def test_the_state_of_a_build_is_never_an_input(corpus, expected, tmp_path, monk
     """Even if the output is inside the input, and the suffixes match files of the state."""
     text = tmp_path / "text"
     shutil.copytree(corpus, text)
-    options = {**SIZES, "suffixes": (".jsonl", ".json", ".tokens", ".index", "journal")}
+    options = {**SIZES, "suffixes": (".jsonl", ".json", ".tokens", ".index")}
     interrupt(monkeypatch, text, text / "out", chunks=3, **options)
     did = count_work(monkeypatch)
     build_shards([text], text / "out", **options)
@@ -337,7 +341,7 @@ def test_a_worker_starts_new_spool_files_after_a_failure(corpus, tmp_path, monke
         return FullDisk(open(path, mode)) if path.suffix == suffix else open(path, mode)
 
     done = []
-    for numbered in enumerate(split_into_chunks(find_files([corpus]))):
+    for numbered in enumerate(split_into_chunks(find_files([corpus])[0])):
         with monkeypatch.context() as patch:
             if numbered[0] == 2:
                 patch.setattr(shuffle, "open", open_on_full_disk, raising=False)

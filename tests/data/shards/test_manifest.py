@@ -79,6 +79,17 @@ def test_text_is_part_of_the_fingerprint(tmp_path):
         read_manifest(tmp_path)
 
 
+def test_skipped_rows_are_kept_but_do_not_change_what_is_read(tmp_path):
+    manifest = dataclasses.replace(MANIFEST, skipped_rows={"not JSON": 2, "null text": 1})
+    assert manifest.fingerprint == MANIFEST.fingerprint
+    for folder, shards in (("a", SHARDS[:1]), ("b", SHARDS[1:])):
+        (tmp_path / folder).mkdir()
+        part = dataclasses.replace(manifest, shards=shards)
+        write_manifest(tmp_path / folder, part)
+        assert read_manifest(tmp_path / folder) == part
+    assert read_manifest(f"{tmp_path}/{{a,b}}").skipped_rows == {"not JSON": 4, "null text": 2}
+
+
 def test_writing_is_reproducible_and_replaces(tmp_path):
     write_manifest(tmp_path, Manifest("uint16", TOKENIZER, 3, SHARDS[:1]))
     write_manifest(tmp_path, MANIFEST)
@@ -126,6 +137,9 @@ FAULTS = {
     "no version": (drop("version"), r"version is None, but must be 1"),
     "a missing field": (drop("dtype"), r"fields of the manifest .*'missing': \['dtype'\]"),
     "an unknown field": (set_at(["extra"], 1), r"fields of the manifest .*'unknown': \['extra'\]"),
+    "skipped_rows is no object": (set_at(["skipped_rows"], 3), r"skipped_rows is 3, but must be an object of whole"),
+    "skipped_rows is empty": (set_at(["skipped_rows"], {}), r"skipped_rows is \{\}, but must be an object of whole"),
+    "skipped_rows of no row": (set_at(["skipped_rows"], {"x": 0}), r"skipped_rows is \{'x': 0\}, but must be"),
     "another dtype": (set_at(["dtype"], "int64"), r"dtype is 'int64', but must be uint16 or uint32"),
     "tokenizer is no object": (set_at(["tokenizer"], "byte"), r"tokenizer is 'byte', but must be an object"),
     "tokenizer elsewhere": (set_at(["tokenizer", "spec"], "../t.json"), r"tokenizer\.spec is '\.\./t\.json'"),
@@ -197,7 +211,9 @@ def test_names_outside_the_folder_or_with_special_meaning_are_refused(tmp_path, 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"x"', "\xff"])
 def test_a_file_that_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"manifest\.json: (the content|format) is .* must be"):
+    with pytest.raises(
+        DataError, match=r"manifest\.json(: format is .* must be| cannot be read: it is not (JSON|UTF-8): ).*; give a"
+    ):
         read_manifest(tmp_path)
 
 

@@ -266,8 +266,8 @@ def test_blocks_are_read_before_they_are_needed(tmp_path):
 def large(tmp_path_factory):
     """24 shards of 200,000 tokens."""
     folder = tmp_path_factory.mktemp("large")
-    bundles = [("k", [np.arange(4000)] * 50)]
-    shards = [write_shard(folder, f"{i}.tar", bundles, dtype="uint16", text_bytes=0) for i in range(24)]
+    documents = [np.arange(4000)] * 50
+    shards = [write_shard(folder, f"{i}.tar", [(f"k{i}", documents)], dtype="uint16", text_bytes=0) for i in range(24)]
     write_manifest(folder, Manifest("uint16", TokenizerInfo("byte", "0" * 64, 5000, 256), 3999, tuple(shards)))
     return folder
 

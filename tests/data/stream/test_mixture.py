@@ -145,8 +145,14 @@ def bytes_of(rows):
 def test_every_source_has_the_sequences_of_its_own_epochs(roots):
     mixture = mixture_of(roots)
     numbers = range(1500)
-    found = bytes_of(mixture.sequences(numbers))
+    sequences = mixture.sequences(numbers)
+    found = bytes_of(sequences)
     source_of = mixture.planner.locate(np.array(numbers)).source_N
+    padded = [np.count_nonzero(sequences.padding_N[source_of == source]) for source in range(3)]
+    web, code, packed = map(math.ceil, mixture.epochs(1500).values())
+    assert padded[0] <= web, "only the last sequence of an epoch"
+    assert padded[1] <= code
+    assert padded[2] > 2 * packed
     for source, (name, _) in enumerate(SOURCES):
         alone = open_stream(roots / name, StreamConfig(source_number=source, **SETTINGS))
         n = alone.sequences_per_epoch
@@ -165,6 +171,7 @@ def test_sequences_do_not_depend_on_what_was_read_before(roots):
     assert bytes_of(mixture_of(roots).reopen().sequences(range(200))) == forward
     padding = backward.sequences([None])
     assert (padding.targets_NL == -100).all()
+    assert padding.padding_N.tolist() == [8]
 
 
 def test_reading_stays_within_the_bound_of_its_sources(tmp_path):
@@ -207,7 +214,7 @@ def test_fingerprint_follows_sources_weights_and_order_but_not_names(roots, tmp_
 
 
 def test_two_sources_of_one_folder_have_different_orders(roots):
-    mixture = mixture_of(roots, [("code", 1), ("code", 1)])
+    mixture = mixture_of(roots, [("code", 0.5), ("code", 0.5)])
     n = mixture.sources[0].order.sequences_per_epoch
     found = bytes_of(mixture.sequences(range(2 * n)))
     sources = mixture.planner.locate(np.arange(2 * n)).source_N

@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
+import torch
 
-from dcscale.data import DataError, StreamConfig, open_stream
+from dcscale.data import BatchLoader, DataError, StreamConfig, open_stream
 from dcscale.data.prepare.packing import pack_best_fit, pack_one_per_row
 from dcscale.data.shards.shard import read_shard
 from dcscale.testing.runs import numbered_shards, packed_shards, write_token_shards
@@ -56,6 +57,24 @@ def test_every_target_of_every_document_occurs_exactly_once_and_fillers_never(ca
     assert (found.targets_NL[counts] == inputs[counts] + 1).all(), "a target follows its input in its document"
     same_document = ids[:, 1:] == ids[:, :-1]
     assert (counts[:, :-1] == same_document).all(), "ids change where a document begins, also between fillers"
+
+
+@pytest.mark.parametrize("pack", [pack_best_fit, pack_one_per_row])
+def test_what_fills_rows_is_counted_as_padding(tmp_path, pack):
+    shards = [[[7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 256], [1, 256]], [[256], list(range(11))]]
+    write_token_shards(tmp_path, packed_shards(shards, ROW, pack), row_tokens=ROW)
+    stream = stream_of(tmp_path, vocab_size=257)
+    found = stream.sequences([*range(stream.sequences_per_epoch), None])
+    # Inputs of text in a row, by its first two tokens. A document of one token has no target, like a filler.
+    inputs_of_text = {(7, 8): 5 if pack is pack_best_fit else 3, (1, 2): 8, (1, 256): 2, (0, 1): 8, (8, 9): 3}
+    inputs_of_text |= {(256, 8): 3, (256, 256): 0}
+    rows = found.tokens_NL1.tolist()
+    assert found.padding_N.tolist() == [8 - inputs_of_text[tuple(row[:2])] for row in rows]
+    assert found.padding_N.sum() == (16 if pack is pack_best_fit else 32)
+    sizes = {"global_batch_size": len(rows), "micro_batch_size": 1, "rank": 0, "world_size": 1, "limit": 99}
+    (batches,) = BatchLoader(stream, **sizes).steps()
+    assert sum(batch.padding_count for batch in batches) == found.padding_N.sum()
+    assert batches[-1].to(torch.device("meta")).padding_count == 8
 
 
 def test_best_fit_keeps_documents_that_fit_in_one_row(tmp_path):

@@ -200,6 +200,8 @@ def test_with_skip_every_fault_is_counted_and_nothing_else_is_lost(corrupted, ro
         assert skipped.reason.startswith(f"{root}/{BAD}: ")
         assert re.search(message, skipped.reason)
         assert sorted(found.targets_NL[found.targets_NL != -100].tolist()) == expected
+        end = found.targets_NL.size - (sum(SIZES) - 1)  # of the last sequence; the last token is no input
+        assert found.padding_N.sum() - end in (SIZES[3], SIZES[3] - 1)
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -253,6 +255,8 @@ def test_with_packed_rows_every_other_row_stays_where_it_is(tmp_path):
     assert {int(before.tokens_NL1[i, 0]) // 300 for i in lost} == {3}
     assert (after.targets_NL[lost] == -100).all()
     assert (after.document_ids_NL[lost] == 0).all()
+    assert before.padding_N.sum() == 0
+    assert after.padding_N.tolist() == [8 if i in lost else 0 for i in range(len(after.padding_N))]
 
 
 def test_a_shard_whose_dtype_cannot_hold_the_end_of_document_token_is_skipped_too(tmp_path):

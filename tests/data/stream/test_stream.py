@@ -165,6 +165,7 @@ def test_none_is_padding_without_reading(tmp_path):
     rows = stream.sequences([None, None])
     assert (rows.targets_NL == -100).all()
     assert (rows.tokens_NL1 == 256).all()
+    assert rows.padding_N.tolist() == [8, 8]
     assert stream.shards_read == 0
 
 

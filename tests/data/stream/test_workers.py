@@ -40,8 +40,8 @@ def loader_of(folder, count, *, batch=6, prefetch=2, limit=None, group=12, **cha
 
 def contents(steps):
     return [
-        [(b.input_ids.tolist(), b.targets.tolist(), None if b.document_ids is None else b.document_ids.tolist())
-         for b in step]
+        [(b.input_ids.tolist(), b.targets.tolist(), None if b.document_ids is None else b.document_ids.tolist(),
+          b.padding_count) for b in step]
         for step in steps
     ]  # fmt: skip
 
@@ -64,9 +64,10 @@ def test_a_slow_consumer_gets_the_same_batches_although_the_memory_is_reused(fol
 
 
 def test_a_limited_stream_ends_and_can_be_read_again(folder):
-    with loader_of(folder, 0, limit=30) as loader:
+    with loader_of(folder, 0, limit=28) as loader:
         expected = contents(loader.steps())
-    with loader_of(folder, 2, limit=30) as loader:
+    assert [sum(batch[-1] for batch in step) for step in expected] == [0, 0, 0, 0, 2 * 8]
+    with loader_of(folder, 2, limit=28) as loader:
         assert contents(loader.steps()) == contents(loader.steps()) == expected
         assert list(loader.steps(60)) == []
     assert not processes()
