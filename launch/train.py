@@ -6,7 +6,7 @@
     python launch/train.py ...               (one process)
 
 YAML files are merged in order, later wins, then key=value. `python tools/check_config.py --reference` lists
-every key; `python tools/check_config.py CONFIG.yaml ...` shows what a run would use, without starting it.
+every key; `python tools/check_config.py CONFIG.yaml ...` finds what would keep a run from starting.
 
 Exit code: 0 done, 2 settings, data or checkpoint do not fit or training diverged, 75 stopped by a signal with a
 checkpoint written (the same command resumes), 130 interrupted before training began or twice, 1 anything else.
@@ -25,27 +25,27 @@ DONE, FAILED, UNFIT, SIGNAL, INTERRUPTED = 0, 1, 2, 75, 130
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", metavar="CONFIG.yaml|key=value", help="settings, in order")
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml|key=value", help="settings, in order")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return train(parser.parse_args(arguments).settings)
+    options, unknown = parser.parse_known_args(arguments)
+    if not options.settings and not unknown:
+        parser.error("give a config, such as configs/quickstart.yaml")
+    return train([*options.settings, *unknown])
 
 
 def train(settings: list[str]) -> int:
     """Trains with these config files and ``key=value`` overrides; the exit code."""
     # Imported after the arguments are parsed: this takes seconds.
-    from dcscale.checkpoint import CheckpointError
-    from dcscale.config import ConfigError, check_config, load_config, raise_problems
-    from dcscale.data import DataError
+    from dcscale.config import ConfigError, check_config, load_arguments, raise_problems
     from dcscale.observe import Console
-    from dcscale.parallel import LaunchError, RankError, discover, share_cores, start_distributed, stop_distributed
-    from dcscale.train import StopReason, build_trainer, summary_lines, write_summary
-    from dcscale.train.optimizer import RuleError
+    from dcscale.parallel import LaunchError, discover, share_cores, start_distributed, stop_distributed
+    from dcscale.train import REFUSALS, StopReason, build_trainer, summary_lines, write_summary
 
     environment = None
     try:
         environment = discover()
         console = Console(enabled=environment.is_main)
-        loaded = load_config([s for s in settings if "=" not in s], [s for s in settings if "=" in s])
+        loaded = load_arguments(settings)
         config = loaded.config
         raise_problems(check_config(config, environment.world_size), loaded.origins)
         share_cores(environment)
@@ -56,7 +56,7 @@ def train(settings: list[str]) -> int:
             summary = write_summary(trainer, stop_reason)
         finally:
             trainer.close()
-    except (ConfigError, LaunchError, DataError, CheckpointError, RuleError, RankError, FloatingPointError) as error:
+    except (ConfigError, LaunchError, FloatingPointError, *REFUSALS) as error:
         if environment is None or environment.is_main:
             print(f"error: {error}", file=sys.stderr)
         stop_distributed()

@@ -22,6 +22,26 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory):
+    """A tokenizer.json like Llama's: a space before every text, and bytes for characters that it does not know."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    library = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    text = ["Ann has a kind of fruit.", "Tom has a plum.", "the river is a stream of water."] * 3
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # while training: no tokens of two words
+    library.train_from_iterator(text, trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False))
+    library.pre_tokenizer = None
+    library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
+    library.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def quick_interpreter():
     """Halves the time of interpreted Triton kernels."""
     from dcscale.testing.staged import quicken_interpreter

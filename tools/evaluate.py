@@ -13,11 +13,14 @@ tools/convert_checkpoint.py reads. --shards, --text and --jsonl may be given tog
   token accuracy    fraction of the answers' tokens that are the most likely token, given all before them
   answer accuracy   fraction of the answers all of whose tokens are
 
---shards gives the same number as validation in training. --text takes a file as one document and predicts each of its
-tokens but the first (with --begin-id: all) once, in windows of C = --context tokens that are S = --stride tokens apart:
-the first window predicts all of its tokens, each further one its last S, from C - S + 1 tokens or more. --jsonl reads
-objects with task_id and texts, in which answers are marked: "... a kind of [ fruit ]" (format:
-dcscale/evaluation/task_format.py). The same command on the same machine gives the same numbers.
+For a checkpoint, --shards uses as many sequences as the run's validation.sequences, so that the loss on its validation
+shards is the validation loss that the run logged; for other models, and with --sequences all, it uses all sequences.
+
+--text takes a file as one document and predicts each of its tokens but the first (with --begin-id: all) once, in
+windows of C = --context tokens that are S = --stride tokens apart: the first window predicts all of its tokens, each
+further one its last S, from C - S + 1 tokens or more. --jsonl reads objects with task_id and texts, in which answers
+are marked: "... a kind of [ fruit ]" (format: dcscale/evaluation/task_format.py). The same command on the same machine
+gives the same numbers.
 """
 
 from __future__ import annotations
@@ -38,11 +41,21 @@ from dcscale.files import write_json
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
-    parser.add_argument("--shards", nargs="+", default=[], metavar="FOLDER", help="token shards, or their address")
     parser.add_argument(
-        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="UTF-8 text, one document each"
+        "--shards", action="extend", nargs="+", default=[], metavar="FOLDER", help="token shards, or their address"
     )
-    parser.add_argument("--jsonl", nargs="+", type=Path, default=[], metavar="FILE", help="tasks with marked answers")
+    parser.add_argument(
+        "--text",
+        action="extend",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text, one document each",
+    )
+    parser.add_argument(
+        "--jsonl", action="extend", nargs="+", type=Path, default=[], metavar="FILE", help="tasks with marked answers"
+    )
     parser.add_argument(
         "--context",
         type=whole_number,
@@ -54,7 +67,10 @@ def argument_parser() -> argparse.ArgumentParser:
         "--stride", type=whole_number, metavar="TOKENS", help="for --text (default: half of the context)"
     )
     parser.add_argument(
-        "--sequences", type=whole_number, metavar="N", help="from each --shards, spread evenly (default: all)"
+        "--sequences",
+        type=number_or_all,
+        metavar="N|all",
+        help="sequences from each --shards, spread evenly (default: validation.sequences of a run; else all)",
     )
     parser.add_argument(
         "--document-mask",
@@ -70,6 +86,13 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the results here")
     return parser
+
+
+def number_or_all(text: str) -> int | str:
+    try:
+        return text if text == "all" else whole_number(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or all") from error
 
 
 def progress(name: str, unit: str) -> Callable[[int, int], None]:
@@ -108,7 +131,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     texts = [read_text(path, trained.tokenizer, stride=stride, **shared) for path in options.text]
     files = [(str(path), read_tasks(path, trained.tokenizer, **shared)) for path in options.jsonl]
     model = trained.load(options.device, dtype_of(options))
-    size, many = options.batch_size, options.sequences
+    size, many = options.batch_size, options.sequences or trained.validation_sequences
+    many = None if many == "all" else many
     losses = [
         evaluate_shards(
             model, stream, batch_size=size, sequences=many, on_progress=progress(str(stream.storage), "sequence")

@@ -21,14 +21,13 @@ and may have any name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from dcscale.config import Config, ConfigError, load_config
-from dcscale.files import sha256_of, write_json
+from dcscale.files import read_json, sha256_of, write_json
 
 FORMAT = 2
 """Format of the marker."""
@@ -101,11 +100,11 @@ def read_marker(folder: Path) -> dict[str, FileRecord]:
     """
     marker = folder / MARKER
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{marker} is missing: the checkpoint was not finished") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{marker} is not readable: {error}") from error
+        content = read_json(marker)
+    except ValueError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError(f"{marker} is missing: the checkpoint was not finished") from None
+        raise CheckpointError(str(error)) from error
     _check_format(marker, content, FORMAT)
     files = content.get("files")
     if not isinstance(files, dict):
@@ -119,7 +118,7 @@ def _parse_record(marker: Path, name: str, entry: Any) -> FileRecord:
         raise CheckpointError(f"{marker} lists the file {name!r} outside its folder")
     try:
         return FileRecord(int(entry["bytes"]), str(entry["sha256"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{marker} must hold bytes and sha256 of {name}, but holds {entry!r}") from None
 
 
@@ -131,10 +130,14 @@ def incomplete_reason(folder: Path) -> str | None:
         return str(error)
     for name, file in files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+        if size is None:
             return f"{path} is missing"
-        if path.stat().st_size != file.bytes:
-            return f"{path} has {path.stat().st_size} bytes, {file.bytes} were written"
+        if size != file.bytes:
+            return f"{path} has {size} bytes, {file.bytes} were written"
     return None
 
 
@@ -202,17 +205,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     _check_format(path, content, STATE_FORMAT)
     return content
 
 
-def _check_format(path: Path, content: Any, expected: int) -> None:
-    """Raises CheckpointError unless ``content``, the JSON of ``path``, is an object of format ``expected``."""
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must be a JSON object, but is a {type(content).__name__}")
+def _check_format(path: Path, content: Mapping[str, Any], expected: int) -> None:
+    """Raises CheckpointError unless ``content``, the JSON object of ``path``, is of format ``expected``."""
     if content.get("format") != expected:
         found = content.get("format")
         raise CheckpointError(f"{path} has format {found!r}, this version of dcscale reads {expected}")
@@ -225,6 +226,6 @@ def read_config(checkpoint: Path) -> Config:
         CheckpointError: it cannot be read.
     """
     try:
-        return load_config([str(checkpoint / CONFIG)], []).config
+        return load_config([str(checkpoint / CONFIG)], expand=False).config
     except ConfigError as error:
         raise CheckpointError(f"the config of {checkpoint} cannot be read: {error}") from error

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcscale.checkpoint.layout import CheckpointError, join_problems
-from dcscale.files import sync_folder
+from dcscale.files import parse_json, sync_folder
 from dcscale.parallel import KINDS, MASTER, Snapshot
 
 FORMAT = 1
@@ -196,12 +196,12 @@ def _opened(path: Path) -> Iterator[Any]:
 def _parse_metadata(text: str, path: Path) -> tuple[int, int, dict[str, tuple[int, ...]]]:
     """(ranks, steps, shapes by parameter)"""
     try:
-        state = json.loads(text)
+        state = parse_json(text, path)
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {state['format']!r}, this version of dcscale reads {FORMAT}")
         shapes = {name: tuple(map(int, shape)) for name, shape in state["parameters"].items()}
         return int(state["ranks"]), int(state["steps"]), shapes
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} has no valid metadata of a training state: {error!r}") from error
 
 

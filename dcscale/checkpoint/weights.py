@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcscale.checkpoint.layout import CheckpointError, join_problems
-from dcscale.files import write_json
+from dcscale.files import read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
@@ -65,6 +64,25 @@ class _ShardWriter:
             write_json(self._folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": self._shard_of})
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """The file in the same folder that holds each tensor, by the tensor's name.
+
+    Raises:
+        CheckpointError: ``index`` cannot be read, is not an index, or names files in other folders.
+    """
+    try:
+        file_of = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(file_of, dict):
+        raise CheckpointError(f"{index} has a weight_map of type {type(file_of).__name__}, expected names of files")
+    for file in file_of.values():
+        # A path could name any file on this machine, and the libraries do not take a zero byte.
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
+            raise CheckpointError(f"{index} names the file {file!r}, but its files must be in the same folder")
+    return file_of
+
+
 class Weights:
     """The tensors in a folder that :func:`save_weights` has written; :meth:`read` loads one at a time.
 
@@ -78,17 +96,11 @@ class Weights:
 
     def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]):
         self._folder = folder
-        index = folder / INDEX
-        try:
-            self._shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error}") from error
+        self._shard_of = read_index(folder / INDEX)
         problems = [f"{name} is missing" for name in shapes if name not in self._shard_of]
         problems += [f"{name} is unknown to the model" for name in self._shard_of if name not in shapes]
         by_shard: dict[str, list[str]] = {}
         for name, shard in self._shard_of.items():
-            if Path(shard).name != shard:  # an index from elsewhere must not make us read other files
-                raise CheckpointError(f"{index} lists the file {shard!r} outside its folder")
             by_shard.setdefault(shard, []).append(name)
         for shard, names in by_shard.items():
             with self._open(shard) as file:

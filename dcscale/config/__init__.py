@@ -2,7 +2,7 @@
 
 from dcscale.config.check import check_config
 from dcscale.config.errors import ConfigError, Problem, raise_problems
-from dcscale.config.load import Loaded, config_to_dict, differences, from_dict, load_config, to_yaml
+from dcscale.config.load import Loaded, config_to_dict, differences, from_dict, load_arguments, load_config, to_yaml
 from dcscale.config.schema import CheckpointConfig, Config, DataConfig, DataSource, ModelConfig
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "config_to_dict",
     "differences",
     "from_dict",
+    "load_arguments",
     "load_config",
     "raise_problems",
     "to_yaml",

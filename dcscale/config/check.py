@@ -10,10 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from dcscale.config.errors import Problem, did_you_mean, show
+from dcscale.config.errors import Problem, show
 from dcscale.config.reference import FIELDS, get, has_type, type_name
 from dcscale.config.schema import Config
 from dcscale.config.schema.limits import NOT_NEGATIVE, POSITIVE, Range
+from dcscale.config.suggestions import choice_suggestion
 
 _SHARDS = "give a folder written by tools/make_shards.py"
 _NEEDS_TEXT = {
@@ -43,7 +44,10 @@ def check_config(config: Config, world_size: int | None = None) -> list[Problem]
     if world_size is not None and world_size < 1:
         raise ValueError(f"world_size is {world_size}: it must be at least 1, or None if it is not known")
     problems = [Problem(path, get(config, path), rule, fix) for path, rule, fix in _single_values(config)]
-    for reads, rule in [*_RULES, (_BATCH, functools.partial(_batch_is_divisible, world_size=world_size))]:
+    for reads, rule in [
+        *_RULES,
+        (frozenset({"train.global_batch_size"}), functools.partial(_batch_is_divisible, world_size=world_size)),
+    ]:
         # A rule on a setting that is wrong in itself would only report a consequence, or fail.
         if not reads.intersection(problem.setting for problem in problems):
             problems += [Problem(path, get(config, path), text, fix) for path, text, fix in rule(config)]
@@ -74,8 +78,8 @@ def _single_values(config: Config) -> Findings:
         if not has_type(value, field.type):
             yield path, f"must be {type_name(field.type)}", fix
         elif field.choices is not None and value not in field.choices:
-            names = [str(choice) for choice in field.choices]
-            yield path, f"must be one of {', '.join(names)}", did_you_mean(str(value), names) or fix
+            names = ", ".join(map(str, field.choices))
+            yield path, f"must be one of {names}", choice_suggestion(field, value)
         elif field.range is not None:
             items = [f"{path}[{i}]" for i in range(len(value))] if isinstance(value, list) else [path]
             for item in items:
@@ -252,21 +256,17 @@ def _samples_have_prompts(config: Config) -> Findings:
         yield "samples.prompts", "must hold at least one prompt, and no empty one", fix
 
 
-_BATCH = frozenset({"train.global_batch_size", "train.micro_batch_size"})
-
-
 def _batch_is_divisible(config: Config, world_size: int | None) -> Findings:
-    size, micro, ranks = config.train.global_batch_size, config.train.micro_batch_size, world_size or 1
-    unit = micro * ranks
-    if size % unit:
-        lower = size - size % unit
-        fix = f"use {lower} or {lower + unit}" if lower else f"use {unit}"
-        if size % ranks == 0:
-            share = size // ranks
-            fix += f", or train.micro_batch_size={next(n for n in range(min(micro, share), 0, -1) if share % n == 0)}"
-        of = f"train.micro_batch_size = {micro}"
-        of = f"{of} times {ranks} ranks = {unit}" if world_size else of
-        yield "train.global_batch_size", f"must be a multiple of {of}", fix
+    size, ranks = config.train.global_batch_size, world_size or 1
+    if size % ranks:
+        lower = size - size % ranks
+        sizes = f"{lower} or {lower + ranks}" if lower else str(ranks)
+        rule = f"must be a multiple of the number of ranks, {ranks}"
+        yield (
+            "train.global_batch_size",
+            rule,
+            f"use {sizes}, or a number of ranks that divides it: {_near_divisors(size, ranks)}",
+        )
 
 
 @_rule("train.steps", "train.stop_after")

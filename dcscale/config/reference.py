@@ -40,11 +40,16 @@ class Field:
     range: Range | None = None
     """The allowed numbers, also for the items of a list."""
 
+    is_path: bool = False
+    """Whether the text is a path, in which a leading ``~`` and ``$NAME`` are expanded."""
+
     @property
     def allowed(self) -> str:
-        """Choices or range as text; empty if there is neither."""
+        """Choices, range or "path" as text; empty if there is none of these."""
         if self.choices is not None:
             return ", ".join(map(str, self.choices))
+        if self.is_path:
+            return "path"
         return "" if self.range is None else str(self.range)
 
 
@@ -131,7 +136,11 @@ def reference() -> str:
         "",
         "Generated from `dcscale/config/schema` by `python tests/test_pages.py`. YAML files are merged in order, later",
         "wins; `key=value` on the command line comes last. `python tools/check_config.py CONFIG...` shows where each",
-        "value comes from.",
+        "value comes from, and whether the run would start.",
+        "",
+        "`${section.key}` is the value of another setting. In a *path*, `~` at the beginning and environment",
+        "variables such as `$HOME` are expanded; one that is not set is an error, and so is one in an address",
+        "(`https://`, `s3://`): a config from somebody else must not send it to a server. `\\$` and `\\~` are literal.",
         "",
     ]
     for prefix, section in sections(Config):

@@ -22,19 +22,26 @@ _SCALARS = {
         list("-+.0123456789"),
     ),
 }
+_MAX_DEPTH = 100
 _TAGS = {*_SCALARS, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))}
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # replaces those of YAML 1.1; filled below
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:  # far below where PyYAML's recursive functions fail
+            problem = f"nested too deeply, in more than {_MAX_DEPTH} levels"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(
                 None, None, "* starts an alias, which is not supported: quote the text", mark
             )
         node = super().compose_node(parent, index)
+        self.depth -= 1
         if node.tag not in _TAGS:
             raise yaml.composer.ComposerError(None, None, f"the tag {node.tag} is not supported", node.start_mark)
         if isinstance(node, yaml.ScalarNode) and (half := re.search("[\ud800-\udfff]", node.value)):
@@ -96,8 +103,6 @@ def parse(text: str) -> yaml.Node:
         raise DialectError(reason, error.problem_mark.line + 1) from None
     except yaml.YAMLError as error:
         raise DialectError(str(error).splitlines()[0], None) from None
-    except RecursionError:
-        raise DialectError("nested too deeply", None) from None
 
 
 def nodes(value: Any) -> yaml.Node:

@@ -25,6 +25,10 @@ class LossResult:
     """exp(loss), per token."""
     bits_per_byte: float | None
     """Bits per byte of text, comparable between tokenizers; None if the number of bytes is not known."""
+    sequences: int | None = None
+    """Number of sequences of the shards that were used; None for a text."""
+    of_sequences: int | None = None
+    """Number of all sequences of the shards; None for a text."""
 
 
 def loss_result(name: str, total: float, tokens: int, text_bytes_per_token: float | None) -> LossResult:
@@ -78,11 +82,17 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     for columns, rows in ((_LOSS_COLUMNS, result["losses"]), (_ACCURACY_COLUMNS, result["accuracies"])):
         if rows:
             lines += _table(columns, rows)
-    for row in result["accuracies"]:
-        if row["name"] is not None and row["task"] is None and row["texts_in_pieces"]:
+    for row in result["losses"]:
+        if row["sequences"] is not None:
+            all_of = "" if row["sequences"] == row["of_sequences"] else ", spread evenly (--sequences all uses all)"
             lines.append(
-                f"{printable(row['name'])}: {row['texts_in_pieces']:,} of {row['texts']:,} texts were tokenized in "
-                "pieces, because a token crossed a mark"
+                f"{printable(row['name'])}: {row['sequences']:,} of {row['of_sequences']:,} sequences were used{all_of}"
+            )
+    for row in result["accuracies"]:
+        if row["name"] is not None and row["task"] is None and row["texts_with_crossing"]:
+            lines.append(
+                f"{printable(row['name'])}: {row['texts_with_crossing']:,} of {row['texts']:,} texts have a token that "
+                "crosses a mark: it counts as part of the answer"
             )
     return lines
 

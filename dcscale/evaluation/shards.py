@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,4 +99,5 @@ def evaluate_shards(
     name = str(stream.storage)
     if not targets:
         raise DataError(f"{name}: {number} of its sequences have no targets to predict; use more sequences")
-    return loss_result(name, float(total), targets, stream.text_bytes_per_target)
+    result = loss_result(name, float(total), targets, stream.text_bytes_per_target)
+    return replace(result, sequences=number, of_sequences=stream.sequences_per_epoch)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dcscale.files import write_atomically
+from dcscale.files import parse_json, write_atomically
 
 Record = dict[str, "float | int | None"]
 """Values of one logged step, by metric name (:data:`METRICS`)."""
@@ -29,18 +29,42 @@ DATA_EPOCH = "data_epoch"
 
 METRICS: dict[str, Metric] = {
     "step": Metric("steps", "optimizer steps done", None),
-    "tokens": Metric("tokens", "tokens trained on so far, over all ranks", "progress/tokens"),
+    "tokens": Metric(
+        "tokens",
+        "tokens trained on so far, over all ranks, without padding and steps without targets",
+        "progress/tokens",
+    ),
+    "padding_tokens": Metric(
+        "tokens", "inputs so far that were padding, over all ranks; absent if 0", "data/padding_tokens"
+    ),
+    "steps_without_targets": Metric(
+        "steps",
+        "steps so far that had no target, and so no loss and no update; absent if 0",
+        "data/steps_without_targets",
+    ),
     DATA_EPOCH: Metric("epochs", "epochs of the training data so far, over all ranks", "progress/data_epoch"),
     "skipped_shards": Metric("shards", "training shards skipped so far (data.on_error=skip)", "data/skipped_shards"),
     "skipped_tokens": Metric("tokens", "tokens of these shards, missing from every epoch", "data/skipped_tokens"),
-    "loss": Metric("nats/token", "training loss, mean over the target tokens since the last record", "loss/train"),
-    "grad_norm": Metric("1", "global L2 norm of the gradient of this step, before clipping", "optimizer/grad_norm"),
-    "lr": Metric("1", "learning rate of this step, before lr_scale of optimizer.rules", "optimizer/learning_rate"),
-    "tokens_per_second": Metric("tokens/s", "over all ranks, since the last record", "speed/tokens_per_second"),
-    "tflops_per_device": Metric(
-        "TFLOP/s", "model FLOP/s per device, compose terms included", "speed/tflops_per_device"
+    "loss": Metric(
+        "nats/token",
+        "training loss, mean over the target tokens since the last record; null if there was none",
+        "loss/train",
     ),
-    "mfu": Metric("1", "tflops_per_device / peak TFLOP/s of the device; recomputation is not counted", "speed/mfu"),
+    "grad_norm": Metric(
+        "1", "global L2 norm of the gradient of this step, before clipping; null without targets", "optimizer/grad_norm"
+    ),
+    "lr": Metric("1", "learning rate of this step, before lr_scale of optimizer.rules", "optimizer/learning_rate"),
+    "tokens_per_second": Metric(
+        "tokens/s", "tokens trained on since the last record, over all ranks", "speed/tokens_per_second"
+    ),
+    "tflops_per_device": Metric(
+        "TFLOP/s",
+        "model FLOP/s per device: tokens_per_second * FLOPs of a token of a full sequence, compose terms included",
+        "speed/tflops_per_device",
+    ),
+    "mfu": Metric(
+        "1", "tflops_per_device / peak TFLOP/s of the device; recomputation and padding are not counted", "speed/mfu"
+    ),
     "step_seconds": Metric("s", "mean wall-clock time of a step since the last record", "speed/step_seconds"),
     "data_wait": Metric("1", "fraction of step_seconds that rank 0 waited for data", "speed/data_wait"),
     "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on a GPU, or resident on a CPU", "memory/peak_gib"),
@@ -115,20 +139,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int):
-        kept = []
-        if path.exists():
-            # A crash may have truncated a line: drop it and everything after it.
-            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    raise ValueError(f"{path}, line {number}: is not a record of a run: it has no integer 'step'")
-                if record["step"] > last_step:
-                    break
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
+        write_atomically(path, "".join(lines_until(path, last_step)))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, float | int | None]) -> None:
@@ -141,11 +152,34 @@ class MetricsFile:
         self._file.close()
 
 
+def lines_until(path: Path, last_step: int) -> list[str]:
+    """The lines of a metrics file, which may be missing, with records up to ``last_step``.
+
+    Raises:
+        ValueError: the file has lines that are not records of a run.
+    """
+    kept: list[str] = []
+    if not path.exists():
+        return kept
+    # A crash may have truncated a line: drop it and everything after it.
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            record = parse_json(line, path)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number}: is not a record of a run: it has no integer 'step'")
+        if record["step"] > last_step:
+            break
+        kept.append(line + "\n")
+    return kept
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The records of a metrics file, one per step: several lines of a step are merged."""
     by_step: dict[int, dict[str, float]] = {}
     with path.open(encoding="utf-8") as file:
         for line in file:
-            record = json.loads(line)
+            record = parse_json(line, path)
             by_step.setdefault(record["step"], {}).update(record)
     return list(by_step.values())

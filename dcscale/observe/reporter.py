@@ -70,7 +70,8 @@ class Reporter:
                 f"step {record['step']}: validation loss {record['validation_loss']:.4f} nats/token{bits}"
             )
         elif "loss" in record and self._progress is not None:
-            values = {"loss": f"{record['loss']:.4f}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
+            loss = "none" if record["loss"] is None else f"{record['loss']:.4f}"
+            values = {"loss": loss, "tok/s": f"{record['tokens_per_second']:,.0f}"}
             if record.get("mfu") is not None:
                 values["mfu"] = f"{record['mfu']:.1%}"
             self._progress.show(int(record["step"]), values)

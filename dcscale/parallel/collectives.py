@@ -1,4 +1,7 @@
-"""Collectives on Python objects, for decisions that all ranks share and for errors that must reach all ranks."""
+"""Collectives on Python objects, for decisions that all ranks share and for errors that must reach all ranks.
+
+Without a process group, this process is the only rank.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ class RankError(RuntimeError):
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Returns the values of all ranks, by rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
@@ -52,6 +57,8 @@ def broadcast_from_rank0(call: Callable[[], T]) -> T:
 
     For results that depend on a disk or a clock, which the ranks may see differently.
     """
+    if not dist.is_initialized():
+        return call()
     answer: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:

@@ -12,7 +12,13 @@ NO_CLIP = 1e30
 
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches that a rank accumulates in one optimizer step."""
-    return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+    return config.train.global_batch_size // (config.train.sequences_per_pass(world_size) * world_size)
+
+
+def micro_batches(config: Config, world_size: int) -> str:
+    """How each rank takes its share of the global batch, for the terminal."""
+    size, count = config.train.sequences_per_pass(world_size), accumulation_steps(config, world_size)
+    return f"on each rank {count} micro-batch{'es' if count > 1 else ''} of {size}"
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -24,7 +30,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = parallel.zero_stage
     bf16 = train.precision == "bf16"
     result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": train.sequences_per_pass(world_size),
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         # Without ZeRO and in float32, DeepSpeed clips but does not keep the norm: there the engine clips.
         "gradient_clipping": 0.0 if stage == 0 and not bf16 else (train.gradient_clipping or NO_CLIP),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from dcscale.observe import Console
 from dcscale.observe.reporter import Reporter
 from dcscale.ops.compose.scratch import derived_scratch_bytes, total_memory
 from dcscale.parallel import Engine, Environment, broadcast_from_rank0, gather_objects, run_on_all_ranks
-from dcscale.train.data import open_data, without_secrets
-from dcscale.train.hooks import build_hooks
+from dcscale.train.advice import advice
+from dcscale.train.data import without_secrets
 from dcscale.train.optimizer import build_optimizer
-from dcscale.train.restore.start import Start, find_start
+from dcscale.train.preflight import preflight, run_folder_errors
+from dcscale.train.restore.start import Start
 from dcscale.train.summary import print_banner
 from dcscale.train.trainer import Trainer
 
@@ -37,18 +37,16 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
         DataError, CheckpointError, RuleError, RankError: the data, the checkpoint or the optimizer rules do not fit the
             config, on this rank or on another. Unless it is the probe of a resumed checkpoint that differs, nothing
             has been written by then. CheckpointError also if the run folder cannot be written to.
+        PreflightError: several of these.
     """
-    # Everything that can be rejected is checked before the model is allocated and the run folder is touched.
-    data = run_on_all_ranks(lambda: open_data(config, environment))
-    start = find_start(config, environment, data.stream)
-    for message in start.messages:
-        console.line(message)
+    data, start, hooks = preflight(config, environment).result()
     memories = gather_objects(total_memory(environment.device.type, environment.device.index))
+    warnings = [*data.stream.warnings, *advice(config, environment.world_size, data.stream, _smallest(memories))]
+    for message in (*(f"warning    {text}" for text in warnings), *start.messages):
+        console.line(message)
     start.state.scratch_mib, message = choose_scratch(config, start.state.scratch_mib, memories)
     if config.model.attention == "dcmha":
         console.line(message)
-    data.loader.skip([shard["sha256"] for shard in start.state.skipped])
-    hooks = run_on_all_ranks(lambda: build_hooks(config, environment, data, start.state))
     engine = Engine(
         config,
         environment,
@@ -73,6 +71,11 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     return trainer
 
 
+def _smallest(memories: Sequence[int | None]) -> int | None:
+    """Total memory of the smallest device in bytes; None for CPUs."""
+    return None if None in memories else min(memories)
+
+
 def choose_scratch(config: Config, stored_mib: int | None, memories: Sequence[int | None]) -> tuple[int, str]:
     """Scratch memory of an attention call in MiB, the same on all ranks, and a console line that names its origin.
 
@@ -87,7 +90,7 @@ def choose_scratch(config: Config, stored_mib: int | None, memories: Sequence[in
     elif stored_mib is not None:
         mib, origin = stored_mib, "as in the checkpoint; model.scratch_mib changes it"
     else:
-        memory = None if None in memories else min(memories)
+        memory = _smallest(memories)
         shapes = {
             "queries": config.data.sequence_length,
             "keys": config.data.sequence_length,
@@ -107,9 +110,7 @@ def _build_model(config: Config, scratch_mib: int) -> nn.Module:
     settings = replace(config.model, scratch_mib=scratch_mib)
     model = DCFormer(settings, recompute=config.train.recompute, loss_chunk=config.train.loss_chunk)
     if config.train.compile:
-        # Compile each block on its own: all blocks of one shape share the compiled code.
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     return model
 
 
@@ -119,7 +120,7 @@ def _prepare_run_folder(run: Path, config: Config, start: Start) -> list[str]:
     Raises:
         CheckpointError: the folder cannot be written to.
     """
-    with _run_folder_errors(run):
+    with run_folder_errors(run):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
         moved = [(quarantine(checkpoint), problem) for checkpoint, problem in start.corrupt.items()]
@@ -130,17 +131,8 @@ def _prepare_run_folder(run: Path, config: Config, start: Start) -> list[str]:
 
 def _open_reporter(run: Path, last_step: int, config: Config, console: Console, is_main: bool) -> Reporter:
     """Raises CheckpointError if the metrics of the run cannot be written."""
-    with _run_folder_errors(run):
+    with run_folder_errors(run):
         return Reporter(run, last_step, config.train.steps, console, config.log.progress, is_main)
-
-
-@contextlib.contextmanager
-def _run_folder_errors(run: Path) -> Iterator[None]:
-    """Turns errors of the file system into a CheckpointError that names the setting to change."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: metrics.jsonl has lines that are not records of a run
-        raise CheckpointError(f"run.folder {run} cannot be used: {error}; use another folder") from error
 
 
 def _check_probe(trainer: Trainer, checkpoint: Path, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from dcscale.data import (
     open_stream,
     tokenizer_files,
 )
+from dcscale.data.shards.repeated import find_repeated
 from dcscale.data.storage import redact
 from dcscale.parallel import Engine, Environment
 
@@ -54,22 +56,61 @@ def open_training_stream(config: Config) -> Stream:
         DataError: the data cannot be opened.
     """
     stream_config = StreamConfig.from_config(config)
-    if config.data.sources:
-        return open_mixture(config.data.sources, stream_config)
-    return open_stream(config.data.train, stream_config)
+    with _naming("data.sources" if config.data.sources else "data.train"):
+        if config.data.sources:
+            return open_mixture(config.data.sources, stream_config)
+        return open_stream(config.data.train, stream_config)
 
 
-def open_data(config: Config, environment: Environment) -> RunData:
-    """Opens all data that this rank reads. Only manifests are read here, no shards.
+def open_validation_stream(config: Config) -> SequenceStream | None:
+    """Opens the validation data of a config; None if the run has no validation.
 
     Raises:
-        DataError: data cannot be opened, or do not fit the config.
+        DataError: the data cannot be opened.
     """
-    stream = open_training_stream(config)
+    if config.data.validation is None or config.validation.interval == 0:
+        return None
+    with _naming("data.validation"):
+        # Validation losses are only comparable over the same sequences, so a validation shard is never skipped.
+        return open_stream(config.data.validation, StreamConfig.from_config(config, shuffle=False, on_error="fail"))
+
+
+@contextlib.contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Names the setting in errors of the data that it names."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
+
+
+def open_data(
+    config: Config,
+    environment: Environment,
+    stream: Stream,
+    validation: SequenceStream | None,
+    all_shards: bool = False,
+) -> RunData:
+    """Prepares to read this rank's part of the training and validation data. No shards are read here.
+
+    Args:
+        config: the settings of the run.
+        environment: this process.
+        stream: the training data.
+        validation: the validation data, if any.
+        all_shards: check the existence and size of every shard, not only of this rank's share.
+
+    Raises:
+        DataError: the validation data is training data or has another tokenizer, or a file is missing.
+    """
+    if validation is not None:
+        _check_held_out(stream, validation)
+    for opened in (stream, validation) if all_shards else ():
+        if opened is not None:
+            opened.check_shard_files()
     loader = _loader(config, environment, stream, config.data.prefetch_steps, config.data.workers)
     # All sources of a mixture have the same tokenizer.
     source = stream.sources[0]
-    validation = _open_validation_stream(config)
     return RunData(
         stream,
         loader,
@@ -80,11 +121,21 @@ def open_data(config: Config, environment: Environment) -> RunData:
     )
 
 
-def _open_validation_stream(config: Config) -> SequenceStream | None:
-    if config.data.validation is None or config.validation.interval == 0:
-        return None
-    # Validation losses are only comparable over the same sequences, so a validation shard is never skipped.
-    return open_stream(config.data.validation, StreamConfig.from_config(config, shuffle=False, on_error="fail"))
+def _check_held_out(stream: Stream, validation: SequenceStream) -> None:
+    opened = [*stream.sources, *validation.sources]
+    for repeated in find_repeated([(source.storage, source.manifest) for source in opened]):
+        if repeated.second == len(stream.sources):
+            raise DataError(
+                f"data.validation: {validation.storage} is not held out, it has data in common with the training data "
+                f"{opened[repeated.first].storage}: {repeated}; name other shards (tools/make_shards.py --hold-out "
+                f"makes them), or set validation.interval=0"
+            )
+    if validation.tokenizer.fingerprint != stream.tokenizer.fingerprint:
+        raise DataError(
+            f"data.validation: the tokenizer of {validation.storage} has the fingerprint "
+            f"{validation.tokenizer.fingerprint}, but that of the training data {stream.tokenizer.fingerprint}: token "
+            f"ids would mean different text; make both with one tokenizer, or set validation.interval=0"
+        )
 
 
 def _loader(
@@ -98,7 +149,7 @@ def _loader(
     return BatchLoader(
         stream,
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=config.train.sequences_per_pass(environment.world_size),
         rank=environment.rank,
         world_size=environment.world_size,
         prefetch_steps=prefetch_steps,
@@ -124,7 +175,10 @@ class StepBatches:
     """This rank's micro-batches, on the CPU."""
 
     targets: int
-    """Number of target tokens with a loss in the global batch."""
+    """Number of target tokens with a loss in the global batch; may be 0."""
+
+    padding: int
+    """Number of inputs in the global batch that are padding."""
 
     stop: bool
     """Whether any rank received a request to stop."""
@@ -141,7 +195,7 @@ def next_step_batches(
 ) -> StepBatches | None:
     """Returns the batches of the next step, or None at the end of the data, which is the same step on every rank.
 
-    One all-reduce of four integers keeps the ranks in step: none continues alone after a failure of another, or with a
+    One all-reduce of five integers keeps the ranks in step: none continues alone after a failure of another, or with a
     different list of skipped shards. A rank that is asked to stop while it waits for data gets no batches and reports
     the request instead.
 
@@ -163,8 +217,11 @@ def next_step_batches(
         # A stop request interrupts the loader, which then raises: that is not a failure of the data.
         error = None
     skipped = {shard for batch in micro_batches for shard in batch.skipped}
-    own = [sum(batch.target_count for batch in micro_batches), stopping, error is not None, len(skipped)]
-    targets, stops, failures, skips = engine.sum_over_ranks(own)
+    own_targets = sum(batch.target_count for batch in micro_batches)
+    own_padding = sum(batch.padding_count for batch in micro_batches)
+    targets, padding, stops, failures, skips = engine.sum_over_ranks(
+        [own_targets, own_padding, stopping, error is not None, len(skipped)]
+    )
     if failures:
         raise DataError(engine.gather_errors(error))
     unique: dict[str, SkippedShard] = {}
@@ -172,4 +229,4 @@ def next_step_batches(
         # Ranks may have found different defects in a shard; sorting makes all of them report the same one.
         for shard in sorted(set().union(*engine.gather_objects(skipped)), key=lambda shard: (shard.name, shard.reason)):
             unique.setdefault(shard.sha256, shard)
-    return StepBatches(micro_batches, targets, stops > 0, wait_seconds, tuple(unique.values()))
+    return StepBatches(micro_batches, targets, padding, stops > 0, wait_seconds, tuple(unique.values()))

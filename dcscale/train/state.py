@@ -18,7 +18,14 @@ class TrainState:
     """Optimizer steps done."""
 
     tokens: int = 0
-    """Tokens trained on so far, over all ranks: sequences times sequence length."""
+    """Tokens trained on so far, over all ranks: the inputs of all steps with targets, without padding. Up to a
+    checkpoint from before padding was counted apart, its padding is included."""
+
+    padding_tokens: int = 0
+    """Inputs that were padding so far, over all ranks."""
+
+    steps_without_targets: int = 0
+    """Steps so far whose global batch had no target, and which therefore changed no weight."""
 
     sequences: int = 0
     """Sequences trained on so far, over all ranks, which is the number of the next sequence. Together with
@@ -41,16 +48,17 @@ class TrainState:
     results; ``model.scratch_mib`` may be null, and a resume may get other devices."""
 
     first_loss: float | None = None
-    """Loss of step 1, nats/token."""
+    """Loss of the first step that had targets, nats/token."""
 
     last_loss: float | None = None
-    """Loss of the last record, nats/token."""
+    """Loss of the last record with one, nats/token."""
 
     train_seconds: float = 0.0
     """Wall-clock seconds spent in optimizer steps, over all starts of the run."""
 
     pending: list[tuple[float, int]] = field(default_factory=list)
-    """(loss sum in nats, targets) of the steps since the last logged one, so that a resumed run logs the same mean."""
+    """(loss sum in nats, targets) of the steps with targets since the last logged one, so that a resumed run logs the
+    same mean."""
 
     validation_loss: float | None = None
     """Validation loss of the model after exactly this step, nats/token; None if it was not validated."""
@@ -67,5 +75,6 @@ class TrainState:
         """Restores a state from the content of ``state.json``; other keys are ignored."""
         names = {f.name for f in dataclasses.fields(cls)}
         state = cls(**{key: value for key, value in content.items() if key in names})
-        state.pending = [(float(loss), int(count)) for loss, count in state.pending]
+        # Older checkpoints also have the steps without targets.
+        state.pending = [(float(loss), int(count)) for loss, count in state.pending if count]
         return state

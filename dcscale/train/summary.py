@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from dcscale.cli import short
 from dcscale.data import MixedStream, Stream
 from dcscale.data.storage import redact
 from dcscale.files import write_json
 from dcscale.hardware import device_name
 from dcscale.models import count_parameters
 from dcscale.observe import Console, printable
-from dcscale.parallel.deepspeed_config import accumulation_steps
+from dcscale.parallel.deepspeed_config import micro_batches
 from dcscale.train.trainer import StopReason, Trainer
 
 
@@ -26,21 +27,22 @@ def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
         f"ranks      {environment.world_size} x {device_name(environment.device)}, "
         f"ZeRO-{config.parallel.zero_stage}, {config.train.precision}"
     )
+    # How much of packed rows is padding is not known before they are read.
+    at_most = "at most " if stream.has_packed_rows else ""
     console.line(
-        f"batch      {config.train.global_batch_size} sequences of {config.data.sequence_length} tokens = "
-        f"{trainer.tokens_per_step:,} tokens per step; micro-batches of {config.train.micro_batch_size} per rank, "
-        f"{accumulation_steps(config, environment.world_size)} accumulation steps"
+        f"batch      {config.train.global_batch_size} sequences of {at_most}{config.data.sequence_length} tokens = "
+        f"{at_most}{trainer.inputs_per_step:,} tokens per step; {micro_batches(config, environment.world_size)}"
     )
     epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
-    tokens = f"{config.train.steps} steps, {config.train.steps * trainer.tokens_per_step:,} tokens"
+    tokens = f"{config.train.steps} steps, {at_most}{config.train.steps * trainer.inputs_per_step:,} tokens"
     if isinstance(stream, MixedStream):
         console.line(f"run        {tokens}")
         for source, share in zip(config.data.sources, stream.shares):
             console.line(
-                f"mixture    {share:.2%} {source.name}, {epochs[source.name]:.2f} epochs of {redact(source.path)}"
+                f"mixture    {share:.2%} {source.name}, {short(epochs[source.name])} epochs of {redact(source.path)}"
             )
     else:
-        console.line(f"run        {tokens}, {epochs['']:.2f} epochs of {redact(config.data.train)}")
+        console.line(f"run        {tokens}, {short(epochs[''])} epochs of {redact(config.data.train)}")
     console.line(f"folder     {trainer.run}")
     if trainer.latest_checkpoint is not None:
         console.line(
@@ -52,9 +54,9 @@ def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
 def summarize(trainer: Trainer, stop_reason: StopReason) -> dict[str, Any]:
     """The content of ``summary.json``.
 
-    ``completed``: whether ``train.steps`` was reached. ``tokens``: tokens trained on, over all ranks. Losses are in
-    nats/token, ``bits_per_byte`` in bits per byte of validation text. ``tokens_per_second`` is over the training steps
-    of all starts of the run.
+    ``completed``: whether ``train.steps`` was reached. ``tokens``: tokens trained on, over all ranks, without
+    ``padding_tokens``. Losses are in nats/token, ``bits_per_byte`` in bits per byte of validation text.
+    ``tokens_per_second`` is over the training steps of all starts of the run.
     """
     state = trainer.state
     hook_results = {key: value for hook in trainer.hooks for key, value in hook.summary(trainer).items()}
@@ -62,6 +64,8 @@ def summarize(trainer: Trainer, stop_reason: StopReason) -> dict[str, Any]:
         "completed": stop_reason is StopReason.COMPLETED,
         "steps": state.step,
         "tokens": state.tokens,
+        "padding_tokens": state.padding_tokens,
+        "steps_without_targets": state.steps_without_targets,
         "first_loss": state.first_loss,
         "last_loss": state.last_loss,
         "validation_loss": None,
@@ -79,7 +83,13 @@ def summarize(trainer: Trainer, stop_reason: StopReason) -> dict[str, Any]:
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The summary as lines for the terminal."""
-    lines = [f"steps      {summary['steps']:,}, {summary['tokens']:,} tokens in {summary['train_seconds']:.0f} s"]
+    lines = [
+        f"trained    {summary['steps']:,} steps on {summary['tokens']:,} tokens in {summary['train_seconds']:.0f} s"
+    ]
+    if padding := summary.get("padding_tokens"):  # absent from the summaries of older runs
+        lines.append(f"padding    {padding:,} tokens, {padding / (padding + summary['tokens']):.1%} of the inputs")
+    if summary.get("steps_without_targets"):
+        lines.append(f"no targets in {summary['steps_without_targets']:,} steps, which changed no weight")
     if summary["first_loss"] is not None:
         lines.append(
             f"loss       {summary['first_loss']:.4f} first, {summary['last_loss']:.4f} last (nats/token), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -32,6 +33,29 @@ class StopReason(Enum):
     COMPLETED = "all training steps are done"
     STOP_AFTER = "train.stop_after was reached"
     SIGNAL = "a stop signal was received"
+
+
+@dataclass
+class Timings:
+    """Sums over some steps."""
+
+    seconds: float = 0.0
+    """Wall-clock seconds."""
+
+    wait_seconds: float = 0.0
+    """Seconds of these that rank 0 waited for data."""
+
+    steps: int = 0
+
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+
+    def add(self, seconds: float, wait_seconds: float, tokens: int) -> None:
+        """Adds a step."""
+        self.seconds += seconds
+        self.wait_seconds += wait_seconds
+        self.steps += 1
+        self.tokens += tokens
 
 
 class Trainer:
@@ -64,14 +88,15 @@ class Trainer:
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
         self.hooks, self.run = hooks, run
-        self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+        self.inputs_per_step = config.train.global_batch_size * config.data.sequence_length
+        """Inputs of the global batch, padding included."""
         self.latest_batch: Batch | None = None
         self.checkpointer = Checkpointer(engine, run, config.checkpoint, checkpoint, state.branched_from)
         self._reporter, self._tokenizer_files = reporter, tokenizer_files
         self._git_revision = git_revision() if self.environment.is_main else None
-        # (loss sum of this rank, target count of all ranks) of each step since the last reduction.
+        # (loss sum of this rank, target count of all ranks) of each step with targets since the last reduction.
         self._local_losses: list[tuple[torch.Tensor, int]] = []
-        self._step_seconds, self._wait_seconds, self._timed_steps = 0.0, 0.0, 0
+        self._timings = Timings()
 
     def fit(self) -> StopReason:
         """Trains until the run is complete or is asked to stop. On return the last finished step, if any, is saved.
@@ -101,14 +126,13 @@ class Trainer:
             if inputs.stop:
                 stop_reason = StopReason.SIGNAL
                 break
-            lr, grad_norm = self._step(inputs.micro_batches, inputs.targets)
+            tokens_before = self.state.tokens
+            lr, grad_norm = self._step(inputs)
             if inputs.skipped:
                 # The skipped shards take effect from the next step on: restart the loader without them.
                 batches = self.loader.steps(self.state.sequences)
             seconds = time.perf_counter() - start
-            self._step_seconds += seconds
-            self._wait_seconds += inputs.wait_seconds
-            self._timed_steps += 1
+            self._timings.add(seconds, inputs.wait_seconds, self.state.tokens - tokens_before)
             self.state.train_seconds += seconds
             if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
                 self._record(lr, grad_norm)
@@ -137,11 +161,35 @@ class Trainer:
         lines = (f"- {shard['name']}: {shard['tokens']:,} tokens. {shard['reason']}" for shard in self.state.skipped)
         self.report_text("data/skipped", "\n".join(lines))
 
-    def _step(self, micro_batches: list[Batch], targets: int) -> tuple[float, float]:
-        """One optimizer step; returns its learning rate and gradient norm."""
+    def _step(self, inputs: StepBatches) -> tuple[float, float | None]:
+        """One optimizer step; returns its learning rate and gradient norm, which is None if there was no target."""
+        lr = learning_rate(
+            self.config.schedule, self.config.optimizer.learning_rate, self.config.train.steps, self.state.step
+        )
+        grad_norm = None
+        if inputs.targets:
+            grad_norm = self._update(inputs.micro_batches, inputs.targets, lr)
+            self.state.tokens += self.inputs_per_step - inputs.padding
+        else:
+            # No update: with a gradient of zero, AdamW would still decay the weights and move them by its momentum.
+            self.latest_batch = inputs.micro_batches[-1].to(self.environment.device)
+            self.state.steps_without_targets += 1
+            if self.state.steps_without_targets == 1:
+                self._reporter.warn(
+                    f"step {self.state.step + 1} has no target to predict, so it has no loss and changes no weight; "
+                    "such steps are counted as steps_without_targets"
+                )
+        self.state.step += 1
+        self.state.validation_loss = None
+        self.state.sequences += self.config.train.global_batch_size
+        self.state.padding_tokens += inputs.padding
+        return lr, grad_norm
+
+    def _update(self, micro_batches: list[Batch], targets: int, lr: float) -> float:
+        """Forward, backward and the optimizer's update; returns the gradient norm."""
         # Sum the loss over all targets and divide once by their global count, so that the result does not depend on how
         # the batch is split. The engine averages gradients over ranks; world_size undoes that.
-        scale = self.environment.world_size / max(targets, 1)
+        scale = self.environment.world_size / targets
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.environment.device)
         for number, batch in enumerate(micro_batches, start=1):
             batch = batch.to(self.environment.device)
@@ -149,25 +197,17 @@ class Trainer:
             loss_sum += self.engine.forward_backward(inputs, scale, last=number == len(micro_batches))
         self.latest_batch = batch
         self._local_losses.append((loss_sum, targets))
-        lr = learning_rate(
-            self.config.schedule, self.config.optimizer.learning_rate, self.config.train.steps, self.state.step
-        )
         try:
-            grad_norm = self.engine.update(lr)
+            return self.engine.update(lr)
         except NonFiniteError as error:
             save_failure = self._finish_save()
             self._reduce_losses()
-            loss = self.state.pending[-1][0] / max(targets, 1)
+            loss = self.state.pending[-1][0] / targets
             raise NonFiniteError(
                 f"step {self.state.step + 1}: {error}, loss {loss}; the weights were not updated. Newest checkpoint: "
                 f"{self.latest_checkpoint}{save_failure}. Lower optimizer.learning_rate, lengthen "
                 "schedule.warmup_steps, or inspect the data of this step"
             ) from error
-        self.state.step += 1
-        self.state.validation_loss = None
-        self.state.sequences += self.config.train.global_batch_size
-        self.state.tokens += self.tokens_per_step
-        return lr, grad_norm
 
     def _reduce_losses(self) -> None:
         """Sums the losses of the steps since the last call over all ranks, and moves them into ``state.pending``."""
@@ -177,21 +217,21 @@ class Trainer:
             self.state.pending += zip(sums.tolist(), [targets for _, targets in self._local_losses])
             self._local_losses.clear()
 
-    def _record(self, lr: float, grad_norm: float) -> None:
+    def _record(self, lr: float, grad_norm: float | None) -> None:
         self._reduce_losses()
-        loss = sum(s for s, _ in self.state.pending) / max(1, sum(n for _, n in self.state.pending))
-        if self.state.first_loss is None:
-            first_sum, first_targets = self.state.pending[0]
-            self.state.first_loss = first_sum / max(1, first_targets)
-        self.state.last_loss = loss
-        self.state.pending = []
-        record: Record = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-        }
+        state, loss = self.state, None
+        if state.pending:
+            loss = sum(s for s, _ in state.pending) / sum(n for _, n in state.pending)
+            if state.first_loss is None:
+                first_sum, first_targets = state.pending[0]
+                state.first_loss = first_sum / first_targets
+            state.last_loss, state.pending = loss, []
+        record: Record = {"step": state.step, "tokens": state.tokens}
+        if state.padding_tokens:
+            record["padding_tokens"] = state.padding_tokens
+        if state.steps_without_targets:
+            record["steps_without_targets"] = state.steps_without_targets
+        record.update({"loss": loss, "grad_norm": grad_norm, "lr": lr})
         for hook in self.hooks:
             hook.add_to_record(self, record)
         self.report(record)
@@ -230,10 +270,9 @@ class Trainer:
         """The newest complete checkpoint."""
         return self.checkpointer.latest
 
-    def pop_timings(self) -> tuple[float, float, int]:
-        """Since the last call: seconds spent in steps, seconds of these spent waiting for data, number of steps."""
-        timings = self._step_seconds, self._wait_seconds, self._timed_steps
-        self._step_seconds, self._wait_seconds, self._timed_steps = 0.0, 0.0, 0
+    def pop_timings(self) -> Timings:
+        """The timings of the steps since the last call."""
+        timings, self._timings = self._timings, Timings()
         return timings
 
     def report(self, record: Record) -> None:

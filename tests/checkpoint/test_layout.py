@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
-from dcscale.checkpoint.layout import corrupt_reason, incomplete_reason, seal, step_name, step_of
+from dcscale.checkpoint.layout import FileRecord, corrupt_reason, incomplete_reason, seal, step_name, step_of
 
 
 def make(run, step):
@@ -40,7 +40,7 @@ def test_a_model_folder_may_have_any_name(tmp_path):
     ("corrupt", "message"),
     [
         (lambda f: (f / "COMPLETE").unlink(), "COMPLETE is missing: the checkpoint was not finished"),
-        (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE is not readable"),
+        (lambda f: (f / "COMPLETE").write_text("{"), "COMPLETE cannot be read: it is not JSON"),
         (
             lambda f: (f / "COMPLETE").write_text(json.dumps({"format": 99, "files": {}})),
             "format 99, this version of dcscale reads 2",
@@ -54,8 +54,16 @@ def test_a_model_folder_may_have_any_name(tmp_path):
             "must hold bytes and sha256 of a, but holds {'bytes': 3}",
         ),
         (
+            lambda f: (f / "COMPLETE").write_text('{"format": 2, "files": {"a": {"bytes": Infinity, "sha256": "x"}}}'),
+            "must hold bytes and sha256 of a, but holds {'bytes': inf",
+        ),
+        (
             lambda f: (f / "COMPLETE").write_text('{"format": 2, "files": {"../../a": {"bytes": 3, "sha256": "x"}}}'),
             "lists the file '../../a' outside its folder",
+        ),
+        (
+            lambda f: seal(f, {"x" * 300: FileRecord(1, "")}),
+            "xxx cannot be read: File name too long",  # as for a file without permission, or on a lost mount
         ),
         (lambda f: (f / "optimizer" / "part").unlink(), "part is missing"),
         (lambda f: (f / "optimizer" / "part").write_bytes(b"123"), "part has 3 bytes, 5 were written"),
@@ -97,7 +105,7 @@ def test_a_marker_that_is_a_folder(tmp_path):
     folder = make(tmp_path, 3)
     (folder / "COMPLETE").unlink()
     (folder / "COMPLETE").mkdir()
-    assert "COMPLETE is not readable" in incomplete_reason(folder)
+    assert "COMPLETE cannot be read" in incomplete_reason(folder)
 
 
 def test_no_checkpoint(tmp_path):

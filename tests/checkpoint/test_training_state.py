@@ -103,6 +103,7 @@ def test_a_file_of_another_state(folder):
         ({"format": 2}, "has format 2, this version of dcscale reads 1"),
         ({"parameters": []}, "has no valid metadata of a training state: AttributeError"),
         ({"ranks": "many"}, "has no valid metadata of a training state: ValueError"),
+        ({"ranks": float("inf")}, "has no valid metadata of a training state: OverflowError"),
     ],
 )
 def test_invalid_metadata(folder, metadata, message):

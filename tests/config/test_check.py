@@ -205,16 +205,6 @@ VIOLATIONS = [
     ("samples.interval=5; samples.prompts=[a,'']", 'samples.prompts = ["a", ""]: must hold at least one prompt'),
     # Training.
     (
-        "train.global_batch_size=20; train.micro_batch_size=8",
-        "train.global_batch_size = 20: must be a multiple of train.micro_batch_size = 8; "
-        "use 16 or 24, or train.micro_batch_size=5",
-    ),
-    (
-        "train.global_batch_size=5; train.micro_batch_size=8",
-        "train.global_batch_size = 5: must be a multiple of train.micro_batch_size = 8; "
-        "use 8, or train.micro_batch_size=5",
-    ),
-    (
         "train.stop_after=1001",
         "train.stop_after = 1001: must be at most train.steps = 1000; set it to null to train to",
     ),
@@ -261,7 +251,13 @@ VIOLATIONS = [
     ("run.folder=''", 'run.folder = "": must not be empty; the default is runs/${run.name}'),
     ("checkpoint.resume=''", 'checkpoint.resume = "": must not be empty; the default is auto'),
     ("model.attention=dmha", 'model.attention = "dmha": must be one of dcmha, mha; did you mean dcmha?'),
-    ("train.precision=fp16", 'train.precision = "fp16": must be one of bf16, fp32; did you mean bf16?'),
+    (
+        "train.precision=fp16",
+        'train.precision = "fp16": must be one of bf16, fp32; float16 is not supported: it needs loss scaling, use bf',
+    ),
+    ("train.precision=bfloat16", 'train.precision = "bfloat16": must be one of bf16, fp32; did you mean bf16?'),
+    ("train.precision=float32", 'train.precision = "float32": must be one of bf16, fp32; did you mean fp32?'),
+    ("train.precision=bf32", 'train.precision = "bf32": must be one of bf16, fp32; did you mean fp32?'),
     ("schedule.kind=zzz", 'schedule.kind = "zzz": must be one of cosine, wsd, constant; the default is "cosine"'),
     ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2, 3; the default is 1"),
     (
@@ -332,24 +328,36 @@ def test_the_defaults_need_data_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "micro", "ranks", "fix"),
+    ("size", "ranks", "fix"),
     [
-        (64, 8, 3, "use 48 or 72"),
-        (12, 8, 3, "use 24, or train.micro_batch_size=4"),
-        (2, 1, 3, "use 3"),
-        (64, 6, 8, "use 48 or 96, or train.micro_batch_size=4"),
-        (64, 8, 1, None),
-        (64, 8, 2, None),
-        (64, 8, 8, None),
+        (64, 3, "use 63 or 66, or a number of ranks that divides it: 2 or 4"),
+        (2, 3, "use 3, or a number of ranks that divides it: 2"),
+        (1, 8, "use 8, or a number of ranks that divides it: 1"),
+        (64, 1, None),
+        (64, 64, None),
     ],
 )
-def test_the_batch_is_divided_among_the_ranks(size: int, micro: int, ranks: int, fix: str | None) -> None:
-    overrides = [f"train.global_batch_size={size}", f"train.micro_batch_size={micro}"]
-    message = (
-        f"train.global_batch_size = {size}: must be a multiple of "
-        f"train.micro_batch_size = {micro} times {ranks} ranks = {micro * ranks}; {fix}"
-    )
-    assert found(*overrides, world_size=ranks) == ([message] if fix else [])
+def test_the_batch_is_divided_among_the_ranks(size: int, ranks: int, fix: str | None) -> None:
+    message = f"train.global_batch_size = {size}: must be a multiple of the number of ranks, {ranks}; {fix}"
+    assert found(f"train.global_batch_size={size}", world_size=ranks) == ([message] if fix else [])
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "ranks", "taken"),
+    [
+        (64, 8, 1, 8),  # a divisor: as it is
+        (64, 8, 8, 8),
+        (256, 8, 64, 4),  # more than a rank's share: the share
+        (12, 8, 1, 6),  # no divisor: the next smaller one
+        (64, 6, 8, 4),
+        (7, 6, 1, 1),
+        (3, 1, 3, 1),
+    ],
+)
+def test_the_micro_batch_is_the_largest_divisor_of_a_ranks_share(size: int, micro: int, ranks: int, taken: int) -> None:
+    settings = config(f"train.global_batch_size={size}", f"train.micro_batch_size={micro}")
+    assert check_config(settings, ranks) == []
+    assert settings.train.sequences_per_pass(ranks) == taken
 
 
 @pytest.mark.parametrize("world_size", [0, -1])

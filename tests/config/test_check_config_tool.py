@@ -17,6 +17,7 @@ from dcscale.testing.runs import numbered_shards, write_token_shards
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "check_config.py"
 VALID = ["data.train=shards", "validation.interval=0"]
+NO_DATA = [*VALID, "--no-data"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_a_valid_config_is_shown_with_origins_numbers_and_the_deepspeed_config(
 ) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("train:\n  steps: 500\n  global_batch_size: 48\n  micro_batch_size: 4\n")
-    assert main([str(path), *VALID, "optimizer.learning_rate=3e-3", "--world-size", "3"]) == 0
+    assert main([str(path), *NO_DATA, "optimizer.learning_rate=3e-3", "--world-size", "3"]) == 0
     output = capsys.readouterr().out
     settings = dict(line.split(" = ", 1) for line in output.splitlines() if " = " in line)
     settings = {path.strip(): value.rsplit("  # ", 1) for path, value in settings.items()}
@@ -43,12 +44,12 @@ def test_a_valid_config_is_shown_with_origins_numbers_and_the_deepspeed_config(
     assert len({line.index(" = ") for line in output.splitlines() if " = " in line}) == 1  # in columns
     assert f"tokens a step      {48 * 1024:,}\n" in output
     assert f"tokens in all      {48 * 1024 * 500:,}\n" in output
-    assert "micro-batches      4 x 3 ranks\n" in output
+    assert "micro-batches      of each rank, in sequences: 4 of 4 with 3 ranks\n" in output
     assert "parameters         87,671,040, of which compose 2,322,432\n" in output
     assert "FLOPs a token      5.718e+08 (forward and backward)\n" in output
     title, _, text = output.partition("DeepSpeed config for 3 ranks, generated:\n")
     assert title != output
-    generated = json.loads(text)
+    generated = json.loads(text.partition("\n\n")[0])
     assert generated["train_micro_batch_size_per_gpu"] == 4
     assert generated["gradient_accumulation_steps"] == 4
     assert generated["zero_optimization"]["stage"] == 1
@@ -57,17 +58,18 @@ def test_a_valid_config_is_shown_with_origins_numbers_and_the_deepspeed_config(
 def test_without_a_number_of_ranks_all_that_fit_are_shown(
     main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*VALID, "train.global_batch_size=12", "train.micro_batch_size=2"]) == 0
+    assert main([*NO_DATA, "train.global_batch_size=6", "train.micro_batch_size=2"]) == 0
     output = capsys.readouterr().out
-    assert "micro-batches      6 x 1 rank, 3 x 2 ranks, 2 x 3 ranks, 1 x 6 ranks\n" in output
+    shown = "3 of 2 with 1 rank, 3 of 1 with 2 ranks, 1 of 2 with 3 ranks, 1 of 1 with 6 ranks"
+    assert f"micro-batches      of each rank, in sequences: {shown}\n" in output
     assert "DeepSpeed config for 1 rank, generated:" in output
 
 
 def test_what_a_run_would_use_of_its_data_is_shown(
     main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for name in ("web", "code"):
-        write_token_shards(tmp_path / name, numbered_shards([160, 161]), vocab_size=500)
+    for name, sizes in (("web", [160, 161]), ("code", [150, 171])):
+        write_token_shards(tmp_path / name, numbered_shards(sizes), vocab_size=500)
     size = ["data.sequence_length=32", "model.vocab_size=500", "train.steps=5", "train.global_batch_size=8"]
     size += ["validation.interval=0", "schedule.warmup_steps=0"]
     assert main([f"data.train={tmp_path / 'web'}", *size]) == 0
@@ -77,10 +79,44 @@ def test_what_a_run_would_use_of_its_data_is_shown(
     output = capsys.readouterr().out
     assert "of source web      30 sequences (75.00%), 3 epochs\n" in output
     assert "of source code     10 sequences (25.00%), 1 epochs\n" in output
-    assert main(VALID) == 0
-    assert "epochs             unknown: shards: no such folder" in capsys.readouterr().out
-    assert main(["data.train=http://127.0.0.1:9/x", "validation.interval=0"]) == 0
+    assert main([*NO_DATA]) == 0
     assert "epochs" not in capsys.readouterr().out.partition("FLOPs in all")[2]
+
+
+def test_what_keeps_a_run_from_starting_is_printed(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [f"data.train={tmp_path / 'no'}", "validation.interval=0", "optimizer.rules=[{match: nothing}]"]
+    assert main([*arguments, f"run.folder={tmp_path / 'run'}"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"the run cannot start:\n  - data.train: {tmp_path / 'no'}: no such folder")
+    assert "\n  - optimizer.rules: 'nothing' applies to no parameter" in output.err
+    assert main([*arguments, "--no-data"]) == 2
+    assert capsys.readouterr().err.startswith("the run cannot start:\n  - optimizer.rules: 'nothing' applies to no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_come_last_and_keep_no_run_from_starting(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_token_shards(tmp_path / "train", numbered_shards([160, 161]), vocab_size=500)
+    arguments = [f"data.train={tmp_path / 'train'}", "validation.interval=0", "data.sequence_length=32"]
+    arguments += [
+        "model.vocab_size=500",
+        "train.steps=101",
+        "train.global_batch_size=8",
+        f"run.folder={tmp_path / 'run'}",
+    ]
+    assert main([*arguments, "--device-gib", "0.5"]) == 0
+    output = capsys.readouterr().out
+    assert "epochs             80.8\n" in output
+    warnings = output.rpartition("}\n\n")[2].splitlines()
+    assert [line.partition(" = ")[0] for line in warnings] == [
+        "warning    data.train",
+        "warning    parallel.zero_stage",
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_problem_is_printed_with_its_origin(
@@ -88,7 +124,7 @@ def test_every_problem_is_printed_with_its_origin(
 ) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("model:\n  heads: 7\n  windows: [0]\n")
-    assert main([str(path), "train.global_batch_size=3", "--world-size", "2"]) == 1
+    assert main([str(path), "train.global_batch_size=3", "--world-size", "2"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert "the config has 5 problems:\n" in output.err
@@ -100,17 +136,28 @@ def test_every_problem_is_printed_with_its_origin(
 
 
 def test_what_cannot_be_loaded_is_printed(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["steps=3", "no-such.yaml"]) == 1
+    assert main(["steps=3", "no-such.yaml", "--train.steps=3", "train.seed=1", "train.seed=2"]) == 2
     output = capsys.readouterr()
+    assert "--train.steps=3 (command line): a setting has no dashes; write train.steps=3" in output.err
+    assert 'train.seed = "2" (command line): is given twice' in output.err
     assert "no-such.yaml: there is no such file" in output.err
     assert "steps = 3 (command line): unknown key; did you mean train.steps?" in output.err
 
 
-def test_a_world_size_below_1_is_refused(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--world-size", "0", "a whole number of 1 or more"),
+        *(("--device-gib", x, "a number above 0") for x in ("0", "nan", "x")),
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], option: str, value: str, rule: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([*VALID, "--world-size", "0"])
+        main([*VALID, option, value])
     assert caught.value.code == 2
-    assert "argument --world-size: '0' must be a whole number of 1 or more" in capsys.readouterr().err
+    assert f"argument {option}: '{value}' must be {rule}" in capsys.readouterr().err
 
 
 def test_the_reference_is_printed(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +171,12 @@ def test_where_torch_is_not_installed_the_rest_still_works(tmp_path: Path) -> No
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
     command = [sys.executable, "-c", code, *VALID, "--world-size", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--no-data"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "micro-batches      1 x 8 ranks\n" in done.stdout
-    assert done.stdout.endswith("no parameter counts and no DeepSpeed config: torch is not installed\n")
+    assert "micro-batches      of each rank, in sequences: 1 of 8 with 8 ranks\n" in done.stdout
+    assert done.stdout.endswith(
+        "no parameter counts, DeepSpeed config, warnings and check of optimizer.rules: no torch\n"
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "data and checkpoint cannot be checked: torch is not installed; give --no-data\n"

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from dcscale.config import Config, ConfigError, config_to_dict, differences, from_dict, load_config, to_yaml
+from dcscale.config import (
+    Config,
+    ConfigError,
+    config_to_dict,
+    differences,
+    from_dict,
+    load_arguments,
+    load_config,
+    to_yaml,
+)
 from dcscale.config.reference import FIELDS, get
 from dcscale.config.schema import ComposeConfig, DataSource, ModelConfig, OptimizerRule
 
@@ -73,6 +82,9 @@ def test_a_whole_section_can_be_an_override() -> None:
         ("model.kv_heads=null", None),
         ("model.kv_heads=~", None),
         ("model.kv_heads=", None),
+        ("data.train=", ""),
+        ("data.validation=", None),
+        ("data.validation='None'", "None"),
         ("model.kv_heads=4", 4),
         ("data.validation=null", None),
         ("data.validation='null'", "null"),
@@ -153,12 +165,91 @@ def test_a_literal_dollar_brace_is_escaped() -> None:
     assert config.data.train == "${oc.env:HOME}"
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A home folder, and an environment variable whose value looks like a reference."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ODD", r"a\${run.name}$HOME")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("~/runs", "{home}/runs"),
+        ("'~'", "{home}"),
+        ("$HOME/runs", "{home}/runs"),
+        ("/a$HOME/$HOME", "/a{home}/{home}"),
+        ("$HOME/${run.name}", "{home}/run"),
+        ("$ODD/x", r"a\${{run.name}}$HOME/x"),  # what a variable holds is taken as it is
+        (r"\$HOME/runs", "$HOME/runs"),
+        (r"\\$HOME", r"\{home}"),
+        (r"\~/runs", "~/runs"),
+        (r"\\~", r"\{home}"),
+        ("a/~/b~", "a/~/b~"),
+        ("$1/$", "$1/$"),
+        (r"s3://a/\$HOME", "s3://a/$HOME"),
+    ],
+)
+def test_paths_are_expanded_and_written_as_they_are_read(tmp_path: Path, home: str, text: str, path: str) -> None:
+    settings = [
+        "run.folder",
+        "data.train",
+        "data.validation",
+        "data.cache",
+        "checkpoint.resume",
+        "checkpoint.init_from",
+    ]
+    config = load_config([], [f"{setting}={text}" for setting in settings]).config
+    assert {get(config, setting) for setting in settings} == {path.format(home=home)}
+    stored = write(tmp_path, "config.yaml", to_yaml(config))
+    assert load_config([stored]).config == config
+    assert load_config([stored], expand=False).config == config
+    assert from_dict(config_to_dict(config)) == config
+
+
+def test_paths_of_sources_are_expanded_once(home: str) -> None:
+    sources = r"data.sources=[{name: $HOME, path: ~/a}, {name: b, path: x\$HOME}]"
+    for more in ([], ["data.sources[0].weight=2"]):
+        found = load_config([], [sources, *more]).config.data.sources
+        assert [(source.name, source.path) for source in found] == [("$HOME", f"{home}/a"), ("b", "x$HOME")]
+
+
+def test_other_text_is_not_expanded_and_nothing_is_in_a_stored_config(tmp_path: Path, home: str) -> None:
+    config = load_config([], ["run.name=$HOME", "samples.prompts=[$HOME, ~/a]"]).config
+    assert (config.run.name, config.samples.prompts) == ("$HOME", ["$HOME", "~/a"])
+    stored = write(tmp_path, "config.yaml", "data: {train: $NOT_SET/a, cache: ~/b}\n")
+    config = load_config([stored], expand=False).config
+    assert (config.data.train, config.data.cache) == ("$NOT_SET/a", "~/b")
+
+
+def test_arguments_are_files_or_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "lr=3e-4,seed=1"
+    folder.mkdir()
+    write(folder, "config.yaml", "train: {seed: 1}\n")
+    write(folder, "plain", "train: {steps: 2}\n")
+    write(tmp_path, "run.name=b.yaml", "not read")
+    arguments = [
+        "run.name=b.yaml",
+        f"{folder.name}/config.yaml",
+        "data.train=a=b",
+        f"{folder}/plain",
+        "model.windows[0]=8",
+    ]
+    config = load_arguments(arguments).config
+    assert (config.train.seed, config.train.steps, config.run.name, config.data.train) == (1, 2, "b.yaml", "a=b")
+    assert config.model.windows == [8, None]
+
+
 def random_text(generator: random.Random) -> str:
     pieces = [
         "${",
         "}",
         "\\",
         "$",
+        "$HOME",
+        "~",
         "run.name",
         "oc.env:HOME",
         "'",

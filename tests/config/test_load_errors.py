@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dcscale.config import ConfigError, Problem, load_config, raise_problems
+from dcscale.config import ConfigError, Problem, load_arguments, load_config, raise_problems
 from dcscale.config.reference import FIELDS, SECTIONS
 
 
@@ -30,14 +30,17 @@ OVERRIDES = [
     ("train.stepz=10", f"train.stepz = 10 {CLI}: unknown key; did you mean train.steps?"),
     ("modle.layer=1", f"modle.layer = 1 {CLI}: unknown key; did you mean model.layers?"),
     ("trian={steps: 3}", f'trian = {{"steps": 3}} {CLI}: unknown key; did you mean train?'),
-    ("run.namf.x=1", f"run.namf.x = 1 {CLI}: unknown key; the keys of run are name, folder"),
+    ("run.namf.x=1", f"run.namf.x = 1 {CLI}: unknown key; the keys of run are folder, name"),
     (
         "interval=1",
         f"interval = 1 {CLI}: unknown key; did you mean "
         "validation.interval or samples.interval or checkpoint.interval or log.interval?",
     ),
-    ("run.qqq=1", f"run.qqq = 1 {CLI}: unknown key; the keys of run are name, folder"),
-    ("=1", f" = 1 {CLI}: unknown key; the keys at the top are {', '.join(p for p in SECTIONS if '.' not in p)}"),
+    ("run.qqq=1", f"run.qqq = 1 {CLI}: unknown key; the keys of run are folder, name"),
+    (
+        "=1",
+        f" = 1 {CLI}: unknown key; the keys at the top are {', '.join(sorted(p for p in SECTIONS if '.' not in p))}",
+    ),
     (
         "train.steps.x=1",
         f"train.steps.x = 1 {CLI}: unknown key; train.steps has no keys: set it itself, such as train.steps=1000",
@@ -62,6 +65,43 @@ OVERRIDES = [
     ),
     ("modle.windows[0]=1", f"modle.windows[0] = 1 {CLI}: unknown key; "),
     ("--steps", f"--steps {CLI}: is not of the form key=value; write, for example, train.steps=10"),
+    # Names of other trainers.
+    ("optimizer.lr=1e-3", f"optimizer.lr = 0.001 {CLI}: unknown key; did you mean optimizer.learning_rate?"),
+    ("lr=1e-3", f"lr = 0.001 {CLI}: unknown key; did you mean optimizer.learning_rate?"),
+    *(
+        (
+            f"{key}=8",
+            "did you mean train.global_batch_size (sequences per optimizer step, over all ranks) or train.micro",
+        )
+        for key in ("train.batch_size", "data.batch_size", "batch_size")
+    ),
+    ("model.hidden_size=8", f"model.hidden_size = 8 {CLI}: unknown key; did you mean model.dim?"),
+    ("model.d_model=8", f"model.d_model = 8 {CLI}: unknown key; did you mean model.dim?"),
+    ("model.n_layers=8", f"model.n_layers = 8 {CLI}: unknown key; did you mean model.layers?"),
+    ("model.seq_len=8", f"model.seq_len = 8 {CLI}: unknown key; did you mean data.sequence_length?"),
+    ("train.max-steps=8", f"train.max-steps = 8 {CLI}: unknown key; did you mean train.steps?"),
+    ("model.dropout=0", f"model.dropout = 0 {CLI}: unknown key; dcscale has no dropout"),
+    ("train.epochs=3", f"train.epochs = 3 {CLI}: unknown key; the length of a run is train.steps; tools/check_config"),
+    (
+        "model.qqq=1",
+        f"model.qqq = 1 {CLI}: unknown key; the keys of model are attention, backend, bias, compose, dim, ffn",
+    ),
+    # Paths.
+    ("run.folder=$DCSCALE_NO/x", "the environment variable DCSCALE_NO is not set; write the path itself, or \\$ for a"),
+    (
+        "data.sources=[{path: $DCSCALE_NO}]",
+        f'data.sources[0].path = "$DCSCALE_NO" {CLI}: the environment variable DCSCALE',
+    ),
+    ("data.train=~dcscale-no/x", "this machine has no user dcscale-no; write the path itself, or \\~ for a literal ~"),
+    (
+        "data.train=s3://a/$HOME",
+        f"data.train {CLI}: is an address with an environment variable in it: a config must not send one to a server",
+    ),
+    ("data.sources=[{path: s3://a/$HOME}]", f"data.sources {CLI}: is an address with an environment variable in it"),
+    (
+        "run.folder=${HOME}/x",
+        "refers to HOME, which is not a setting; an environment variable is written $HOME, and only",
+    ),
     # Types.
     ("train.steps=ten", f'train.steps = "ten" {CLI}: must be int; the default is 1000'),
     ("train.steps=1.5", f"train.steps = 1.5 {CLI}: must be int; the default is 1000"),
@@ -69,8 +109,25 @@ OVERRIDES = [
     ("train.steps=null", f"train.steps = null {CLI}: must be int; the default is 1000"),
     ("train.steps=[1]", f"train.steps = [1] {CLI}: must be int; the default is 1000"),
     ("train.steps={a: 1}", f'train.steps = {{"a": 1}} {CLI}: must be int; the default is 1000'),
-    ("train.compile=5", f"train.compile = 5 {CLI}: must be bool; the default is false"),
-    ("train.compile=3.5", f"train.compile = 3.5 {CLI}: must be bool; the default is false"),
+    ("train.compile=5", f"train.compile = 5 {CLI}: must be bool; write true or false"),
+    ("train.compile=3.5", f"train.compile = 3.5 {CLI}: must be bool; write true or false"),
+    *(
+        (f"train.compile={text}", f"train.compile = {shown} {CLI}: must be bool; write true or false")
+        for text, shown in (("1", "1"), ("'1'", '"1"'), ("yes", '"yes"'), ("on", '"on"'), ("0", "0"), ("'0'", '"0"'))
+    ),
+    ("train.steps=1e4", f"train.steps = 10000.0 {CLI}: must be int; write 10000"),
+    (
+        "schedule.warmup_steps=0.01",
+        f"schedule.warmup_steps = 0.01 {CLI}: must be int; it counts optimizer steps, not a fraction of train.steps",
+    ),
+    ("data.workers=0.5", f"data.workers = 0.5 {CLI}: must be int; the default is 0"),
+    (
+        "model.windows=[256,None]",
+        f'model.windows = [256, "None"] {CLI}: must be list of (int or null); write [256, null]',
+    ),
+    ("model.kv_heads=None", f'model.kv_heads = "None" {CLI}: must be int or null; write null'),
+    ("train.steps=None", f'train.steps = "None" {CLI}: must be int; the default is 1000'),
+    ("data.validation=None", f'data.validation = "None" {CLI}: would be the text None; write null for none, or quote'),
     ("optimizer.eps=small", f'optimizer.eps = "small" {CLI}: must be float; the default is 1e-08'),
     ("model.kv_heads=few", f'model.kv_heads = "few" {CLI}: must be int or null; the default is null'),
     ("run.name=null", f'run.name = null {CLI}: must be str; the default is "run"'),
@@ -86,8 +143,8 @@ OVERRIDES = [
         "optimizer.betas=[0.9,null]",
         f"optimizer.betas = [0.9, null] {CLI}: must be list of float; the default is [0.9, 0.95]",
     ),
-    ("model.compose=2", f"model.compose = 2 {CLI}: must be a section; its keys are rank, pre, post,"),
-    ("model.compose=[1]", f"model.compose = [1] {CLI}: must be a section; its keys are rank, pre, post,"),
+    ("model.compose=2", f"model.compose = 2 {CLI}: must be a section; its keys are gate_init, gates,"),
+    ("model.compose=[1]", f"model.compose = [1] {CLI}: must be a section; its keys are gate_init, gates,"),
     (
         "optimizer.rules=[3]",
         f"optimizer.rules = [3] {CLI}: must be list of {{match: str, lr_scale: float, weight_decay",
@@ -116,11 +173,13 @@ OVERRIDES = [
         "the tag tag:yaml.org,2002:python/name:os.system is not supported; put text",
     ),
     ("model=!!python/object:os.stat_result {dim: 1}", "python/object:os.stat_result is not supported"),
+    ("data.train={a,b}/train", "; put text in quotes, and all of it in those of the shell: 'data.train=\"...\"'"),
     ("model={? [1] : 2}", "invalid YAML: a key must be a scalar"),
     ("model={dim: 1, dim: 2}", "invalid YAML: duplicate key dim, first in line 1"),
     ("run.name=\x07", "invalid YAML: unacceptable character #x0007"),
     (r'samples.prompts=["a\ud83d"]', r"invalid YAML: \ud83d is half of a surrogate pair: write the"),
-    ("run.name=" + "[" * 1000, "invalid YAML: nested too deeply"),
+    ("optimizer.learning_rate=1" + "0" * 400, "must be float"),
+    *(("run.name=" + "[" * n + "]" * n, "invalid YAML: nested too deeply") for n in (101, 300, 100_000)),
     ("train.steps=" + "9" * 5000, "must be int; the default is 1000"),
     # References.
     ("run.name=???", f'run.name = "???" {CLI}: a value is missing; replace the ??? by a value'),
@@ -181,8 +240,8 @@ FILES = [
         "train.steps: 1\n",
         "train.steps = 1 ({}:1): unknown key; dotted keys are only for the command line: write a section",
     ),
-    ("train: 5\n", "train = 5 ({}:1): must be a section; its keys are steps, stop_after"),
-    ("model:\n  compose: [1, 2]\n", "model.compose = [1, 2] ({}:2): must be a section; its keys are rank"),
+    ("train: 5\n", "train = 5 ({}:1): must be a section; its keys are compile, global_batch_size"),
+    ("model:\n  compose: [1, 2]\n", "model.compose = [1, 2] ({}:2): must be a section; its keys are gate_init"),
     ("<<: {train: {steps: 3}}\n", "<< = "),
     ("- a\n- b\n", '{}: must contain sections with keys; such as "train: {{steps: 10}}"'),
     ("just words\n", "{}: must contain sections with keys"),
@@ -216,6 +275,61 @@ def test_an_invalid_file(tmp_path: Path, text: str, message: str) -> None:
     assert message.format(path) in found[0]
 
 
+def test_no_reference_carries_an_environment_variable_into_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCSCALE_SECRET", "secret")
+    sources = "data.sources=[{name: a, path: 'https://a/${run.name}'}]"
+    for overrides in (
+        ["data.cache=$DCSCALE_SECRET", "run.name=${data.cache}", "data.train=https://a/${run.name}"],
+        ["data.cache=$DCSCALE_SECRET", "run.name=${data.cache}", sources],
+        ["run.name=https://a", "data.train=${run.name}/$DCSCALE_SECRET"],
+    ):
+        [found] = problems_of([], overrides)
+        assert "is an address with an environment variable in it" in found
+        assert "secret" not in found
+    config = load_config(
+        [], ["data.cache=$DCSCALE_SECRET", "data.cache=b", "data.train=https://a/${data.cache}"]
+    ).config
+    assert config.data.train == "https://a/b"
+
+
+ARGUMENTS = [
+    (["train.steps", "10"], f"train.steps {CLI}: is not of the form key=value; write train.steps=10"),
+    (["train.steps"], f"train.steps {CLI}: is not of the form key=value; write train.steps=VALUE"),
+    (["--train.steps=10"], f"--train.steps=10 {CLI}: a setting has no dashes; write train.steps=10"),
+    (["--train.steps"], f"--train.steps {CLI}: a setting has no dashes; write train.steps=VALUE"),
+    (["--steps=10"], f"--steps=10 {CLI}: is not an option; --help lists the options"),
+    (
+        ["data.train=a/train", "data.train=b/train"],
+        f'data.train = "b/train" {CLI}: is given twice on the command line, first as "a/train"; keep one; if a shell '
+        "expanded {a,b} into several arguments, put quotes around it",
+    ),
+    (
+        ["train.steps=1", "train.steps=1"],
+        f'train.steps = "1" {CLI}: is given twice on the command line, first as "1"; keep',
+    ),
+    (["model.windows[0]=1", "model.windows[0]=2"], "model.windows[0] = "),
+    (
+        ["lr=1/no.yaml"],
+        "lr=1/no.yaml: there is no such file; the presets are in the folder configs. As a setting, lr is unknown",
+    ),
+    (["stepz=1"], f"stepz = 1 {CLI}: unknown key; did you mean train.steps?"),
+    (
+        ["trian.steps"],
+        "trian.steps: there is no such file; the presets are in the folder configs, and settings are written key",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[" ".join(arguments) for arguments, _ in ARGUMENTS])
+def test_an_invalid_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_arguments(arguments)
+    assert [str(problem)[: len(message)] for problem in caught.value.problems] == [message]
+
+
 def test_similar_files_are_suggested_for_missing_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / "model").mkdir(parents=True)
@@ -225,7 +339,9 @@ def test_similar_files_are_suggested_for_missing_ones(tmp_path: Path, monkeypatc
     assert problems_of(["smal.yml"], []) == [f"smal.yml: {missing}; did you mean configs/model/small.yaml?"]
     assert problems_of(["small"], []) == [f"small: {missing}; did you mean configs/model/small.yaml?"]
     assert problems_of(["mime.yaml"], []) == [f"mime.yaml: {missing}; did you mean mine.yaml?"]
-    assert problems_of(["zzz/qqqqqqqqq"], []) == [f"zzz/qqqqqqqqq: {missing}; the presets are in the folder configs"]
+    assert problems_of(["zzz/qqqqqqqqq"], []) == [
+        f"zzz/qqqqqqqqq: {missing}; the presets are in the folder configs, and settings are written key=value"
+    ]
 
 
 def test_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:

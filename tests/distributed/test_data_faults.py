@@ -182,11 +182,16 @@ def test_a_skip_is_a_warning_at_the_terminal(shards, bad, tmp_path, capsys):
     trainer = build_trainer(config, environment, Console())
     trainer.fit()
     trainer.close()
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning    step")]
+    lost = [record["step"] for record in records(tmp_path / "run") if record["loss"] is None]
     assert warnings == [
         f"warning    step {step} skips a shard of {info.tokens:,} tokens: {folder}/{info.name}: the manifest names "
-        f"this shard, but it cannot be read: No such file or directory; copy it again"
+        f"this shard, but it cannot be read: No such file or directory; copy it again",
+        f"warning    step {lost[0]} has no target to predict, so it has no loss and changes no weight; such steps are "
+        f"counted as steps_without_targets",
     ]
+    assert trainer.state.steps_without_targets == len(lost)
+    assert trainer.state.padding_tokens >= 8 * 32 * len(lost), "placeholders of skipped shards are padding"
 
 
 @pytest.mark.parametrize("prefetch", [0, 4])

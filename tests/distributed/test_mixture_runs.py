@@ -25,7 +25,8 @@ if __name__ == "__main__":
                for part, weight in (("train", 0.7), ("validation", 0.3))]
 
     def train(name, *more):
-        config = tiny_config(folder / name, shards, "data.train=''", f"data.sources={sources}", *more)
+        data = ["data.train=''", f"data.sources={sources}", "validation.interval=0"]
+        config = tiny_config(folder / name, shards, *data, *more)
         train_here(config)
 
     train("whole")

@@ -6,15 +6,17 @@ import subprocess
 from collections import namedtuple
 
 import pytest
+import torch
 
 from dcscale.checkpoint import CheckpointError, checkpointer, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import corrupt_reason
 from dcscale.observe import Console, read_metrics
-from dcscale.parallel import discover, start_distributed
+from dcscale.parallel import Environment, discover, start_distributed
 from dcscale.testing.distributed import run_distributed
 from dcscale.testing.runs import tiny_config
 from dcscale.train import build_trainer
 from dcscale.train.hooks import Hook
+from dcscale.train.preflight import preflight
 
 pytestmark = pytest.mark.distributed
 
@@ -143,10 +145,10 @@ def test_a_read_only_folder(run, shards, policy):
     assert (run / "checkpoints" / "latest").read_text() == names[-1] + "\n"
 
 
-def test_a_folder_that_is_read_only_from_the_start(run, shards):
+def test_a_folder_that_is_read_only_from_the_start_keeps_the_run_from_starting(run, shards):
     make_read_only(run / "checkpoints")
-    failure, step, _ = train(run, shards, "checkpoint.background=false")
-    assert "step-00000002 was not written: rank 0: OSError: [Errno 30] Read-only file system" in failure
-    assert step == 2
+    found = preflight(tiny_config(run, shards), Environment(0, 0, 1, 1, torch.device("cpu")))
+    problem = f"run.folder {run} cannot be used: no permission to write to {run}/checkpoints; use another folder"
+    assert found.reasons == [problem]
     assert shutil.disk_usage(run / "checkpoints").total == 1 << 20
     assert os.listdir(run / "checkpoints") == []

@@ -87,6 +87,16 @@ def test_progress_shows_loss_speed_and_mfu_where_it_is_known(tmp_path, capsys):
     assert last.startswith("step 5/5 | loss 2.0000 | tok/s 1,234 | mfu 40.0% | ")
 
 
+def test_progress_without_a_loss(tmp_path, capsys):
+    report = reporter(tmp_path, progress=True)
+    report.record(record_of(1, None, grad_norm=None, steps_without_targets=1))
+    report.close()
+    assert metrics(tmp_path)[0]["loss"] is None
+    shown = {"progress/tokens", "data/steps_without_targets", "speed/tokens_per_second"}
+    assert set(tensorboard(tmp_path).Tags()["scalars"]) == shown
+    assert capsys.readouterr().out.startswith("step 1/5 | loss none | tok/s 1,234 | ")
+
+
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     report = reporter(tmp_path, is_main=False, progress=True)
     report.record(record_of(1, 2.5))

@@ -3,18 +3,29 @@
 import pytest
 
 from dcscale.config import load_config
-from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
+from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config, micro_batches
+
+
+def settings(*overrides):
+    sizes = ["train.global_batch_size=24", "train.micro_batch_size=3", "data.train=somewhere"]
+    return load_config([], [*sizes, *overrides]).config
 
 
 def generated(*overrides, world_size=2):
-    sizes = ["train.global_batch_size=24", "train.micro_batch_size=3", "data.train=somewhere"]
-    return deepspeed_config(load_config([], [*sizes, *overrides]).config, world_size)
+    return deepspeed_config(settings(*overrides), world_size)
 
 
-def test_the_batch_triple():
-    result = generated(world_size=4)
-    assert result["train_micro_batch_size_per_gpu"] == 3
-    assert result["gradient_accumulation_steps"] == 2
+@pytest.mark.parametrize(
+    ("micro", "ranks", "size", "steps"), [(3, 4, 3, 2), (4, 4, 3, 2), (8, 4, 6, 1), (8, 12, 2, 1), (5, 1, 4, 6)]
+)
+def test_the_batch_triple(micro, ranks, size, steps):
+    result = generated(f"train.micro_batch_size={micro}", world_size=ranks)
+    assert result["train_micro_batch_size_per_gpu"] == size
+    assert result["gradient_accumulation_steps"] == steps
+    assert size * steps * ranks == 24
+    plural = "es" if steps > 1 else ""
+    shown = micro_batches(settings(f"train.micro_batch_size={micro}"), ranks)
+    assert shown == f"on each rank {steps} micro-batch{plural} of {size}"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dcscale.config.schema.data import DataConfig, DataSource
+from dcscale.config.schema.limits import location
 from dcscale.config.schema.model import ComposeConfig, ModelConfig, RopeScalingConfig
 from dcscale.config.schema.observe import LogConfig, SamplesConfig, ValidationConfig
 from dcscale.config.schema.parallel import ParallelConfig
@@ -43,7 +44,7 @@ class RunConfig:
     name: str = "run"
     """Name of the run, shown in TensorBoard; must be usable as a folder name."""
 
-    folder: str = "runs/${run.name}"
+    folder: str = location("runs/${run.name}")
     """Folder that holds everything the run writes: checkpoints, metrics, TensorBoard files."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, choice, number
+from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, choice, location, number
 
 
 @dataclass
@@ -14,29 +14,31 @@ class DataSource:
     name: str = ""
     """Name in metrics and messages; may contain letters, digits and ``._-``."""
 
-    path: str = ""
+    path: str = location("")
     """Folder or address of its shards, like ``data.train``."""
 
     weight: float = 1.0
-    """Share of the sequences, relative to the weights of the other sources."""
+    """Share of the sequences, relative to the weights of the other sources. Two sources that have data in common are
+    refused, unless both have a weight other than 1: then it is meant, and a warning says so."""
 
 
 @dataclass
 class DataConfig:
     """Training and validation data, their order, and how shards are read."""
 
-    train: str = ""
+    train: str = location("")
     """Folder of training shards with their ``manifest.json``, as written by ``tools/make_shards.py``, or its address:
     ``http://``, ``https://``, ``s3://``, ``gs://``. Patterns such as ``part-{00..15}/train`` and ``{a,b}/train`` read
-    several folders as one, and so does ``*/train`` except on web servers. Must be empty if ``data.sources`` is set."""
+    several folders as one, and so does ``*/train`` except on web servers; the same data may not be among them twice,
+    by whatever names. Must be empty if ``data.sources`` is set."""
 
     sources: list[DataSource] = field(default_factory=list)
     """Sources of a mixture, instead of ``data.train``. A source that is exhausted starts its next epoch, independently
     of the others. On the command line, one item is changed with ``data.sources[0].weight=0.5``, for example."""
 
-    validation: str | None = None
-    """Folder or address of held-out shards, like ``train``; null for no validation. Any defect in them stops the
-    run."""
+    validation: str | None = location(None)
+    """Folder or address of held-out shards, like ``train``, none of which may be training data; null for no validation.
+    Any defect in them stops the run."""
 
     sequence_length: int = number(1024, Range(2))
     """Tokens per sequence, as the model sees it."""
@@ -88,7 +90,7 @@ class DataConfig:
     retry_total_seconds: float = number(600.0, POSITIVE)
     """Time limit, in seconds, for reading a shard including all retries; then the shard counts as unreadable."""
 
-    cache: str | None = None
+    cache: str | None = location(None)
     """Folder on a local disk that caches shards read from servers, shared by all processes of the machine; null for
     none."""
 

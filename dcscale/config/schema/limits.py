@@ -1,4 +1,4 @@
-"""Allowed values of a field, declared at the field: a range of numbers, or one of a few choices."""
+"""What a field allows, declared at the field: a range of numbers, one of a few choices, or a path."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def number(default: Any, allowed: Range) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def location(default: str | None) -> Any:
+    """Field for a path or an address. In a path, ``load`` expands ``~`` at the beginning and ``$NAME``."""
+    return field(default=default, metadata={"is_path": True})
 
 
 def choice(*options: Any, default: Any = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, choice, number
+from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, choice, location, number
 
 
 @dataclass
@@ -70,10 +70,11 @@ class TrainConfig:
     """Stop after this optimizer step with a checkpoint, like after a signal; null trains until ``steps``."""
 
     global_batch_size: int = number(64, COUNT)
-    """Sequences per optimizer step, over all ranks. Must be a multiple of micro_batch_size * ranks."""
+    """Sequences per optimizer step, over all ranks. Must be a multiple of the number of ranks."""
 
     micro_batch_size: int = number(8, COUNT)
-    """Sequences per rank in one forward and backward pass; gradients are accumulated over several if needed."""
+    """Most sequences per rank in one forward and backward pass. A run takes the largest number up to this that divides
+    a rank's share of the global batch, prints it, and accumulates gradients over as many passes as the share needs."""
 
     precision: str = choice("bf16", "fp32")
     """``bf16``: bfloat16 weights and activations, float32 master weights and moments. ``fp32``: all float32."""
@@ -94,6 +95,15 @@ class TrainConfig:
     loss_chunk: int = number(4096, NOT_NEGATIVE)
     """Tokens whose logits are in memory at once: the loss is computed in chunks of this size, and recomputed in the
     backward pass. 0 computes all logits at once."""
+
+    def sequences_per_pass(self, world_size: int) -> int:
+        """Sequences that a rank takes in one forward and backward pass, of its share of the global batch.
+
+        Args:
+            world_size: number of ranks; must divide ``global_batch_size``.
+        """
+        share = self.global_batch_size // world_size
+        return next(size for size in range(min(self.micro_batch_size, share), 0, -1) if share % size == 0)
 
 
 @dataclass
@@ -122,7 +132,7 @@ class CheckpointConfig:
     keep_best: int | None = number(None, COUNT)
     """Also keep this number of checkpoints with the lowest validation loss; null for none."""
 
-    resume: str = "auto"
+    resume: str = location("auto")
     """``auto``: resume from the newest checkpoint of the run folder if there is one, else start a new run; ``never``:
     refuse a run folder that has a checkpoint; or the path of a checkpoint or run folder to resume from."""
 
@@ -138,6 +148,6 @@ class CheckpointConfig:
     """Allow resuming although the loaded model's logits of the checkpoint's probe batch differ by more than rounding
     from the saved ones. With another dtype or kind of device, a difference is only a warning in any case."""
 
-    init_from: str | None = None
+    init_from: str | None = location(None)
     """Model folder, checkpoint or run folder whose weights a new run starts with; optimizer, schedule and data start
     from the beginning. Ignored when the run is resumed. null: random weights, from ``train.seed``."""

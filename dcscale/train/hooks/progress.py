@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class Throughput(Hook):
     """Adds tokens/s, TFLOP/s, MFU, step time, data wait and memory to each record.
 
-    Only training steps are timed: not validation, samples and checkpoints.
+    Only training steps are timed: not validation, samples and checkpoints. Only tokens that are not padding count, so
+    MFU is the work on text: rows that are half padding halve it.
 
     Args:
-        flops_per_token: FLOPs of forward and backward per token, compose terms included
+        flops_per_token: FLOPs of forward and backward per token of a full sequence, compose terms included
             (:func:`dcscale.models.count_flops`); recomputation by activation checkpointing is not counted.
         peak: peak TFLOP/s of a device; None: unknown, so MFU is not computed.
     """
@@ -30,15 +31,15 @@ class Throughput(Hook):
         self._peak = peak
 
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
-        seconds, wait_seconds, steps = trainer.pop_timings()
-        tokens_per_second = steps * trainer.tokens_per_step / seconds
+        timings = trainer.pop_timings()
+        tokens_per_second = timings.tokens / timings.seconds
         # MFU = tokens/s * FLOPs per token / (devices * peak FLOP/s)
         tflops = tokens_per_second * self._flops_per_token / trainer.environment.world_size / 1e12
         record["tokens_per_second"] = tokens_per_second
         record["tflops_per_device"] = tflops
         record["mfu"] = None if self._peak is None else tflops / self._peak
-        record["step_seconds"] = seconds / steps
-        record["data_wait"] = wait_seconds / seconds
+        record["step_seconds"] = timings.seconds / timings.steps
+        record["data_wait"] = timings.wait_seconds / timings.seconds
         record["memory_gib"] = peak_memory_gib(trainer.environment.device)
 
 

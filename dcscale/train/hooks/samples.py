@@ -57,7 +57,10 @@ class Samples(Hook):
                 seed=self._seed,
                 stop_id=self._tokenizer.eos_id,
             )
-        texts = [prompt + self._tokenizer.decode(ids) for prompt, ids in zip(config.prompts, generated)]
+        texts = [
+            prompt + self._tokenizer.decode_continuation(prompt_ids, new_ids)
+            for prompt, prompt_ids, new_ids in zip(config.prompts, self._prompt_ids, generated)
+        ]
         self._last_step, self.last = step, texts[0]
         for number, text in enumerate(texts):
             # Escape the text, so that the browser shows HTML in it instead of interpreting it.

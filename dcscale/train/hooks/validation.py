@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcscale.data import BatchLoader, DataError
+from dcscale.data import BatchLoader
 from dcscale.ops import bits_per_byte
 from dcscale.parallel import Engine
 from dcscale.train.data import next_step_batches
@@ -30,11 +30,13 @@ class ValidationResult:
         return bits_per_byte(self.loss, text_bytes_per_target)
 
 
-def evaluate(engine: Engine, loader: BatchLoader) -> ValidationResult:
-    """Mean loss over all sequences of ``loader``; all ranks call it together and get the same result.
+def evaluate(engine: Engine, loader: BatchLoader) -> ValidationResult | None:
+    """Mean loss over all sequences of ``loader``; None if they have no target, as a mean over nothing is no loss.
+
+    All ranks call it together and get the same result.
 
     Raises:
-        DataError: on every rank, if any rank cannot read its data, or the sequences have no targets.
+        DataError: on every rank, if any rank cannot read its data.
     """
     device = engine.environment.device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -47,10 +49,7 @@ def evaluate(engine: Engine, loader: BatchLoader) -> ValidationResult:
                 batch = batch.to(device)
                 total += forward(batch.input_ids, batch.targets, batch.document_ids)
     if not targets:
-        raise DataError(
-            "data.validation: the sequences that are used have no targets to predict; raise validation.sequences, or "
-            "set validation.interval=0"
-        )
+        return None
     return ValidationResult(float(engine.sum_tensor_over_ranks(total)) / targets, targets)
 
 
@@ -69,7 +68,7 @@ class Validation(Hook):
         self._loader, self._interval, self._text_bytes_per_target = loader, interval, text_bytes_per_target
         self._last_step = -1
         self.last: dict[str, float] = {}
-        """``validation_loss`` and ``bits_per_byte`` of the latest validation; empty before the first one."""
+        """``validation_loss`` and ``bits_per_byte`` of the latest validation; empty before it, and without targets."""
 
     def after_step(self, trainer: Trainer) -> None:
         if due(trainer.state.step, self._interval):
@@ -81,7 +80,13 @@ class Validation(Hook):
 
     def _validate(self, trainer: Trainer) -> None:
         result = evaluate(trainer.engine, self._loader)
-        self._last_step = trainer.state.step
+        self._last_step, self.last = trainer.state.step, {}
+        if result is None:
+            trainer.warn(
+                f"step {trainer.state.step} has no validation loss: the sequences of data.validation that are used "
+                "have no target to predict; raise validation.sequences, or set validation.interval=0"
+            )
+            return
         self.last = {"validation_loss": result.loss}
         trainer.state.validation_loss = result.loss
         if self._text_bytes_per_target is not None:

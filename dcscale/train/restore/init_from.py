@@ -51,14 +51,17 @@ class InitialWeights(SavedState):
                 target.copy_(self.weights.read(name).flatten()[start : start + target.numel()])
 
 
-def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ranks: int = 1) -> InitialWeights:
+def initial_weights(
+    config: Config, tokenizer: TokenizerInfo | None, rank: int = 0, ranks: int = 1, verify: bool = True
+) -> InitialWeights:
     """Opens the model that ``checkpoint.init_from`` names and checks that it fits the run. Loads no weights yet.
 
     Args:
         config: the settings of the run.
-        tokenizer: of the training data.
+        tokenizer: of the training data; None is not compared.
         rank: with ``ranks``, selects the share of the files whose checksums this rank verifies.
         ranks: number of shares.
+        verify: False compares the sizes of the files only, not their checksums.
 
     Raises:
         CheckpointError: the model is missing or corrupt, its weights do not fit the config, or its tokenizer differs.
@@ -70,7 +73,7 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ran
         raise CheckpointError(
             f"checkpoint.init_from: {error}. Convert models of other formats first, with tools/convert_checkpoint.py"
         ) from error
-    if problem := corrupt_reason(source, skip=OPTIMIZER, rank=rank, ranks=ranks):
+    if verify and (problem := corrupt_reason(source, skip=OPTIMIZER, rank=rank, ranks=ranks)):
         raise CheckpointError(f"checkpoint.init_from: {problem}; copy it again, or name another model")
     # The meta device gives the shapes without allocating the model.
     with torch.device("meta"):
@@ -85,6 +88,14 @@ def initial_weights(config: Config, tokenizer: TokenizerInfo, rank: int = 0, ran
         for path, saved, current in differences(source_config, config)
         if path.startswith("model.") and path not in _FIELDS_THAT_MAY_DIFFER
     ]
+    lengths = source_config.data.sequence_length, config.data.sequence_length
+    if (source / OPTIMIZER).is_dir() and lengths[0] < lengths[1]:  # a model folder does not record its length
+        warnings.append(
+            f"{source} was trained on sequences of {lengths[0]} tokens and data.sequence_length is {lengths[1]}: "
+            "positions beyond the former are new to it; model.rope_base or model.rope_scaling may help"
+        )
+    if tokenizer is None:
+        return InitialWeights(source, weights, warnings)
     known = state.get("tokenizer") or {}
     fingerprint = _fingerprint(source, known)
     if fingerprint is None:

@@ -29,11 +29,13 @@ _HYPERPARAMETERS = ("optimizer", "schedule", "train.steps", "train.gradient_clip
 """Sections and fields that may change on a resume, too, but affect the weights, so changes are reported."""
 
 
-def find_resumable_checkpoint(config: Config, rank: int, ranks: int) -> tuple[Path | None, dict[Path, str]]:
+def find_resumable_checkpoint(
+    config: Config, rank: int, ranks: int, verify: bool = True
+) -> tuple[Path | None, dict[Path, str]]:
     """Finds the checkpoint to resume from and verifies its checksums; all ranks call it together.
 
-    Every rank reads a share of the files. With ``checkpoint.on_corrupt=previous``, corrupt checkpoints of the run are
-    passed over in favour of the previous one.
+    Every rank reads a share of the files, unless ``verify`` is false, which compares sizes only. With
+    ``checkpoint.on_corrupt=previous``, corrupt checkpoints of the run are passed over in favour of the previous one.
 
     Returns:
         The checkpoint, or None for a new run; and the corrupt checkpoints that were passed over, with their problems.
@@ -47,7 +49,11 @@ def find_resumable_checkpoint(config: Config, rank: int, ranks: int) -> tuple[Pa
         if checkpoint is None:
             return None, corrupt
         # A resume does not read WEIGHTS: the engine takes the optimizer's float32 weights.
-        problems = gather_objects(corrupt_reason(checkpoint, skip=WEIGHTS, rank=rank, ranks=ranks))
+        problems = gather_objects(
+            corrupt_reason(checkpoint, skip=WEIGHTS, rank=rank, ranks=ranks)
+            if verify
+            else incomplete_reason(checkpoint)
+        )
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
             return checkpoint, corrupt
@@ -84,15 +90,15 @@ def checkpoint_to_resume(config: Config, corrupt: Mapping[Path, str] | None = No
     if resume == "never":
         if existing or (run / "metrics.jsonl").exists():
             raise CheckpointError(
-                f"run.folder {run} already contains a run and checkpoint.resume is 'never': use another run.name, "
-                "or checkpoint.resume=auto to resume it"
+                f"run.folder {run} already contains a run and checkpoint.resume is 'never': use another run.name or "
+                "run.folder, or checkpoint.resume=auto to resume it"
             )
         return None
     if resume == "auto":
         if corrupt and not existing:
             raise CheckpointError(
                 f"all checkpoints in {run} are corrupt; the newest: {next(iter(corrupt.values()))}. Restore one from "
-                "a copy, or start a new run with another run.name"
+                "a copy, or start a new run with another run.name or run.folder"
             )
         return existing[-1] if existing else None
     try:
@@ -115,7 +121,7 @@ def checkpoint_to_resume(config: Config, corrupt: Mapping[Path, str] | None = No
     if newer:
         raise CheckpointError(
             f"checkpoint.resume is {checkpoint}, but run.folder {run} has newer checkpoints, up to {newer[-1]}: use "
-            "another run.name to branch off, or delete the newer checkpoints"
+            "another run.name or run.folder to branch off, or delete the newer checkpoints"
         )
     return checkpoint
 
@@ -173,17 +179,25 @@ def init_from_changes(initial_weights: str | None, init_from: str | None) -> lis
 
 
 def restore_state(
-    checkpoint: Path, content: dict[str, Any], saved_config: Config, config: Config, ranks: int, stream: Stream
+    checkpoint: Path, content: dict[str, Any], saved_config: Config, config: Config, ranks: int, stream: Stream | None
 ) -> tuple[TrainState, list[str]]:
     """The state to resume with, and a console line for each change since the checkpoint.
+
+    Without ``stream``, only the config is compared.
 
     Raises:
         CheckpointError: as :func:`check_compatible`.
     """
+    if stream is None:
+        return check_compatible(checkpoint, content, saved_config, config), []
     state = check_compatible(checkpoint, content, saved_config, config, stream.identity, stream.tokenizer)
     allowed = [*topology_changes(content, config, ranks), *hyperparameter_changes(saved_config, config)]
     of_data = data_changes(state.data_identity, stream.identity)
     state.data_identity = stream.identity
+    if "padding_tokens" not in content and (stream.has_packed_rows or state.skipped):
+        allowed.append(
+            f"with padding in the token count of the {state.step} steps so far, as the checkpoint counted it"
+        )
     return state, [
         *(f"resuming   {change}" for change in allowed),
         *(f"warning    {change} (checkpoint.allow_data_change=true)" for change in of_data),
@@ -196,8 +210,8 @@ def check_compatible(
     content: dict[str, Any],
     saved_config: Config,
     config: Config,
-    identity: dict[str, Any],
-    tokenizer: TokenizerInfo,
+    identity: dict[str, Any] | None = None,
+    tokenizer: TokenizerInfo | None = None,
 ) -> TrainState:
     """Checks that a run can resume from a checkpoint, and returns its state.
 
@@ -206,8 +220,8 @@ def check_compatible(
         content: its ``state.json``.
         saved_config: its ``config.yaml``.
         config: the settings of the run.
-        identity: of the training data. May differ with ``checkpoint.allow_data_change``.
-        tokenizer: of the training data. Must not differ.
+        identity: of the training data. May differ with ``checkpoint.allow_data_change``. None is not compared.
+        tokenizer: of the training data. Must not differ. None is not compared.
 
     Raises:
         CheckpointError: model, global batch size or data differ, or the checkpoint is beyond ``train.steps``; lists
@@ -218,20 +232,20 @@ def check_compatible(
         for path, saved, current in differences(saved_config, config)
         if path.startswith("model.") and path not in COMPUTE_ONLY_MODEL_FIELDS
     ]
-    saved, current = content["global_batch_size"], config.train.global_batch_size
+    saved, current, way_out = content["global_batch_size"], config.train.global_batch_size, ""
     if saved != current:
         problems.append(
             f"train.global_batch_size is {saved} in the checkpoint and {current} now: it must match to resume"
         )
+        way_out = f", which checkpoint.init_from={checkpoint} starts with these weights"
     state = TrainState.from_json(content)
     if state.scratch_mib is None:  # a checkpoint from before scratch was part of the state
         state.scratch_mib = saved_config.model.scratch_mib
-    changes = data_changes(state.data_identity, identity)
-    way_out = ""
+    changes = [] if identity is None else data_changes(state.data_identity, identity)
     if changes and not config.checkpoint.allow_data_change:
         problems += changes
-        way_out = ", or set checkpoint.allow_data_change=true to continue with other sequences"
-    elif changes and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        way_out += ", or set checkpoint.allow_data_change=true to continue with other sequences"
+    elif changes and tokenizer is not None and content["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         problems.append("the data have another tokenizer: token ids would decode to different text")
     if not _is_of_run(checkpoint, config):
         state.branched_from = str(checkpoint.resolve())
@@ -240,6 +254,6 @@ def check_compatible(
     if problems:
         raise CheckpointError(
             f"cannot resume from {checkpoint}: " + "; ".join(problems) + ". Restore these settings, or start a new "
-            f"run with another run.name{way_out}"
+            f"run with another run.name or run.folder{way_out}"
         )
     return state

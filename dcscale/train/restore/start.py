@@ -45,26 +45,33 @@ class Start:
     """Newer checkpoints that are corrupt, with the problem of each."""
 
 
-def find_start(config: Config, environment: Environment, stream: Stream) -> Start:
+def find_start(config: Config, environment: Environment, stream: Stream | None, verify: bool = True) -> Start:
     """Finds what to start from and checks that it fits config and data. All ranks call it together; changes no files.
+
+    Args:
+        config: the settings of the run.
+        environment: this process.
+        stream: the training data; None, if it cannot be opened, checks the rest.
+        verify: compare the checksums of a checkpoint, and not only the sizes of its files.
 
     Raises:
         CheckpointError: the checkpoint or the weights cannot be used for this run.
     """
     rank, ranks = environment.rank, environment.world_size
-    checkpoint, corrupt = find_resumable_checkpoint(config, rank, ranks)
+    checkpoint, corrupt = find_resumable_checkpoint(config, rank, ranks, verify)
     if checkpoint is not None:
         return _resume(config, ranks, stream, checkpoint, corrupt)
-    state = TrainState(data_identity=stream.identity)
+    state = TrainState(data_identity={} if stream is None else stream.identity)
     if config.checkpoint.init_from is None:
         return Start(StartKind.FRESH, state)
-    saved = run_on_all_ranks(lambda: initial_weights(config, stream.tokenizer, rank, ranks))
+    tokenizer = None if stream is None else stream.tokenizer
+    saved = run_on_all_ranks(lambda: initial_weights(config, tokenizer, rank, ranks, verify))
     state.initial_weights = str(saved.source.resolve())
     messages = [f"starting   from the weights of {saved.source}", *(f"warning    {text}" for text in saved.warnings)]
     return Start(StartKind.INIT_FROM, state, saved=saved, messages=tuple(messages))
 
 
-def _resume(config: Config, ranks: int, stream: Stream, checkpoint: Path, corrupt: Mapping[Path, str]) -> Start:
+def _resume(config: Config, ranks: int, stream: Stream | None, checkpoint: Path, corrupt: Mapping[Path, str]) -> Start:
     content, saved_config = broadcast_from_rank0(lambda: (read_state(checkpoint), read_config(checkpoint)))
     state, messages = broadcast_from_rank0(
         lambda: restore_state(checkpoint, content, saved_config, config, ranks, stream)

@@ -7,6 +7,7 @@ import torch
 
 from dcscale.hardware import peak_tflops
 from dcscale.train.hooks.progress import Throughput
+from dcscale.train.trainer import Timings
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -45,10 +46,12 @@ def test_a_configured_peak_wins_and_fp32_and_cpu_have_none(monkeypatch):
 
 
 def record_of(peak):
-    """The record of 4 steps of 1000 tokens in 8 seconds, 2 of them waiting for data, on 2 devices."""
+    """The record of 4 steps on 4000 tokens in 8 seconds, 2 of them waiting for data, on 2 devices."""
+    timings = Timings()
+    for tokens in (1000, 1500, 0, 1500):
+        timings.add(2.0, 0.5, tokens)
     trainer = SimpleNamespace(
-        pop_timings=lambda: (8.0, 2.0, 4),
-        tokens_per_step=1000,
+        pop_timings=lambda: timings,
         environment=SimpleNamespace(world_size=2, device=CPU),
     )
     record = {"step": 4}
@@ -61,7 +64,7 @@ def test_the_arithmetic():
     assert record.pop("memory_gib") > 0.01  # this process has torch in its memory
     assert record == {
         "step": 4,
-        "tokens_per_second": 500.0,  # 4 * 1000 / 8
+        "tokens_per_second": 500.0,  # 4000 / 8
         "tflops_per_device": pytest.approx(1.5),  # 500 * 6e9 / 2 / 1e12
         "mfu": pytest.approx(0.15),
         "step_seconds": 2.0,

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import seal
+from dcscale.config import to_yaml
 from dcscale.data.shards.manifest import TokenizerInfo
 from dcscale.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from dcscale.testing.models import write_checkpoint
@@ -60,6 +61,21 @@ def test_settings_that_keep_the_shapes_may_change_with_a_warning(start, tmp_path
         f"model.rope_base is 10000.0 in {source} and 500000.0 {rest}",
         f"model.windows is [8, null] in {source} and [4] {rest}",
     ]
+
+
+def test_sequences_longer_than_those_of_the_source_give_a_warning(start, tmp_path):
+    config = tiny_config(tmp_path, tmp_path)  # sequences of 32
+    for name in ("run-of-32", "model-of-32"):
+        folder = write_checkpoint(tmp_path / name, config.model, training=name.startswith("run"))
+        (folder / "COMPLETE").unlink()
+        (folder / "config.yaml").write_text(to_yaml(config))
+        seal(folder)
+    assert start(name="run-of-32").warnings == []
+    assert start("data.sequence_length=64", name="run-of-32").warnings == [
+        f"{tmp_path / 'run-of-32'} was trained on sequences of 32 tokens and data.sequence_length is 64: positions "
+        "beyond the former are new to it; model.rope_base or model.rope_scaling may help"
+    ]
+    assert start("data.sequence_length=64", name="model-of-32").warnings == []  # it may have been trained on any
 
 
 def test_all_weights_that_do_not_fit_are_listed(start):

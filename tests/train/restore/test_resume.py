@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from dcscale.train.restore.resume import (
     find_resumable_checkpoint,
     hyperparameter_changes,
     read_state,
+    restore_state,
     topology_changes,
 )
 from dcscale.train.state import TrainState
@@ -33,14 +36,12 @@ def config(tmp_path):
 
 def write(config, step, **changes):
     """Writes a checkpoint without weights."""
-    from pathlib import Path
-
     folder = Path(config.run.folder) / "checkpoints" / step_name(step)
     (folder / "optimizer").mkdir(parents=True)
     extra = {"world_size": 2, "zero_stage": 1, "precision": "fp32", "global_batch_size": 8}
     extra |= {"tokenizer": asdict(TOKENIZER), **changes}
     state = TrainState(step=step, tokens=step * 256, sequences=step * 8, data_identity=IDENTITY, first_loss=2.0)
-    state.pending = [(1.5, 3)]
+    state.padding_tokens, state.steps_without_targets, state.pending = 40, 1, [(1.5, 3)]
     (folder / "state.json").write_text(json.dumps(state.to_json(**extra)))
     (folder / "config.yaml").write_text(to_yaml(config))
     seal(folder)
@@ -53,12 +54,6 @@ def check(folder, config, identity=IDENTITY, tokenizer=TOKENIZER):
 
 def test_a_new_run_has_no_checkpoint_to_resume_from(config):
     assert checkpoint_to_resume(config) is None
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
-    monkeypatch.setattr(resume, "broadcast_from_rank0", lambda decide: decide())
-    monkeypatch.setattr(resume, "gather_objects", lambda value: [value])
 
 
 def flip(path):
@@ -75,7 +70,7 @@ def flip(path):
         (lambda folder: flip(folder / "state.json"), "state.json has the SHA-256"),
     ],
 )
-def test_a_corrupt_newest_checkpoint_is_an_error_or_passed_over(config, one_rank, harm, problem):
+def test_a_corrupt_newest_checkpoint_is_an_error_or_passed_over(config, harm, problem):
     older, newer = write(config, 2), write(config, 4)
     assert find_resumable_checkpoint(config, 0, 1) == (newer, {})
     harm(newer)
@@ -93,7 +88,7 @@ def test_a_corrupt_newest_checkpoint_is_an_error_or_passed_over(config, one_rank
         find_resumable_checkpoint(config, 0, 1)
 
 
-def test_checkpoints_linked_to_another_disk_belong_to_the_run(config, tmp_path, one_rank):
+def test_checkpoints_linked_to_another_disk_belong_to_the_run(config, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
@@ -105,7 +100,7 @@ def test_checkpoints_linked_to_another_disk_belong_to_the_run(config, tmp_path, 
     assert (checkpoint, list(corrupt)) == (older, [newest])
 
 
-def test_a_corrupt_file_found_by_another_rank_counts(config, monkeypatch, one_rank):
+def test_a_corrupt_file_found_by_another_rank_counts(config, monkeypatch):
     write(config, 4)
     monkeypatch.setattr(
         resume, "gather_objects", lambda value: [value, "x/optimizer/rank-00001.safetensors is missing"]
@@ -114,7 +109,7 @@ def test_a_corrupt_file_found_by_another_rank_counts(config, monkeypatch, one_ra
         find_resumable_checkpoint(config, 0, 2)
 
 
-def test_a_corrupt_checkpoint_of_another_run_is_not_replaced_by_its_previous_one(config, tmp_path, one_rank):
+def test_a_corrupt_checkpoint_of_another_run_is_not_replaced_by_its_previous_one(config, tmp_path):
     older = write(config, 2)
     flip(older / "config.yaml")
     settings = [f"checkpoint.resume={older}", "checkpoint.on_corrupt=previous"]
@@ -123,7 +118,7 @@ def test_a_corrupt_checkpoint_of_another_run_is_not_replaced_by_its_previous_one
         find_resumable_checkpoint(branch, 0, 1)
 
 
-def test_a_named_checkpoint_of_the_run_itself_that_is_corrupt(config, one_rank):
+def test_a_named_checkpoint_of_the_run_itself_that_is_corrupt(config):
     write(config, 2)
     newer = write(config, 4)
     flip(newer / "config.yaml")
@@ -132,7 +127,7 @@ def test_a_named_checkpoint_of_the_run_itself_that_is_corrupt(config, one_rank):
         find_resumable_checkpoint(config, 0, 1)
 
 
-def test_a_branch_whose_newest_checkpoint_is_corrupt(config, tmp_path, one_rank):
+def test_a_branch_whose_newest_checkpoint_is_corrupt(config, tmp_path):
     older = write(config, 2)
     settings = [f"checkpoint.resume={older}", "checkpoint.on_corrupt=previous"]
     branch = tiny_config(tmp_path / "branch", tmp_path / "shards", *settings)
@@ -148,7 +143,7 @@ def test_resume_never_rejects_a_folder_with_a_run(config):
     assert checkpoint_to_resume(config) is None
     write(config, 2)
     with pytest.raises(
-        CheckpointError, match="already contains a run .* use another run.name, or checkpoint.resume=auto"
+        CheckpointError, match="already contains a run .* use another run.name or run.folder, or checkpoint.resume=auto"
     ):
         checkpoint_to_resume(config)
 
@@ -173,7 +168,9 @@ def test_going_back_in_the_same_run_folder_is_rejected(config):
     older = write(config, 2)
     write(config, 4)
     config.checkpoint.resume = str(older)
-    with pytest.raises(CheckpointError, match="has newer checkpoints, up to step-00000004: use another run.name"):
+    with pytest.raises(
+        CheckpointError, match="has newer checkpoints, up to step-00000004: use another run.name or run.folder"
+    ):
         checkpoint_to_resume(config)
 
 
@@ -189,7 +186,27 @@ def test_a_missing_checkpoint(config, tmp_path):
 def test_state_round_trip(config):
     state = check(write(config, 3), config)
     assert (state.step, state.tokens, state.sequences, state.first_loss) == (3, 768, 24, 2.0)
+    assert (state.padding_tokens, state.steps_without_targets) == (40, 1)
     assert state.pending == [(1.5, 3)]
+
+
+def test_a_checkpoint_from_before_padding_was_counted_apart(config):
+    content = read_state(write(config, 3))
+    stream = SimpleNamespace(identity=IDENTITY, tokenizer=TOKENIZER, has_packed_rows=True)
+    folder = Path(config.run.folder) / "checkpoints" / step_name(3)
+
+    def restored():
+        return restore_state(folder, content, read_config(folder), config, 2, stream)
+
+    assert restored()[1] == []
+    del content["padding_tokens"], content["steps_without_targets"]
+    content["pending"] = [(0.0, 0), (1.5, 3)]
+    state, lines = restored()
+    assert (state.tokens, state.padding_tokens, state.steps_without_targets) == (768, 0, 0)
+    assert state.pending == [(1.5, 3)]
+    assert lines == ["resuming   with padding in the token count of the 3 steps so far, as the checkpoint counted it"]
+    stream.has_packed_rows = False
+    assert restored()[1] == []
 
 
 def test_the_backend_may_change(config):
@@ -229,7 +246,8 @@ def test_other_data_are_rejected_with_all_differences(config, tmp_path):
         check(folder, larger, identity={**IDENTITY, "data": "xyz"})
     assert "train.global_batch_size is 8 in the checkpoint and 16 now" in str(error.value)
     assert "the data's data was 'abc' in the checkpoint and is 'xyz' now" in str(error.value)
-    assert "start a new run with another run.name, or set checkpoint.allow_data_change=true" in str(error.value)
+    assert f"another run.name or run.folder, which checkpoint.init_from={folder} starts with" in str(error.value)
+    assert ", or set checkpoint.allow_data_change=true" in str(error.value)
     with pytest.raises(CheckpointError) as error:
         check(folder, larger)
     assert "allow_data_change" not in str(error.value)
