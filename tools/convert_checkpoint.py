@@ -4,13 +4,14 @@ plain Transformer (Pythia, Llama, Qwen, Mistral) into a DCFormer whose compose i
     python tools/convert_checkpoint.py runs/mine models/mine --to dcscale --dtype bf16
     python tools/convert_checkpoint.py downloads/DCFormer-2.8B models/dcformer-2.8b --to dcscale
     python tools/convert_checkpoint.py downloads/pythia-410m models/dcpythia-410m --to dcscale
+    python tools/convert_checkpoint.py downloads/SmolLM2-135M.Q8_0.gguf models/smollm --to dcscale
     python tools/convert_checkpoint.py maxtext/run models/dcformer --to dcscale --maxtext-config dcformer_pp_405m.yml
     python tools/convert_checkpoint.py models/mine exported/mine --to upstream --dry-run
     python tools/convert_checkpoint.py runs/mine exported/mine --to huggingface
 
 The source is a run, a checkpoint, a model folder, a folder with config.json and safetensors or .bin files (upstream's,
-of a plain Transformer, or made with --to huggingface), or an Orbax checkpoint of upstream's JAX training (MaxText); the
-tool detects and prints which. Only tensors are unpickled.
+of a plain Transformer, or made with --to huggingface), a GGUF file of a plain Transformer, or an Orbax checkpoint of
+upstream's JAX training (MaxText); the tool detects and prints which. Only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dcscale.cli import MODEL_DTYPES, MODEL_TARGETS, add_source_options, source_
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder to convert; it is only read")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder, or GGUF file, to convert; it is only read")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write, which must not exist")
     parser.add_argument("--to", choices=MODEL_TARGETS, required=True, help="format of DST")
     parser.add_argument("--dtype", choices=MODEL_DTYPES, help="dtype of DST's tensors (default: as in SRC)")

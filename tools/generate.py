@@ -38,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         trained = open_model(options)
         tokenizer = trained.tokenizer
         prefix = [] if options.begin_id is None else [options.begin_id]
-        prompts = [prefix + tokenizer.encode(prompt) for prompt in options.prompt]
+        prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
         model = trained.load(options.device, dtype_of(options))
         start = time.perf_counter()
         generated = generate(
             model,
-            prompts,
+            [prefix + ids for ids in prompts],
             new_tokens=options.new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     seconds, tokens = time.perf_counter() - start, sum(map(len, generated))
     print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
-    for prompt, ids in zip(options.prompt, generated):
-        print(f"----\n{printable(prompt + tokenizer.decode(ids))}")
+    for text, prompt_ids, new_ids in zip(options.prompt, prompts, generated):
+        print(f"----\n{printable(text + tokenizer.decode_continuation(prompt_ids, new_ids))}")
     return 0
 
 

@@ -24,6 +24,7 @@ from dcscale.config import Config, to_yaml
 from dcscale.convert.detect import detect
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats import FORMATS
+from dcscale.convert.formats.huggingface import kept_files
 from dcscale.convert.output import check_target
 from dcscale.convert.tensor_files import TensorFiles, open_tensors
 from dcscale.convert.tensor_map import (
@@ -84,9 +85,13 @@ class Conversion:
         """Writes the result; ``target`` stays as it was if this fails.
 
         Raises:
-            ConversionError: values are not finite, or must not be dropped; or the disk is full.
+            ConversionError: values are not finite, or must not be dropped; a file of the tokenizer cannot be read; or
+                the disk is full.
         """
         check_dropped(self.plan, self.files)
+        tokenizer = (self.state.get("tokenizer") or {}).get("spec")
+        keep = self.target == "dcscale" and tokenizer == TOKENIZER
+        kept = kept_files(self.source.folder, self.source.settings) if keep else {}
         problems: list[str] = []
         with replace_folder(target) as folder:
             weights = folder / WEIGHTS if self.target == "dcscale" else folder
@@ -95,10 +100,9 @@ class Conversion:
             except SafetensorError as error:  # raised if the disk is full
                 raise ConversionError(f"{target} cannot be written: {error}") from error
             self._raise_non_finite(problems)
-            byte_tokens = (self.state.get("tokenizer") or {}).get("spec") == "byte"
-            if (self.source.folder / TOKENIZER).is_file() and not byte_tokens:
+            if (self.source.folder / TOKENIZER).is_file() and tokenizer != "byte":
                 shutil.copyfile(self.source.folder / TOKENIZER, folder / TOKENIZER)
-            for name, content in self.extra_files.items():
+            for name, content in {**kept, **self.extra_files}.items():
                 write_atomically(folder / name, content)
             if self.settings is not None:
                 write_json(folder / "config.json", self.settings)
@@ -197,12 +201,13 @@ def _check_options(source: Source, options: dict[str, Any]) -> None:
     unknown = options.keys() - {name for format in FORMATS for name in format.options}
     if unknown:
         raise TypeError(f"no format has the options {', '.join(sorted(unknown))}")
-    for format in FORMATS:
-        given = ", ".join("--" + name.replace("_", "-") for name in format.options if name in options)
-        if given and format.name != source.format:
-            raise ConversionError(
-                f"{given}: only for {format.name} folders, but the source is a {source.description}; leave it out"
-            )
+    own = _FORMAT_BY_NAME[source.format].options if source.format in _FORMAT_BY_NAME else ()
+    if foreign := options.keys() - set(own):
+        given = ", ".join("--" + name.replace("_", "-") for name in options if name in foreign)
+        formats = " and ".join(format.name for format in FORMATS if foreign & set(format.options))
+        raise ConversionError(
+            f"{given}: only for {formats} models, but the source is a {source.description}; leave it out"
+        )
 
 
 def _from_dcscale(source: Source, target: str, dtype: str | None) -> Conversion:
@@ -237,19 +242,22 @@ def _to_dcscale(source: Source, model: Imported, dtype: str | None) -> Conversio
     common = DTYPES[dtype] if dtype else None
     types = {common} if common else {files.dtypes[name] for rule in plan.rules for name in rule.sources}
     config.train.precision = "bf16" if types == {torch.bfloat16} else "fp32"
-    state, notes = _new_state(source, model.byte_tokens)
-    return Conversion(source, files, "dcscale", config, plan, common, state, None, [*model.notes, *notes])
+    extra_files = {} if (source.folder / TOKENIZER).is_file() else dict(model.tokenizer_files)
+    state, notes = _new_state(source, model)
+    return Conversion(source, files, "dcscale", config, plan, common, state, None, [*model.notes, *notes], extra_files)
 
 
-def _new_state(source: Source, byte_tokens: bool) -> tuple[dict[str, Any], list[str]]:
+def _new_state(source: Source, model: Imported) -> tuple[dict[str, Any], list[str]]:
     """state.json of a model that other code trained: only its tokenizer is known. Also returns notes."""
     state: dict[str, Any] = {"format": STATE_FORMAT, "step": 0, "tokens": 0}
-    eos = source.settings.get("eos_token_id")
+    eos = source.settings.get("eos_token_id") if model.eos_id is None else model.eos_id
     if isinstance(eos, list) and eos:
         eos = eos[0]  # the first ends a document, the others end a turn of a conversation
-    if type(eos) is int and byte_tokens:
+    # Some write -1 for none.
+    known = type(eos) is int and eos >= 0
+    if known and model.byte_tokens:
         state["tokenizer"] = {"spec": "byte", "eos_id": eos}
-    elif type(eos) is int and (source.folder / TOKENIZER).is_file():
+    elif known and (model.tokenizer_files or (source.folder / TOKENIZER).is_file()):
         state["tokenizer"] = {"spec": TOKENIZER, "eos_id": eos}
     else:
         return state, [f"no {TOKENIZER} with an eos_token_id: name a tokenizer for texts with --tokenizer"]

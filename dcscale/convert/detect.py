@@ -8,17 +8,20 @@ from dcscale.checkpoint import CheckpointError, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import MARKER, OPTIMIZER, corrupt_reason
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats import FORMATS
+from dcscale.convert.formats.gguf import is_gguf
 from dcscale.convert.tensor_map import Source, read_config_json
 
 
 def detect(path: Path) -> Source:
-    """The model in ``path``: a checkpoint, a run, a model folder, or a folder of one of ``FORMATS``.
+    """The model at ``path``: a checkpoint, a run, a model folder, or a folder or file of one of ``FORMATS``.
 
     Raises:
         ConversionError: no format matches (the message lists what was looked for), or the checkpoint is corrupt.
     """
-    if not path.is_dir():
-        raise ConversionError(f"{path} is not a folder: name the folder of a checkpoint, a run or a model")
+    if not (path.is_dir() or is_gguf(path)):
+        raise ConversionError(
+            f"{path} is not a folder: name the folder of a checkpoint, a run or a model, or a .gguf file"
+        )
     for detect_format in (_detect_dcscale, *(format.detect for format in FORMATS)):
         if (source := detect_format(path)) is not None:
             return source

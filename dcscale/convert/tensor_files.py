@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -11,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dcscale.checkpoint.weights import INDEX
+from dcscale.checkpoint import CheckpointError
+from dcscale.checkpoint.weights import INDEX, read_index
 from dcscale.convert.errors import ConversionError
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,10 +85,11 @@ class _TorchFiles(TensorFiles):
             try:
                 # weights_only: a pickle can run any code when it is loaded.
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            except Exception as error:  # a malformed pickle raises almost any
+                reason = (str(error) or repr(error)).splitlines()[0]
                 raise ConversionError(
-                    f"{path} cannot be read: {str(error).splitlines()[0]} It must be a file of named tensors, written "
-                    "by torch.save of PyTorch 1.6 or newer; nothing else is unpickled"
+                    f"{path} cannot be read: {reason} It must be a file of named tensors, written by torch.save of "
+                    "PyTorch 1.6 or newer; nothing else is unpickled"
                 ) from error
             if not isinstance(content, dict):
                 raise ConversionError(f"{path} has a {type(content).__name__}, expected a dictionary of tensors")
@@ -97,6 +97,11 @@ class _TorchFiles(TensorFiles):
                 if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                     raise ConversionError(
                         f"{path}: {name!r} is a {type(tensor).__name__}, expected named dense tensors"
+                    )
+                if tensor.is_meta or _overlaps_itself(tensor):
+                    raise ConversionError(
+                        f"{path}: {name} has fewer values than its shape {list(tensor.shape)} (strides "
+                        f"{list(tensor.stride())}): save it again with .contiguous()"
                     )
                 self._add(name, tuple(tensor.shape), tensor.dtype)
                 self._tensors[name] = tensor
@@ -106,6 +111,17 @@ class _TorchFiles(TensorFiles):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         tensor = self._tensors[name].detach()
         return (tensor if rows is None else tensor[rows[0] : rows[1]]).clone(memory_format=torch.contiguous_format)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory, as in the result of ``expand``: a small file could ask for any amount of it."""
+    last = 0  # place of the last element in the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride <= last:
+                return True
+            last += stride * (size - 1)
+    return False
 
 
 def open_tensors(folder: Path) -> TensorFiles:
@@ -120,12 +136,7 @@ def open_tensors(folder: Path) -> TensorFiles:
     files = [source]
     if source.name.endswith(".index.json"):
         try:
-            names = set(json.loads(source.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConversionError(f"{source} is not an index of tensors (weight_map): {error!r}") from error
-        # A path could name any file on this machine.
-        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise ConversionError(f"{source} names {outside[0]!r}: its files must be in the same folder")
-        files = [folder / name for name in sorted(names)]
+            files = [folder / name for name in sorted(set(read_index(source).values()))]
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
     return (_TorchFiles if ".bin" in source.name else _Safetensors)(source, files)

@@ -5,7 +5,6 @@ Everything here works on names, shapes and settings, before any tensor is read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from dcscale.config import Config, ConfigError, check_config, from_dict
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.tensor_files import WEIGHT_DTYPES, TensorFiles
+from dcscale.files import read_json
 from dcscale.models import DCFormer
 
 TOKENIZER = "tokenizer.json"
@@ -71,7 +71,7 @@ class Source:
 
     Attributes:
         format: ``dcscale``, or the name of a ``Format``.
-        folder: the folder with the model's files.
+        folder: the folder with the model's files; for a GGUF file, it or its folder.
         description: what it is, for messages.
         settings: content of config.json, where the format has one.
     """
@@ -93,6 +93,10 @@ class Imported:
     """What the user should know."""
     byte_tokens: bool = False
     """Whether its tokens are the bytes of UTF-8, so that no tokenizer file is needed."""
+    eos_id: int | None = None
+    """Token that ends a document; None is ``eos_token_id`` of config.json."""
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    """tokenizer.json and others by name, if the source has its tokenizer in another form."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,18 @@ class Format:
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """Content of ``config.json``; empty if there is none, or if it is not a JSON object.
+    """Content of ``config.json``; empty if there is none.
 
     Raises:
-        ConversionError: it cannot be read.
+        ConversionError: it cannot be read, or is not a JSON object.
     """
     config = folder / "config.json"
     if not config.is_file():
         return {}
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{config} cannot be read: {error}") from error
-    return settings if isinstance(settings, dict) else {}
+        return read_json(config)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def model_type_of(settings: Mapping[str, Any], known: Collection[str]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcscale.checkpoint.layout import OPTIMIZER
 from dcscale.cli import source_options
 from dcscale.config import Config
 from dcscale.convert import DTYPES, Conversion, prepare
@@ -46,6 +47,11 @@ class TrainedModel:
         return self.conversion.state.get("step") or None
 
     @property
+    def validation_sequences(self) -> int | None:
+        """``validation.sequences`` of the run whose checkpoint the model is; None if it is no checkpoint."""
+        return self.config.validation.sequences if (self.folder / OPTIMIZER).is_dir() else None
+
+    @property
     def description(self) -> list[str]:
         """Lines for the user: what the model is, and notes on its conversion."""
         step = "" if self.step is None else f" (step {self.step})"
@@ -64,9 +70,11 @@ class TrainedModel:
         if own is not None and own["spec"] == "byte":
             return ByteTokenizer()
         file = self.folder / TOKENIZER_NAME
-        if own is None and not file.is_file():
+        made = self.conversion.extra_files.get(TOKENIZER_NAME)  # from a tokenizer in another form
+        if own is None and made is None and not file.is_file():
             raise DataError(f"{self.folder} has no {TOKENIZER_NAME}: name one with --tokenizer, or 'byte'")
-        return HuggingFaceTokenizer(file, self.eos_token if own is None else own["eos_id"])
+        eos = self.eos_token if own is None else own["eos_id"]
+        return HuggingFaceTokenizer(file, eos, None if made is None else made.encode())
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> DCFormer:
         """Loads the model; ``dtype`` None: as trained. See :meth:`dcscale.convert.Conversion.load`."""

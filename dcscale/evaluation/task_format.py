@@ -10,21 +10,20 @@ The format is that of the synthetic tasks of the DCFormer paper (Xiao et al., ar
 
 Other keys are ignored. Brackets can only be marks. A text has at least one answer, and text before the first answer.
 
-The tokens of an answer: the text is tokenized without its marks, and the answer has all tokens that contain any of its
-characters. The first one may begin with the white space before the answer, as in many tokenizers. If a token contains
-more text before the answer, or text after it, the model cannot be asked for the answer alone. The text is then cut
-before that white space and after each answer, and the pieces are tokenized separately.
+The text is tokenized as a whole, without its marks, as in training: a piece tokenized alone can get other tokens
+(SentencePiece begins each text with a space). The tokens of an answer are all that contain any of its characters. The
+first one may begin with the white space before the answer, as in many tokenizers. If an answer begins or ends inside a
+token, the model must predict the complete token; such texts are counted.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcscale.data import DataError, Tokenizer
+from dcscale.files import parse_json
 
 _MARKED = re.compile(r"\[ ?([^\[\]]*?) ?\]")
 
@@ -50,8 +49,8 @@ class TokenizedSample:
     ids: list[int]
     answers: list[range]
     """Positions in ``ids`` of each answer's tokens."""
-    in_pieces: bool
-    """Whether the text was cut at its marks and tokenized in pieces."""
+    crosses_mark: bool
+    """Whether a token contains characters of an answer and others, apart from white space before the answer."""
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -62,7 +61,7 @@ def read_samples(path: Path) -> list[Sample]:
     """
     samples = []
     try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
+        with open(path, encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     samples.append(_read_line(line, f"{path}, line {number}"))
@@ -75,14 +74,18 @@ def read_samples(path: Path) -> list[Sample]:
 
 def _read_line(line: str, location: str) -> Sample:
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{location}: is not JSON: {error}") from error
+        content = parse_json(line, location)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if not isinstance(content, dict):
         raise DataError(f"{location}: is a {type(content).__name__}, but must be an object with task_id and texts")
     for key in ("task_id", "texts"):
         if not isinstance(content.get(key), str):
             raise DataError(f"{location}: {key} is {content.get(key)!r}, but must be a string")
+        try:
+            content[key].encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
+            raise DataError(f"{location}: {key} is not valid text: {error}") from error
     try:
         text, answers = strip_marks(content["texts"])
     except ValueError as error:
@@ -125,19 +128,19 @@ def tokenize(sample: Sample, tokenizer: Tokenizer) -> TokenizedSample:
     """Tokenizes a sample and finds the tokens of its answers.
 
     Raises:
-        DataError: the tokenizer has no tokens for an answer, or none for the text before it.
+        DataError: the text cannot be tokenized; or there are no tokens for an answer, or for the text before it.
     """
-    ids, offsets = tokenizer.encode_with_offsets(sample.text)
+    try:
+        ids, offsets = tokenizer.encode_with_offsets(sample.text)
+    except ValueError as error:
+        raise DataError(f"{sample.location}: {error}") from error
     answers = [_tokens_in(offsets, *answer) for answer in sample.answers]
-    in_pieces = not all(_separate(sample.text, offsets, *pair) for pair in zip(sample.answers, answers))
-    if in_pieces:
-        ids, offsets = _encode_pieces(sample, tokenizer)
-        answers = [_tokens_in(offsets, *answer) for answer in sample.answers]
     for number, tokens in enumerate(answers, 1):
         if not tokens or tokens.start == 0:
             missing = "it" if not tokens else "the text before it"
             raise DataError(f"{sample.location}: answer {number}: the tokenizer has no token for {missing}")
-    return TokenizedSample(sample.task, ids, answers, in_pieces)
+    crosses_mark = any(_cross(sample.text, offsets, *pair) for pair in zip(sample.answers, answers))
+    return TokenizedSample(sample.task, ids, answers, crosses_mark)
 
 
 def _tokens_in(offsets: list[tuple[int, int]], begin: int, end: int) -> range:
@@ -146,23 +149,7 @@ def _tokens_in(offsets: list[tuple[int, int]], begin: int, end: int) -> range:
     return range(found[0], found[-1] + 1) if found else range(0)
 
 
-def _separate(text: str, offsets: list[tuple[int, int]], answer: tuple[int, int], tokens: range) -> bool:
-    """Whether an answer's tokens contain nothing but the answer and white space before it."""
-    if not tokens:
-        return True
+def _cross(text: str, offsets: list[tuple[int, int]], answer: tuple[int, int], tokens: range) -> bool:
+    """Whether an answer's tokens contain more than the answer and white space before it."""
     begin, end = min(offsets[i][0] for i in tokens), max(offsets[i][1] for i in tokens)
-    return not text[begin : answer[0]].strip() and end <= answer[1]
-
-
-def _encode_pieces(sample: Sample, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and character ranges of a text that is cut at its marks."""
-    cuts = [0]
-    for begin, end in sample.answers:
-        cuts += [max(cuts[-1], len(sample.text[:begin].rstrip())), end]
-    cuts.append(len(sample.text))
-    ids, offsets = [], []
-    for begin, end in itertools.pairwise(cuts):
-        piece_ids, piece_offsets = tokenizer.encode_with_offsets(sample.text[begin:end])
-        ids += piece_ids
-        offsets += [(begin + first, begin + last) for first, last in piece_offsets]
-    return ids, offsets
+    return bool(text[begin : answer[0]].strip()) or end > answer[1]

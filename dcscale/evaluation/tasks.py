@@ -24,8 +24,8 @@ class Accuracy:
     """Counts over texts; add them up with ``+``. An answer is right if all of its tokens are right."""
 
     texts: int = 0
-    texts_in_pieces: int = 0
-    """Texts that were tokenized in pieces, because a token crossed a mark."""
+    texts_with_crossing: int = 0
+    """Texts with a token that crosses a mark, so that the model must predict more than the answer."""
     answers: int = 0
     answers_right: int = 0
     tokens: int = 0
@@ -125,4 +125,4 @@ def _right_tokens(model: DCFormer, batch: Sequence[TokenizedSample]) -> list[lis
 def _count(text: TokenizedSample, right: list[bool]) -> Accuracy:
     remaining = iter(right)
     answers = [all(list(islice(remaining, len(answer)))) for answer in text.answers]
-    return Accuracy(1, int(text.in_pieces), len(answers), sum(answers), len(right), sum(right))
+    return Accuracy(1, int(text.crosses_mark), len(answers), sum(answers), len(right), sum(right))

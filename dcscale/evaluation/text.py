@@ -7,6 +7,7 @@ tokens of context. The first token of the text is not predicted, unless another 
 
 from __future__ import annotations
 
+import codecs
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def read_text(
     if not 1 <= stride <= context:
         raise DataError(f"stride is {stride}, but must be from 1 to the context, {context}")
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +108,9 @@ def test_converting_back_is_bit_equal_also_after_transformers_saved_it(name, exp
         before, after = tensors_of(source), tensors_of(back)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-        assert read_config(back).model == config
+        assert read_config(back).model == replace(
+            config, kv_heads=config.kv_heads or config.heads, head_dim=config.head_dim or config.dim // config.heads
+        )
         assert read_config(back).data.sequence_length == read_config(source).data.sequence_length
         assert read_state(back)["tokenizer"] == {"spec": "byte", "eos_id": 256}
         assert not (back / "tokenizer.json").exists()
@@ -150,6 +155,76 @@ def test_beams_and_samples_are_those_without_a_cache(exported):
     )
     assert len(hidden.logits) == 10
     assert hidden.hidden_states[0][2].shape == (3, 9, 32)
+
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_a_chat_continues_from_the_cache_of_its_last_turn(exported):
+    config, _, folder = exported("grouped")  # also layers with windows
+    model, first = load(folder), padded(PROMPTS)
+    turn = model.generate(**first, return_dict_in_generate=True, **GREEDY)
+    assert past(turn).get_seq_length() == 9 + 5  # the last token is not read yet
+    ids = torch.cat([turn.sequences, random_ids(config, 3, 4)], dim=1)
+    whole = {"input_ids": ids, "attention_mask": F.pad(first["attention_mask"], (0, 10), value=1)}
+    expected = model.generate(**whole, **GREEDY)
+    only_new = {**whole, "input_ids": ids[:, 14:]}
+    for inputs in (whole, {**whole, "prefill_chunk_size": 2}, only_new):
+        written = model.generate(**inputs, past_key_values=copy.deepcopy(past(turn)), **GREEDY)
+        assert torch.equal(written[:, -6:], expected[:, -6:])
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": whole["attention_mask"]}
+    written = model.generate(**embedded, past_key_values=copy.deepcopy(past(turn)), **GREEDY)
+    assert torch.equal(written, expected[:, -6:])
+
+
+def test_rows_can_share_the_cache_of_their_beginning(exported):
+    config, _, folder = exported("dcformer")
+    model, ids = load(folder), random_ids(config, 1, 9).clamp(min=1)  # generate() takes 0 for padding
+    cache = past(model(ids[:, :5]))
+    with pytest.raises(ValueError, match=r"the cache holds 1 rows, but the input has 3: repeat .*batch_repeat_interl"):
+        model(ids[:, 5:].expand(3, -1), past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    options = {**GREEDY, "num_beams": 3, "num_return_sequences": 3}
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 100])
+def test_the_prompt_can_be_read_in_chunks(chunk, exported):
+    model = load(exported("dcformer")[2])
+    expected = model.generate(**padded(PROMPTS), **GREEDY)
+    assert torch.equal(model.generate(**padded(PROMPTS), prefill_chunk_size=chunk, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("tokens", [9, 1])
+def test_generate_takes_embeddings(tokens, exported):
+    model, inputs = load(exported("dcformer")[2]), padded(PROMPTS)
+    inputs = {name: x[:, -tokens:] for name, x in inputs.items()}
+    expected = model.generate(**inputs, **GREEDY)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    written = model.generate(inputs_embeds=embeddings, **inputs, **GREEDY)
+    assert torch.equal(written, expected[:, tokens:])
+
+
+def test_hidden_states_are_those_of_transformers(exported):
+    """As in transformers' own models: the embeddings, every block but the last, and the output of the final norm."""
+    config, _, folder = exported("dcformer")
+    model, ids = load(folder), random_ids(config, 2, 9)
+    model.config.output_hidden_states = True
+    output = model(ids, logits_to_keep=1)
+    states = output.hidden_states
+    assert [state.shape for state in states] == [(2, 9, 32)] * 3
+    assert torch.equal(states[0], model.get_input_embeddings()(ids))
+    torch.testing.assert_close(model.output(states[-1][:, -1:]), output.logits)
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_the_config_has_numbers_where_null_is_a_default(exported):
+    _, _, folder = exported("dcformer")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert type(config)(hidden_size=32, num_attention_heads=2).head_dim == 16
+    settings = json.loads((folder / "config.json").read_text())
+    assert (settings["kv_heads"], settings["head_dim"]) == (4, 8)
 
 
 def test_padding_on_either_side_changes_nothing(exported):
@@ -233,3 +308,39 @@ def test_invalid_calls_raise(exported):
             model(**{"input_ids": ids, **changes})
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=2)
+
+
+def test_generate_refuses_what_it_cannot_do(exported):
+    config, _, folder = exported("dcformer")
+    model, ids = load(folder), random_ids(config, 1, 5)
+    for kind in ("static", "offloaded", "quantized", "offloaded_static", "sliding_window"):
+        with pytest.raises(ValueError, match=f"cache_implementation is '{kind}', but only the model's own cache"):
+            model.generate(ids, cache_implementation=kind, **GREEDY)
+    assert torch.equal(model.generate(ids, cache_implementation="dynamic", **GREEDY), model.generate(ids, **GREEDY))
+    with pytest.raises(ValueError, match=r"continuous batching \(cache_implementation 'paged', generate_batch\)"):
+        model.generate(ids, cache_implementation="paged", **GREEDY)
+    cache = past(model(ids))
+    for given in (ids, ids[:, :2]):
+        with pytest.raises(ValueError, match=r"the cache holds 5 tokens already, so that no new one is left to read"):
+            model.generate(given, past_key_values=cache, **GREEDY)
+    with pytest.raises(ValueError, match="prefill_chunk_size is set, but inputs_embeds are not read in chunks"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), prefill_chunk_size=2, **GREEDY)
+
+
+def test_a_cache_and_gradient_checkpointing(exported):
+    config, _, folder = exported("dcformer")
+    model, ids = load(folder), random_ids(config, 1, 5)
+    cache, expected = past(model(ids)), model.generate(ids, **GREEDY)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="a cache is given, but gradient checkpointing recomputes blocks without one"):
+        model(ids, past_key_values=cache)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_padding_is_kept_when_the_model_is_exported_by_torch(exported):
+    config, _, folder = exported("dcformer")
+    model, ids, mask = load(folder), random_ids(config, 2, 9), torch.ones(2, 9, dtype=torch.long)
+    program = torch.export.export(model, (), {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+    mask[0, :3] = 0
+    logits = program.module()(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits)

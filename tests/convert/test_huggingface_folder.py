@@ -115,6 +115,17 @@ def test_byte_tokens_are_the_same_as_in_dcscale(made):
     assert exported.eos_token_id == exported.pad_token_id == len(exported) - 1 == 256
 
 
+def test_generate_stops_at_strings(made):
+    model = transformers.AutoModelForCausalLM.from_pretrained(made[1], trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made[1], trust_remote_code=True)
+    not_letters = [*range(ord("a")), *range(ord("z") + 1, 257)]
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": not_letters}
+    whole = model.generate(torch.tensor([[97, 98, 99]]), **options)
+    stopped = model.generate(whole[:, :3], stop_strings=[chr(whole[0, 6])], tokenizer=tokenizer, **options)
+    assert stopped.shape[1] < whole.shape[1] == 11
+    assert torch.equal(stopped, whole[:, : stopped.shape[1]])
+
+
 def seal_again(folder):
     (folder / MARKER).unlink()
     seal(folder)
@@ -149,11 +160,94 @@ def test_the_tokenizer_file_is_copied(post, tmp_path):
     }
 
 
+TEMPLATE = "{% for m in messages %}<s>[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture
+def chat(llama_tokenizer, tmp_path):
+    """A Hugging Face folder with a tokenizer for chats, as others make it."""
+    source = write_checkpoint(tmp_path / "model", tiny_config(vocab_size=340))
+    shutil.copy(llama_tokenizer, source / "tokenizer.json")
+    change(source / "state.json", {"tokenizer": {"spec": "tokenizer.json", "eos_id": 2}})
+    seal_again(source)
+    folder = tmp_path / "chat"
+    convert(source, folder, "huggingface")
+    token = {"content": "</s>", "lstrip": False}
+    tokens = {"bos_token": "<s>", "eos_token": token, "unk_token": "<unk>", "additional_special_tokens": [token]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    given = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None, "model_max_length": 99, "use_fast": False}
+    given["auto_map"] = {"AutoTokenizer": ["own.Tokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(given))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    generation = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True, "cache_implementation": "static"}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    change(folder / "config.json", {"bos_token_id": 1})
+    return folder
+
+
+def test_chat_template_and_special_tokens_survive(chat, tmp_path):
+    convert(chat, tmp_path / "own", "dcscale")
+    convert(tmp_path / "own", tmp_path / "copy", "dcscale")
+    again = tmp_path / "again"
+    convert(tmp_path / "copy", again, "huggingface")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(again, trust_remote_code=True)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (
+        1,
+        2,
+        0,
+        2,
+    )
+    messages = [{"role": "user", "content": "Ann has a kind of"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>[user] Ann has a kind of</s>"
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert (ids[0], ids[-1], len(ids) < 20) == (1, 2, True)  # the template's tokens are special tokens
+    assert tokenizer("the river").input_ids[0] == 1
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 99)
+    settings = json.loads((again / "tokenizer_config.json").read_text())
+    assert not settings.keys() & {"auto_map", "use_fast"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, [2, 5], 2)
+    generation = model.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.temperature) == (1, [2, 5], 0.6)
+    assert generation.cache_implementation is None
+    convert(again, tmp_path / "own", "dcscale", overwrite=True)
+    convert(tmp_path / "own", again, "huggingface", overwrite=True)
+    assert json.loads((again / "tokenizer_config.json").read_text()) == settings
+
+
+def test_special_tokens_without_a_config_of_the_tokenizer_survive(chat, tmp_path):
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (chat / name).unlink()
+    convert(chat, tmp_path / "own", "dcscale")
+    convert(tmp_path / "own", tmp_path / "again", "huggingface")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+def test_files_of_a_tokenizer_that_cannot_be_read(chat, tmp_path):
+    for name, content in (
+        ("generation_config.json", b"[]"),
+        ("tokenizer_config.json", b"{"),
+        ("special_tokens_map.json", b"[" * 10**5),
+        ("chat_template.jinja", b"\xff"),
+    ):
+        given = shutil.copytree(chat, tmp_path / name)
+        (given / name).write_bytes(content)
+        with pytest.raises(ConversionError, match=f"{name} (cannot be read|must be a JSON object)"):
+            convert(given, tmp_path / "own", "dcscale")
+        assert not (tmp_path / "own").exists()
+
+
 def test_missing_and_invalid_tokenizers(tmp_path):
     source = with_tokenizer(tmp_path / "model", 9)
     with pytest.raises(ConversionError, match=r"tokenizer.json has no token with the id 9, which ends a document"):
         prepare(source, "huggingface")
-    for text, message in (("{", "cannot be read"), ("[]", "must be a JSON object, but is a list")):
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[]", "must be a JSON object, but is a list"),
+        ('{"added_tokens": null}', "is not a tokenizer.json of Hugging Face"),
+        ('{"model": {"vocab": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}}', "is not a tokenizer.json of Hugging Face"),
+    ):
         (source / "tokenizer.json").write_text(text)
         seal_again(source)
         with pytest.raises(ConversionError, match=rf"tokenizer.json {message}"):
@@ -175,7 +269,7 @@ def test_conversions_go_through_dcscale(folder, tmp_path):
         ConversionError, match="cannot be converted to huggingface directly: convert it to dcscale first"
     ):
         prepare(tmp_path / "exported", "huggingface")
-    with pytest.raises(ConversionError, match="--gelu: only for upstream folders"):
+    with pytest.raises(ConversionError, match="--gelu: only for upstream models"):
         prepare(folder, "dcscale", gelu="erf")
 
 
@@ -222,14 +316,11 @@ def test_settings_that_neither_dcscale_nor_transformers_accepts(name, folder):
 
 
 def test_settings_that_are_unknown_or_missing(folder):
-    change(folder / "config.json", {"sliding": 3, "id2label": {}})
-    with pytest.raises(
-        ConversionError,
-        match="its config has the unknown settings sliding: remove from config.json those that do not change",
-    ):
+    change(folder / "config.json", {"sliding": 3, "id2label": {}, "is_causal": False})
+    with pytest.raises(ConversionError, match="does not know: sliding=3, is_causal=False; remove from config.json"):
         prepare(folder, "dcscale")
     settings = json.loads((folder / "config.json").read_text())
-    for name in ("sliding", "windows", "tie_word_embeddings"):
+    for name in ("sliding", "is_causal", "windows", "tie_word_embeddings"):
         del settings[name]
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConversionError, match="its config lacks tie_word_embeddings, windows: every setting"):

@@ -187,6 +187,10 @@ SETTINGS = {
     ),
     "no epsilon": ({"normalization_layer_epsilon": "gone"}, "normalization_layer_epsilon is missing"),
     "epsilon": ({"normalization_layer_epsilon": "small"}, "model.norm_eps"),
+    "unknown": (
+        {"rope_max_timescale": 500, "model_name": "llama2-7b", "quantization": "int8", "tokenizer_path": ""},
+        "does not know: model_name='llama2-7b', quantization='int8', rope_max_timescale=500; remove from .*config.yml",
+    ),
     "window": ({"window_size": [0, None]}, r"model.windows\[0\] = 0"),
 }
 
@@ -209,8 +213,11 @@ def test_files_that_are_not_a_config(run, tmp_path):
     for content, message in (
         ("[1]", "must be a mapping of upstream's settings, but is a list"),
         ("{", "cannot be read"),
+        ("a: " + "[" * 100_000, "cannot be read: nested too deeply"),
+        ("a: &a [1]\nb: *a", "cannot be read: .*alias"),
+        ("a: \xff", "cannot be read: .*utf-8"),
     ):
-        file.write_text(content)
+        file.write_bytes(content.encode("latin-1"))
         with pytest.raises(ConversionError, match=message):
             prepare(run.folder, "dcscale", maxtext_config=file)
     with pytest.raises(ConversionError, match="gone.yml cannot be read"):
@@ -292,7 +299,9 @@ def test_other_formats_of_zarr_are_refused(run):
 def test_options_that_cannot_be_combined(run, monkeypatch):
     with pytest.raises(ConversionError, match="cannot be converted to upstream directly: convert it to dcscale first"):
         prepare(run.folder, "upstream")
-    with pytest.raises(ConversionError, match="--seed: only for transformers folders, but the source is a MaxText"):
+    with pytest.raises(
+        ConversionError, match="--seed: only for transformers and gguf models, but the source is a MaxText"
+    ):
         prepare(run.folder, "dcscale", seed=1)
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(ConversionError, match="needs the tensorstore package: pip install tensorstore"):

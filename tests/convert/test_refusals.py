@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from dcscale.checkpoint.layout import seal
 from dcscale.config.schema import ComposeConfig
 from dcscale.convert import ConversionError, convert, prepare
+from dcscale.convert.tensor_files import open_tensors
 from dcscale.testing.models import tiny_config, write_checkpoint
 
 COMPOSE = "layers.0.attention.dyn_w_proj."
@@ -96,6 +99,10 @@ SETTINGS = {
     "many layers": ({"n_layer": 10**9}, "n_layer is 1000000000, but .* has only 35 tensors"),
     "heads": ({"n_head": 5}, "n_head 5 does not divide dim 32"),
     "no switch": ({"use_dcmha": "no"}, "use_dcmha is 'no', but must be true or false"),
+    "unknown": (
+        {"rope_scaling": 2, "is_causal": False, "temperature": 0.5, "attn_logit_softcapping": None},
+        "does not know: rope_scaling=2, is_causal=False; remove from config.json those",
+    ),
     "static projection": ({"use_sw": True}, "use_sw is set: dcscale has no static head projection"),
     "window type": ({"window_type": "LLLG"}, "window_type is 'LLLG', but must be LG, LGLL, LGL6 or null"),
     "window type as list": ({"window_type": ["LG"]}, r"window_type is \['LG'\], but must be LG"),
@@ -127,12 +134,11 @@ def test_settings(name, tmp_path, upstream_of):
     assert not (tmp_path / "model").exists()
 
 
-def test_notes_on_ignored_settings_and_windows(upstream_of):
+def test_notes_on_settings_and_windows(upstream_of):
     folder = upstream_of(windows=[256, None])
-    folder.settings |= {"rope_scaling": 2, "head_dim": 64, "window_type": "LG", "window_size": 100, "use_dcmha": False}
+    folder.settings |= {"head_dim": 64, "window_type": "LG", "window_size": 100, "use_dcmha": False}
     notes = "\n".join(prepare(folder.write(), "dcscale").notes)
     for part in (
-        "are ignored: rope_scaling=2",
         "head_dim is 64, but upstream uses dim / n_head = 8",
         "window_size 100 is used; with window_type LG upstream's code ignores it and uses 256",
         "use_dcmha is false: a plain Transformer",
@@ -233,17 +239,112 @@ def test_nothing_but_tensors_is_unpickled(tmp_path, upstream_of):
         prepare(folder, "dcscale")
 
 
+@pytest.mark.parametrize("name", ["deep JSON", "unknown setting", "expanded tensor"])
+def test_the_tool_prints_one_line(name, tmp_path, upstream_of, call):
+    folder = upstream_of()
+    if name == "unknown setting":
+        folder.settings["is_causal"] = False
+    folder.write()
+    if name == "deep JSON":
+        (folder.folder / "config.json").write_text('{"a":' * 100_000)
+    if name == "expanded tensor":
+        (folder.folder / "model.safetensors").unlink()
+        torch.save({"output.weight": torch.zeros(1).expand(10**9)}, folder.folder / "pytorch_model.bin")
+    code, _, output = call(folder.folder, tmp_path / "model", "--to", "dcscale")
+    assert (code, len(output.splitlines())) == (2, 1)
+    wanted = {"deep JSON": "nested too deeply", "unknown setting": "is_causal=False", "expanded tensor": "fewer values"}
+    assert wanted[name] in output
+
+
+class View:
+    """Unpickled as ``shape`` and ``strides`` over the storage of one element: torch.save does not write such views."""
+
+    def __init__(self, shape, strides):
+        self.arguments = (shape, strides)
+
+    def __reduce__(self):
+        storage = torch.zeros(1).untyped_storage()
+        storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        return torch._utils._rebuild_tensor_v2, (storage, 0, *self.arguments, False, OrderedDict())
+
+
+class Meta:
+    def __reduce__(self):
+        return torch._utils._rebuild_meta_tensor_no_storage, (torch.float32, (10**6, 10**6), (10**6, 1), False)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**9),
+        torch.zeros(3, 1, 4).expand(3, 10**9, 4),
+        torch.arange(10.0).as_strided((5, 5), (1, 1)),
+        torch.arange(100.0).as_strided((4, 4), (3, 1)),
+        View((2**31, 2**31), (0, 0)),
+        Meta(),
+    ],
+    ids=["one value", "one axis", "overlap", "overlap in a large storage", "crafted", "no storage"],
+)
+def test_tensors_with_fewer_values_than_their_shape(tensor, tmp_path, upstream_of):
+    folder = upstream_of()
+    (folder.folder / "model.safetensors").unlink()
+    torch.save({**folder.tensors, "output.weight": tensor}, folder.folder / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"pytorch_model.bin: output.weight has fewer values than its shape \["):
+        prepare(folder.folder, "dcscale")
+
+
+@pytest.mark.parametrize("view", [View((10**9,), (1,)), View((2,), (-1,)), View((2**33, 2**33), (0, 0))])
+def test_views_beyond_their_storage(view, tmp_path, upstream_of):
+    folder = upstream_of().folder
+    (folder / "model.safetensors").unlink()
+    torch.save({"output.weight": view}, folder / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match="pytorch_model.bin cannot be read: "):
+        prepare(folder, "dcscale")
+
+
+def test_views_without_overlap_are_read(tmp_path):
+    tensors = {
+        "transposed": torch.arange(12.0).view(3, 4).t(),
+        "every second": torch.arange(8.0)[::2],
+        "empty": torch.zeros(0, 5),
+        "scalar": torch.tensor(1.0),
+        "one row": torch.arange(4.0).expand(1, 4),
+        "permuted": torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1),
+    }
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    files = open_tensors(tmp_path)
+    for name, tensor in tensors.items():
+        assert torch.equal(files.read(name), tensor), name
+
+
+def test_a_damaged_pickle(tmp_path):
+    """Damage at every place of the pickle raises errors of many types."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a.weight": torch.zeros(4, 4), "b": torch.ones(3)}, path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    causes = set()
+    for place in range(2, len(pickled)):  # after the protocol's number, which is only warned about
+        damaged = bytearray(pickled)
+        damaged[place] ^= 0x55
+        path.write_bytes(content.replace(pickled, damaged))
+        try:
+            open_tensors(tmp_path)
+        except ConversionError as error:
+            causes.add(type(error.__cause__))
+    assert {KeyError, IndexError, pickle.UnpicklingError} <= causes
+
+
 def test_files_of_an_index(tmp_path, upstream_of):
     folder = upstream_of().folder
     index = folder / "model.safetensors.index.json"
     for content, message in (
-        ("{", "is not an index of tensors"),
-        ('{"weight_map": []}', "is not an index of tensors"),
-        (
-            '{"weight_map": {"a": "../other.safetensors"}}',
-            "names '../other.safetensors': its files must be in the same folder",
-        ),
-        ('{"weight_map": {"a": 3}}', "names 3: its files must be in the same folder"),
+        ("{", "index.json cannot be read"),
+        ('{"weight_map": []}', "index.json has a weight_map of type list"),
+        ('{"weight_map": {"a": "\\u0000.safetensors"}}', "must be in the same folder"),
+        ('{"weight_map": {"a": "../other.safetensors"}}', "must be in the same folder"),
+        ('{"weight_map": {"a": 3}}', "names the file 3, but its files must be in the same folder"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors cannot be read as safetensors"),
     ):
         index.write_text(content)
@@ -305,7 +406,7 @@ def test_options_that_cannot_be_combined(tmp_path, upstream_of):
         prepare(upstream_of().folder, "upstream")
     source = write_checkpoint(tmp_path / "model", tiny_config())
     with pytest.raises(
-        ConversionError, match="--gelu, --local-keys: only for upstream folders, but the source is a dcscale"
+        ConversionError, match="--gelu, --local-keys: only for upstream models, but the source is a dcscale"
     ):
         prepare(source, "upstream", gelu="erf", local_keys=3)
     folder = upstream_of(windows=[None])

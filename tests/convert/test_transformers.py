@@ -15,6 +15,7 @@ from dcscale.checkpoint.layout import read_config, read_state
 from dcscale.config.schema import RopeScalingConfig
 from dcscale.convert import ConversionError, convert, prepare
 from dcscale.convert.formats import transformers as plain
+from dcscale.convert.settings import check_known
 from dcscale.models import DCFormer
 from dcscale.ops import rope_table
 from dcscale.testing.models import load_tensors, tensors_of
@@ -292,7 +293,9 @@ def test_types_and_the_tokenizer(tmp_path, changed):
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "model").values()} == {torch.bfloat16}
     assert read_config(tmp_path / "model").train.precision == "bf16"
     assert read_state(tmp_path / "model")["tokenizer"] == {"spec": "tokenizer.json", "eos_id": 3}
-    convert(folder.folder, tmp_path / "wide", "dcscale", dtype="fp32")
+    folder.settings["eos_token_id"] = -1
+    convert(folder.write(), tmp_path / "wide", "dcscale", dtype="fp32")
+    assert "tokenizer" not in read_state(tmp_path / "wide")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "wide").values()} == {torch.float32}
     assert read_config(tmp_path / "wide").train.precision == "fp32"
 
@@ -330,9 +333,7 @@ def test_the_config_has_only_known_settings(tmp_path, source):
 @pytest.mark.parametrize("family", plain.FAMILIES)
 def test_every_setting_of_transformers_is_known(family):
     """A setting that a later version of transformers adds must be read, or listed as irrelevant for the logits."""
-    settings = transformers.AutoConfig.for_model(family).to_dict()
-    known = {*plain._KNOWN[family], *plain.IGNORED_SETTINGS}
-    assert settings.keys() - known == set()
+    check_known(transformers.AutoConfig.for_model(family).to_dict(), plain._KNOWN[family])
 
 
 @pytest.mark.parametrize(
@@ -371,6 +372,10 @@ REFUSED = {
         ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling is {'type': .* only the same RoPE for all layers"),
         ({"rope_scaling": {"type": 3}}, "its RoPE is of type 3"),
         ({"rope_scaling": {"type": "linear"}}, "its RoPE of type 'linear' has no factor"),
+        (
+            {"rope_parameters": {"rope_theta": 300.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters and rope_scaling are both set, and differ",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "of type 'llama3' has no low_freq_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "model.rope_scaling.factor = 0.5: must be at least 1"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters is .*: only the same RoPE for all layers"),
@@ -378,6 +383,8 @@ REFUSED = {
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             "partial_rotary_factor is 0.5: .* rotates all dimensions of a head",
         ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 0.7}}, "does not know: mscale=0.7"),
+        ({"rope_scaling": {"rope_type": "default", "beta_fast": 32}}, "RoPE has settings that .*: beta_fast=32"),
         ({"rope_parameters": {"rope_theta": "big"}}, "model.rope_base = .*: must be float"),
         ({"original_max_position_embeddings": 32}, "original_max_position_embeddings is set outside rope_parameters"),
         ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
@@ -390,7 +397,11 @@ REFUSED = {
             "layer_types is .*, but must list full_attention or sliding_attention for",
         ),
         ({"layer_types": 3 * ["chunked_attention"]}, "layer_types is .* for each of 3 layers"),
-        ({"layer_types": 3 * ["sliding_attention"]}, "sliding_window is None, but layers need it"),
+        ({"layer_types": 3 * ["sliding_attention"]}, "layer_types is .*, but use_sliding_window is false"),
+        (
+            {"layer_types": 3 * ["sliding_attention"], "use_sliding_window": True, "sliding_window": None},
+            "sliding_window is None, but layers need it",
+        ),
         (
             {**SLIDING, "layer_types": None, "max_window_layers": "1"},
             "max_window_layers is '1', but must be an integer",
@@ -413,6 +424,8 @@ REFUSED = {
 )
 def test_settings_that_are_refused(name, changes, message, changed):
     folder = changed(name)
+    if "rope_scaling" in changes:  # of version 4, which has no rope_parameters
+        del folder.settings["rope_parameters"]
     folder.settings |= changes
     with pytest.raises(ConversionError, match=message):
         prepare(folder.write(), "dcscale")
@@ -420,10 +433,10 @@ def test_settings_that_are_refused(name, changes, message, changed):
 
 def test_notes_on_settings(changed):
     folder = changed("pythia")
-    folder.settings |= {"hidden_dropout": 0.1, "new_switch": True}
+    folder.settings |= {"hidden_dropout": 0.1, "auto_map": {"AutoModel": "other.Model"}}
     notes = prepare(folder.write(), "dcscale").notes
     assert "dcscale has no dropout: hidden_dropout=0.1 is ignored" in notes
-    assert "settings that transformers' code of this family does not read are ignored: new_switch=True" in notes
+    assert "auto_map names code of its own, which is not run" in "\n".join(notes)
     folder = changed("attention biases")
     assert "biases of ffn, which the source does not have, start at zero" in prepare(folder.write(), "dcscale").notes
 
@@ -461,11 +474,11 @@ def test_options_that_are_refused(tmp_path, source, changed):
         prepare(folder, "dcscale", model=["windows"])
     with pytest.raises(ConversionError, match="cannot be converted to upstream directly: convert it to dcscale first"):
         prepare(folder, "upstream")
-    with pytest.raises(ConversionError, match="--from-copies: only for upstream folders, but the source is a Llama"):
+    with pytest.raises(ConversionError, match="--from-copies: only for upstream models, but the source is a Llama"):
         prepare(folder, "dcscale", from_copies="merged")
     convert(folder, tmp_path / "model", "dcscale")
     with pytest.raises(
-        ConversionError, match="--seed, --model: only for transformers folders, but the source is a dcscale"
+        ConversionError, match="--seed, --model: only for transformers and gguf models, but the source is a dcscale"
     ):
         prepare(tmp_path / "model", "dcscale", seed=0, model=["attention=mha"])
     with pytest.raises(ConversionError, match="upstream cannot represent this model: .*model.kv_heads is 2"):

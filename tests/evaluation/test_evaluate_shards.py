@@ -20,10 +20,12 @@ def test_all_sequences_of_a_document(tmp_path, batch_size):
     with torch.no_grad():
         expected = model(ids[:, :40].reshape(5, 8), ids[:, 1:].reshape(5, 8).contiguous()) / 40
     assert (found.name, found.tokens) == (str(tmp_path), 40)
+    assert (found.sequences, found.of_sequences) == (5, 5)
     assert found.loss == pytest.approx(float(expected), rel=1e-12)
     assert found.bits_per_byte is not None
     assert (progress[0], progress[-1]) == ((0, 5), (5, 5))
-    assert evaluate_shards(model, stream, batch_size=batch_size, sequences=2).tokens == 16
+    fewer = evaluate_shards(model, stream, batch_size=batch_size, sequences=2)
+    assert (fewer.tokens, fewer.sequences, fewer.of_sequences) == (16, 2, 5)
     assert evaluate_shards(model, stream, batch_size=batch_size, sequences=99) == found
 
 

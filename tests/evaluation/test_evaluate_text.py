@@ -71,6 +71,13 @@ def test_texts_that_are_rejected(path, tmp_path):
         read(path)
 
 
+def test_a_byte_order_mark_is_not_text(path):
+    settings = {"vocab_size": 257, "context": 100, "stride": 100}
+    plain = read_text(path, ByteTokenizer(), **settings)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_text(path, ByteTokenizer(), **settings) == plain
+
+
 def test_a_token_before_the_text(model, path):
     settings = {"vocab_size": 257, "context": 100, "stride": 100}
     found = evaluate_text(model, read_text(path, ByteTokenizer(), begin_id=256, **settings), batch_size=1)

@@ -60,6 +60,7 @@ def test_a_file(tmp_path):
     path = write(
         tmp_path / "tasks.jsonl", {"task_id": "t", "texts": TEXT, "more": 1}, "\n", {"task_id": "", "texts": TEXT}
     )
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
     samples = read_samples(path)
     assert [sample.task for sample in samples] == ["t", ""]
     assert samples[1].location == f"{path}, line 3"
@@ -69,15 +70,17 @@ def test_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("{'task_id': 1}\n", "is not JSON: "),
-        ("[" * 100_000 + "\n", "is not JSON: "),
-        ([1], "is a list, but must be an object"),
-        ({"texts": TEXT}, "task_id is None, but must be a string"),
-        ({"task_id": "t", "texts": [TEXT]}, "texts is .*, but must be a string"),
+        ("{'task_id': 1}\n", " cannot be read: it is not JSON: "),
+        ("[" * 100_000 + "\n", " cannot be read: it is nested too deeply"),
+        ([1], ": is a list, but must be an object"),
+        ({"texts": TEXT}, ": task_id is None, but must be a string"),
+        ({"task_id": "t", "texts": [TEXT]}, ": texts is .*, but must be a string"),
+        ({"task_id": "t", "texts": TEXT + "\ud83d"}, r": texts is not valid text: .*'\\ud83d'"),
+        ({"task_id": "\udc00", "texts": TEXT}, r": task_id is not valid text: .*'\\udc00'"),
     ],
 )
 def test_lines_that_are_rejected(tmp_path, line, rule):
-    with pytest.raises(DataError, match=rf"tasks\.jsonl, line 1: {rule}"):
+    with pytest.raises(DataError, match=rf"tasks\.jsonl, line 1{rule}"):
         read_samples(write(tmp_path / "tasks.jsonl", line))
 
 
@@ -91,20 +94,25 @@ def test_files_that_are_rejected(tmp_path):
         read_samples(tmp_path / "latin")
 
 
+def test_text_that_cannot_be_tokenized():
+    with pytest.raises(DataError, match=r"tasks, line 3: .*'\\ud83d'.* surrogates not allowed"):
+        tokenize(Sample("tasks, line 3", "t", "a \ud83d b", [(2, 5)]), ByteTokenizer())
+
+
 def test_bytes_of_an_answer():
     text, answers = strip_marks(TEXT)
     sample = tokenize(Sample("here", "t", text, answers), ByteTokenizer())
     assert sample.ids == list(PLAIN.encode())
     assert [bytes(sample.ids[i] for i in answer).decode() for answer in sample.answers] == ["fruit", "São Paulo"]
-    assert not sample.in_pieces
+    assert not sample.crosses_mark
 
 
 def answers_in(marked, tokenizer):
-    """Tokens of each answer, and whether the text was tokenized in pieces."""
+    """Tokens of each answer, and whether a token crosses a mark."""
     sample = tokenize(Sample("here", "t", *strip_marks(marked)), tokenizer)
     names = [[tokenizer.decode([sample.ids[i]]) for i in answer] for answer in sample.answers]
-    assert "".join(tokenizer.decode([i]) for i in sample.ids) == strip_marks(marked)[0]
-    return names, sample.in_pieces
+    assert sample.ids == tokenizer.encode(strip_marks(marked)[0])
+    return names, sample.crosses_mark
 
 
 def test_a_token_may_begin_with_the_space_before_the_answer(tmp_path):
@@ -123,20 +131,38 @@ def test_tokens_of_sentencepiece(tmp_path):
     tokenizer = HuggingFaceTokenizer(tmp_path / "t.json", "<eos>")
     sample = tokenize(Sample("here", "t", *strip_marks("c b [ ab ]\nb")), tokenizer)
     assert [library.id_to_token(sample.ids[i]) for i in sample.answers[0]] == ["▁a", "b"]
-    assert not sample.in_pieces
+    assert not sample.crosses_mark
+
+
+@pytest.mark.parametrize(
+    ("marked", "expected", "crosses"),
+    [
+        ("Ann has a kind of [ the river ]", [["▁the", "▁river"]], False),
+        ("Ann has a [ kind ] of [ fruit ].", [["▁kind"], ["▁fruit."]], True),
+        ("the r[ ive ]r is a [ stream ]", [["▁river"], ["▁stream"]], True),
+        ("a kind of [ € ]", [["<0xE2>", "<0x82>", "<0xAC>"]], False),
+    ],
+)
+def test_a_text_is_tokenized_as_a_whole(llama_tokenizer, marked, expected, crosses):
+    tokenizer = HuggingFaceTokenizer(llama_tokenizer, "</s>")
+    sample = tokenize(Sample("here", "t", *strip_marks(marked)), tokenizer)
+    assert sample.ids == tokenizer.encode(strip_marks(marked)[0])
+    names = Tokenizer.from_file(str(llama_tokenizer)).id_to_token
+    assert [[names(sample.ids[i]) for i in answer] for answer in sample.answers] == expected
+    assert sample.crosses_mark == crosses
 
 
 @pytest.mark.parametrize(
     ("merges", "marked", "expected"),
     [
-        ([("a", "\n")], "c [ a ]\nb [ a ]", [["a"], ["a"]]),  # a token ends after an answer
-        ([("c", "a")], "c[ a ]", [["a"]]),  # a token begins before it
-        ([("c", " "), ("c ", "a")], "bc [ ab ] b", [["a", "b"]]),  # and before the space
-        ([("a", "b")], "c[ a ][ b ]", [["a"], ["b"]]),  # a token belongs to two answers
-        ([("a", "\n"), (" ", "a")], "c [ a ]\nb", [[" a"]]),
+        ([("a", "\n")], "c [ a ]\nb [ a ]", [["a\n"], ["a"]]),  # a token ends after an answer
+        ([("c", "a")], "bc[ a ]", [["ca"]]),  # a token begins before it
+        ([("c", " "), ("c ", "a")], "bc [ ab ] b", [["c a", "b"]]),  # and before the space
+        ([("a", "b")], "c[ a ][ b ]", [["ab"], ["ab"]]),  # a token belongs to two answers
+        ([(" ", "a"), (" a", "\n")], "c [ a ]\nb", [[" a\n"]]),
     ],
 )
-def test_a_text_is_cut_if_a_token_crosses_a_mark(tmp_path, merges, marked, expected):
+def test_a_token_that_crosses_a_mark_belongs_to_the_answer(tmp_path, merges, marked, expected):
     assert answers_in(marked, tokenizer_of(tmp_path / "t.json", " abc\n", merges)) == (expected, True)
 
 

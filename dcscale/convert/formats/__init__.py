@@ -4,7 +4,7 @@ To add a format, write its module and add a line to ``FORMATS``. A command-line 
 ``dcscale.cli.SOURCE_OPTIONS``.
 """
 
-from dcscale.convert.formats import huggingface, maxtext, transformers, upstream
+from dcscale.convert.formats import gguf, huggingface, maxtext, transformers, upstream
 from dcscale.convert.tensor_map import Format
 
 FORMATS: tuple[Format, ...] = (
@@ -12,5 +12,6 @@ FORMATS: tuple[Format, ...] = (
     upstream.FORMAT,
     huggingface.FORMAT,
     transformers.FORMAT,
+    gguf.FORMAT,
 )
 """In the order in which a folder is compared with them."""

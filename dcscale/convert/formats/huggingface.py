@@ -16,6 +16,7 @@ import torch
 from dcscale.config import Config, ConfigError, check_config, from_dict
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.settings import check_known
 from dcscale.convert.tensor_files import open_tensors
 from dcscale.convert.tensor_map import (
     TOKENIZER,
@@ -28,13 +29,15 @@ from dcscale.convert.tensor_map import (
     read_config_json,
     same_names_plan,
 )
+from dcscale.files import read_json
 
 MODEL_TYPE = "dcscale"
 FORMAT_VERSION = 1
 """Version of config.json, under ``dcscale``. Increase it with every setting that older code would have to know."""
 
 MODELING = "modeling_dcscale.py"
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+CHAT_TEMPLATE, GENERATION_CONFIG = "chat_template.jinja", "generation_config.json"
 
 _BYTE_EOS = "<|endoftext|>"
 _NOT_EXPORTED = ("backend", "scratch_mib")
@@ -44,23 +47,67 @@ _RENAMED = {"tied_embeddings": "tie_word_embeddings", "rope_scaling": "rope_freq
 """Fields of ``model`` with another name in config.json. The first is transformers' name; a key called rope_scaling
 would be rewritten by transformers."""
 
-_IGNORED = {
-    *("architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_position_embeddings"),
-    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
-    *("id2label", "label2id", "problem_type", "dcscale", "_attn_implementation_autoset"),
-}
-"""Settings that transformers may write and that do not change the network, and those that are read separately."""
+_READ_ELSEWHERE = ("max_position_embeddings", "dcscale")
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENIZER_SETTINGS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "chat_template", "add_bos_token", "add_eos_token"),
+    *("add_prefix_space", "split_special_tokens", "clean_up_tokenization_spaces"),
+    *("model_max_length", "truncation_side"),
+)
+"""What an export takes over of a source's tokenizer_config.json. The rest names classes and files of the source."""
+_NOT_FOR_GENERATION = ("transformers_version", "cache_implementation", "cache_config", "output_attentions")
+"""What an export drops of a source's generation_config.json, because its model refuses it or it does not matter."""
 
 
-def write_settings(config: Config, dtype: str, tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:
+def kept_files(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Files that say how the tokenizer and ``generate()`` are used: a model folder keeps them for a later export.
+
+    Args:
+        folder: a folder of any format.
+        settings: content of its config.json, whose token ids generation_config.json gets where it lacks them.
+
+    Returns:
+        Their content by name; without those that the folder does not have.
+
+    Raises:
+        ConversionError: a file cannot be read, or is not a JSON object.
+    """
+    files = {}
+    generation = {name: settings[name] for name in _TOKEN_IDS if settings.get(name) is not None}
+    try:
+        if (folder / GENERATION_CONFIG).is_file():
+            generation |= read_json(folder / GENERATION_CONFIG)
+        if generation:
+            files[GENERATION_CONFIG] = _json(generation)
+        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+            if (folder / name).is_file():
+                files[name] = _json(read_json(folder / name))
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    try:
+        if (folder / CHAT_TEMPLATE).is_file():
+            files[CHAT_TEMPLATE] = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{folder / CHAT_TEMPLATE} cannot be read: {error}") from error
+    return files
+
+
+def write_settings(
+    config: Config, dtype: str, tokenizer: Mapping[str, Any] | None, generation: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
         dtype: the tensors' type by torch's name, such as ``bfloat16``.
         tokenizer: as in a checkpoint's state.json.
+        generation: content of generation_config.json, which has the ids of special tokens.
     """
     model = {_RENAMED.get(n, n): value for n, value in asdict(config.model).items() if n not in _NOT_EXPORTED}
+    # Other programs than transformers expect numbers here.
+    model["kv_heads"] = config.model.kv_heads or config.model.heads
+    model["head_dim"] = config.model.head_dim or config.model.dim // config.model.heads
     classes = {"AutoConfig": "DCScaleConfig", "AutoModelForCausalLM": "DCScaleForCausalLM"}
     settings = {
         "architectures": ["DCScaleForCausalLM"],
@@ -71,12 +118,23 @@ def write_settings(config: Config, dtype: str, tokenizer: Mapping[str, Any] | No
         "max_position_embeddings": config.data.sequence_length,
         "use_cache": True,
         "dcscale": {"format": FORMAT_VERSION},
+        **{name: generation[name] for name in _TOKEN_IDS if name in generation},
     }
-    if tokenizer is not None:
-        settings |= {"eos_token_id": tokenizer["eos_id"], "pad_token_id": tokenizer["eos_id"]}
-        if tokenizer["spec"] == "byte":
-            settings["dcscale"]["tokenizer"] = "byte"
+    if tokenizer is not None and tokenizer["spec"] == "byte":
+        settings["dcscale"]["tokenizer"] = "byte"
     return settings
+
+
+def generation_settings(tokenizer: Mapping[str, Any] | None, kept: Mapping[str, str]) -> dict[str, Any]:
+    """The content of generation_config.json; ``kept`` is from :func:`kept_files`."""
+    end = {} if tokenizer is None else {"eos_token_id": tokenizer["eos_id"], "pad_token_id": tokenizer["eos_id"]}
+    given = json.loads(kept.get(GENERATION_CONFIG, "{}"))
+    given = {name: value for name, value in given.items() if value is not None and not name.startswith("_")}
+    return {
+        **end,
+        "use_cache": True,
+        **{name: value for name, value in given.items() if name not in _NOT_FOR_GENERATION},
+    }
 
 
 def read_settings(settings: Mapping[str, Any]) -> Config:
@@ -96,12 +154,7 @@ def read_settings(settings: Mapping[str, Any]) -> Config:
     missing = sorted(names.keys() - settings.keys())
     if missing:
         raise ConversionError(f"its config lacks {', '.join(missing)}: every setting of the network is required")
-    unknown = sorted(settings.keys() - names.keys() - _IGNORED)
-    if unknown:
-        raise ConversionError(
-            f"its config has the unknown settings {', '.join(unknown)}: remove from config.json those that do not "
-            "change the network"
-        )
+    check_known(settings, {*names, *_READ_ELSEWHERE})
     model = {name: settings[key] for key, name in names.items()}
     length = settings.get("max_position_embeddings", 1024)
     try:
@@ -115,20 +168,19 @@ def read_settings(settings: Mapping[str, Any]) -> Config:
 
 
 def extra_files(
-    config: Config, tokenizer: Mapping[str, Any] | None, tokenizer_file: Path
+    config: Config, tokenizer: Mapping[str, Any] | None, tokenizer_file: Path, kept: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Files besides config.json and the tensors, by name, and notes on them.
+    """Files besides config.json, generation_config.json and the tensors, by name, and notes on them.
 
     Args:
         tokenizer: as in a checkpoint's state.json.
         tokenizer_file: the checkpoint's tokenizer.json, if there is one.
+        kept: from :func:`kept_files`.
 
     Raises:
         ConversionError: the tokenizer cannot be read, or has no token that ends a document.
     """
     files = {MODELING: Path(__file__).with_name(MODELING).read_text(encoding="utf-8")}
-    end = {} if tokenizer is None else {"eos_token_id": tokenizer["eos_id"], "pad_token_id": tokenizer["eos_id"]}
-    files[GENERATION_CONFIG] = _json({**end, "use_cache": True})
     if tokenizer is None or not (tokenizer["spec"] == "byte" or tokenizer_file.is_file()):
         return files, [f"the source has no tokenizer: add a {TOKENIZER} and its {TOKENIZER_CONFIG} to the result"]
     notes = []
@@ -137,17 +189,18 @@ def extra_files(
         files[TOKENIZER] = _json(content)
     else:
         try:
-            content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConversionError(f"{tokenizer_file} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise ConversionError(f"{tokenizer_file} must be a JSON object, but is a {type(content).__name__}")
+            content = read_json(tokenizer_file)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
         if content.get("post_processor") is not None:
             notes.append(
                 f"{TOKENIZER} has a post-processor: if it adds special tokens, which dcscale does not use in "
                 "training, call the tokenizer with add_special_tokens=False"
             )
-    eos = _token_of(content, tokenizer["eos_id"])
+    try:
+        eos = _token_of(content, tokenizer["eos_id"])
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ConversionError(f"{tokenizer_file} is not a {TOKENIZER} of Hugging Face: {error}") from error
     if eos is None:
         raise ConversionError(f"{tokenizer_file} has no token with the id {tokenizer['eos_id']}, which ends a document")
     settings = {
@@ -158,11 +211,28 @@ def extra_files(
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        # As in dcscale: the name of a special token inside a text is ordinary text.
-        "split_special_tokens": True,
     }
+    if kept.keys() & {TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE}:
+        settings |= _given_tokenizer_settings(kept)
+    else:
+        settings["split_special_tokens"] = True  # as in dcscale: a special token's name inside a text is ordinary text
     files[TOKENIZER_CONFIG] = _json(settings)
+    if CHAT_TEMPLATE in kept:
+        files[CHAT_TEMPLATE] = kept[CHAT_TEMPLATE]
     return files, notes
+
+
+def _given_tokenizer_settings(kept: Mapping[str, str]) -> dict[str, Any]:
+    """What an export takes over of tokenizer_config.json, and of special_tokens_map.json, which older sources have."""
+    given = {**json.loads(kept.get(SPECIAL_TOKENS, "{}")), **json.loads(kept.get(TOKENIZER_CONFIG, "{}"))}
+    return {name: _without_rules(given[name]) for name in _TOKENIZER_SETTINGS if given.get(name) is not None}
+
+
+def _without_rules(value: Any) -> Any:
+    """A special token, or a list of them, by its text only: how it is matched is in tokenizer.json."""
+    if isinstance(value, list):
+        return [_without_rules(item) for item in value]
+    return value.get("content", value) if isinstance(value, dict) else value
 
 
 def byte_tokenizer() -> dict[str, Any]:
@@ -228,8 +298,11 @@ def _load(source: Source) -> Imported:
 
 
 def _export(config: Config, dtype: torch.dtype, tokenizer: Mapping[str, Any] | None, tokenizer_file: Path) -> Exported:
-    settings = write_settings(config, str(dtype).removeprefix("torch."), tokenizer)
-    files, notes = extra_files(config, tokenizer, tokenizer_file)
+    kept = {} if tokenizer is None or tokenizer["spec"] == "byte" else kept_files(tokenizer_file.parent, {})
+    generation = generation_settings(tokenizer, kept)
+    settings = write_settings(config, str(dtype).removeprefix("torch."), tokenizer, generation)
+    files, notes = extra_files(config, tokenizer, tokenizer_file, kept)
+    files[GENERATION_CONFIG] = _json(generation)
     return Exported(same_names_plan(config.model), settings, notes, files)
 
 
@@ -239,5 +312,5 @@ FORMAT = Format(
     detect=_detect,
     load=_load,
     export=_export,
-    files=(MODELING, TOKENIZER_CONFIG, GENERATION_CONFIG, "special_tokens_map.json"),
+    files=(MODELING, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, GENERATION_CONFIG),
 )

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from dcscale.config import Config
 from dcscale.config.schema import ModelConfig
+from dcscale.config.yaml_syntax import parse, plain
 from dcscale.convert.errors import ConversionError
 from dcscale.convert.formats.upstream import branch_numbers
+from dcscale.convert.settings import check_known
 from dcscale.convert.tensor_files import TensorFiles
 from dcscale.convert.tensor_map import (
     DroppedTensor,
@@ -203,6 +204,46 @@ _KNOWN: dict[str, Any] = {
 }
 """Settings that are read, with their defaults."""
 
+_HARMLESS = {
+    # The arrays show these.
+    *("base_num_kv_heads", "qk_norm", "static_proj", "num_experts_per_tok", "fused_qkv", "fused_mlp"),
+    # How the same function is computed: precision, chunks, kernels, recomputation.
+    *("dtype", "weight_dtype", "logits_dot_in_fp32", "query_chunk_size", "attention", "use_iota_embed"),
+    *("remat_policy", "record_internal_nn_metrics", "quantization_local_shard_count"),
+    # Training: dropout, optimizer, schedule, initial weights, loss.
+    *("dropout_rate", "enable_dropout", "opt_type", "adam_b1", "adam_b2", "adam_eps", "adam_eps_root"),
+    *("adam_weight_decay", "gradient_clipping_threshold", "learning_rate", "cosine_learning_rate_final_fraction"),
+    *("warmup_steps_fraction", "learning_rate_schedule_steps", "steps", "init_weights_seed", "zero_loss"),
+    # Data, evaluation.
+    *("dataset_path", "dataset_type", "dataset_name", "eval_dataset_name", "tokenizer_path"),
+    *("max_corpus_chars", "grain_worker_count", "epoch", "iter_file_nums"),
+    *("enable_data_shuffling", "data_shuffle_seed", "train_shuffle_buffer_size", "training_num_batches_to_skip"),
+    *("reuse_example_batch", "per_device_batch_size", "eval_per_device_batch_size", "eval_shuffle_buffer_size"),
+    *("eval_split", "eval_interval", "eval_loop_num_batches", "only_eval", "reset_for_eval", "target_eval_loss"),
+    # Devices.
+    *("hardware", "mesh_axes", "logical_axis_rules", "data_sharding", "num_slices", "jax_cache_dir"),
+    *("compile_topology", "compile_topology_num_slices", "compiled_trainstep_file"),
+    *(
+        f"{link}_{kind}_parallelism"
+        for link in ("dcn", "ici")
+        for kind in ("data", "fsdp", "fsdp_transpose", "sequence", "tensor", "autoregressive")
+    ),
+    # Files, logs, profiles.
+    *("run_name", "base_output_directory", "checkpoint_period", "enable_checkpointing", "async_checkpointing"),
+    *("load_parameters_path", "load_parameters_from_path", "load_full_state_path", "load_full_state_from_path"),
+    *("force_unroll", "save_config_to_gcs", "metrics_file", "gcs_metrics", "log_period", "enable_profiler"),
+    *("upload_all_profiler_results", "skip_first_n_steps_for_profiler", "profiler_steps", "collect_stack_trace"),
+    *("stack_trace_to_cloud", "stack_trace_interval_seconds"),
+    # Sampling.
+    *("prompt", "max_prefill_predict_length", "load_from_prefill_dir", "prefill_cache_dir"),
+    *("autoregressive_decode_assert", "decode_sampling_strategy", "decode_sampling_nucleus_p"),
+    *("decode_sampling_top_k", "decode_sampling_temperature"),
+}
+"""Other settings of upstream's YAML files, which do not change what the trained network computes."""
+
+# Upstream's code replaces settings by those of a model_name other than default.
+_OFF = {"model_name": "default", "quantization": "", "trainable_position_size": -1}
+
 _REQUIRED = ("normalization_layer_epsilon", "window_size", "pre_compose", "post_compose")
 
 # Upstream's names of dcscale's parameters; {} is the layer's number in its group.
@@ -236,11 +277,12 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConversionError: the file cannot be read, or describes a network that dcscale does not have.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = plain(parse(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # DialectError and UnicodeDecodeError are ValueErrors
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must be a mapping of upstream's settings, but is a {type(content).__name__}")
+    check_known(content, _KNOWN, harmless=_HARMLESS, off=_OFF, file=str(path))
     s = {key: content.get(key, default) for key, default in _KNOWN.items()}
     problems = [f"{key} is missing" for key in _REQUIRED if key not in content]
     wanted = {

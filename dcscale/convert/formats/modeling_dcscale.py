@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 W1_EPS = 1e-6
@@ -44,8 +45,8 @@ SETTINGS = {  # name: (default, rule); the names are those of dcscale's configs
     "layers": (12, _INTEGER),
     "dim": (768, _INTEGER),  # E
     "heads": (12, _INTEGER),  # H
-    "kv_heads": (None, _INTEGER_OR_NONE),  # G; null: the same as heads
-    "head_dim": (None, _INTEGER_OR_NONE),  # D; null: dim / heads
+    "kv_heads": (None, _INTEGER_OR_NONE),  # G; null becomes heads
+    "head_dim": (None, _INTEGER_OR_NONE),  # D; null becomes dim / heads
     "ffn": ("swiglu", _one_of("swiglu", "gelu")),  # gelu: two matrices, exact GELU
     "ffn_dim": (2048, _INTEGER),
     "multi_gate": (None, _INTEGER_OR_NONE),  # gates for equal parts of swiglu's hidden width
@@ -114,9 +115,11 @@ class DCScaleConfig(PretrainedConfig):
             fits = isinstance(given, dict) and not given.keys() - known.keys()
             _require(fits, name, given, f"a table with some of {', '.join(known)}")
             s[name] = _take(dict(given), known, f"{name}.")
-        width, even = s["head_dim"] or s["dim"] // s["heads"], s["head_dim"] or s["dim"] % s["heads"] == 0
+        even = s["head_dim"] or s["dim"] % s["heads"] == 0
         _require(even, "heads", s["heads"], f"a divisor of dim {s['dim']}, as head_dim is null")
-        _require(s["heads"] % (s["kv_heads"] or 1) == 0, "kv_heads", s["kv_heads"], f"a divisor of heads {s['heads']}")
+        s["head_dim"], s["kv_heads"] = s["head_dim"] or s["dim"] // s["heads"], s["kv_heads"] or s["heads"]
+        _require(s["heads"] % s["kv_heads"] == 0, "kv_heads", s["kv_heads"], f"a divisor of heads {s['heads']}")
+        width = s["head_dim"]
         fits = 2 <= int(s["rope_fraction"] * width) <= width and int(s["rope_fraction"] * width) % 2 == 0
         _require(
             fits,
@@ -132,11 +135,6 @@ class DCScaleConfig(PretrainedConfig):
         for name, value in s.items():
             setattr(self, name, value)
         super().__init__(tie_word_embeddings=s["tie_word_embeddings"], **kwargs)
-
-    @property
-    def head_width(self) -> int:
-        """D."""
-        return self.head_dim or self.dim // self.heads
 
     def compose_branches(self) -> list:
         """The (stage, side) pairs of compose that are switched on, in the order of axis C of its parameters."""
@@ -167,9 +165,10 @@ class LayerCache:
 
 
 class DCScaleCache:
-    """The earlier tokens of a batch, created and rerotated by the model's forward; ``generate()`` uses it."""
+    """The earlier tokens of a batch. Calls of the model and of ``generate()`` return it, and continue from it."""
 
-    is_compileable = False  # read by generate()
+    is_compileable = is_croppable = False  # read by generate(); a layer with a window cannot restore old tokens
+    is_linear = (False,)
 
     def __init__(self, windows: list):
         self.layers = [LayerCache(window) for window in windows]
@@ -184,6 +183,11 @@ class DCScaleCache:
         for layer in self.layers:
             layer.tensors = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in layer.tensors.items()}
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row, for several continuations of a shared beginning."""
+        for layer in self.layers:
+            layer.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in layer.tensors.items()}
+
 
 def make_norm(config: DCScaleConfig) -> nn.Module:
     # torch computes both in float32 internally, and rounds once.
@@ -195,7 +199,7 @@ def rope_table(positions: Tensor, config: DCScaleConfig) -> tuple:
 
     angle[t, i] = t * base^(-2i / dim), with frequencies scaled by ``rope_frequency_scaling``.
     """
-    dim, s = int(config.rope_fraction * config.head_width), config.rope_frequency_scaling
+    dim, s = int(config.rope_fraction * config.head_dim), config.rope_frequency_scaling
     inverse_F = config.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / -dim)
     kept_F = {"none": 1.0, "linear": 0.0}.get(s["kind"])
     if s["kind"] == "llama3":  # the rule of Llama 3.1: long periods are scaled, short ones kept, linear in between
@@ -325,11 +329,11 @@ class ComposeProjection(nn.Module):
 class DCScaleAttention(nn.Module):
     def __init__(self, config: DCScaleConfig, window: int | None):
         super().__init__()
-        width, kv_heads, qkv_bias = config.head_width, config.kv_heads or config.heads, config.bias or config.qkv_bias
+        width, qkv_bias = config.head_dim, config.bias or config.qkv_bias
         self.width, self.window = width, window
         self.q = nn.Linear(config.dim, config.heads * width, bias=qkv_bias)
-        self.k = nn.Linear(config.dim, kv_heads * width, bias=qkv_bias)
-        self.v = nn.Linear(config.dim, kv_heads * width, bias=qkv_bias)
+        self.k = nn.Linear(config.dim, config.kv_heads * width, bias=qkv_bias)
+        self.v = nn.Linear(config.dim, config.kv_heads * width, bias=qkv_bias)
         self.out = nn.Linear(config.heads * width, config.dim, bias=config.bias)
         self.q_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(width, eps=config.qk_norm_eps) if config.qk_norm else None
@@ -376,7 +380,7 @@ class FeedForward(nn.Module):
         return self.down(hidden)
 
 
-class DCScaleBlock(nn.Module):
+class DCScaleBlock(GradientCheckpointingLayer):
     def __init__(self, config: DCScaleConfig, window: int | None):
         super().__init__()
         self.parallel_residual = config.parallel_residual
@@ -409,12 +413,11 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
         self.blocks = nn.ModuleList(DCScaleBlock(config, window) for window in self.windows)
         self.norm = make_norm(config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward creates a DCScaleCache: compose needs more than keys and values
+        return False  # generate() and forward create a DCScaleCache: compose needs more than keys and values
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -463,6 +466,8 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: [B, T]; None counts the tokens that are not padding.
             labels: [B, T], the ids of the tokens themselves, -100 where there is no loss; forward shifts them by one.
             cache, past_key_values: from an earlier call for the same rows; it is extended in place.
+            output_hidden_states: return the embeddings, the output of each block but the last, and that of the final
+                norm, [B, T, E] each.
 
         Raises:
             ValueError: the inputs do not match.
@@ -470,18 +475,26 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_attentions:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions is set, but attention is computed in chunks and not kept: leave it out")
         if cache is not None and not isinstance(cache, DCScaleCache):
             raise ValueError(
                 f"the cache is a {type(cache).__name__}, without compose weights: leave it out, the model creates one"
             )
         x_BTE = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        recompute = self.gradient_checkpointing and self.training
+        # Recomputing a block would add its tokens to the cache a second time.
+        recompute = self.blocks[0].gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recompute and cache is not None:
+            raise ValueError("a cache is given, but gradient checkpointing recomputes blocks without one: leave it out")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache and not recompute:
             cache = DCScaleCache(self.windows)
         past, tokens = 0 if cache is None else cache.length, x_BTE.shape[1]
+        if past and (rows := len(cache.layers[0].tensors["k"])) != len(x_BTE):
+            raise ValueError(
+                f"the cache holds {rows} rows, but the input has {len(x_BTE)}: repeat the cache's rows with its "
+                "batch_repeat_interleave(), or leave it out"
+            )
         if attention_mask is not None and attention_mask.shape != (len(x_BTE), past + tokens):
             shape = f"{list(attention_mask.shape)}, but must be {[len(x_BTE), past + tokens]}"
             raise ValueError(f"attention_mask is {shape}, for the {past} cached and {tokens} new tokens")
@@ -489,35 +502,67 @@ class DCScaleForCausalLM(PreTrainedModel, GenerationMixin):
             counted = x_BTE.new_ones(1, past + tokens) if attention_mask is None else attention_mask
             position_ids = (counted.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         rope = rope_table(position_ids, self.config)
-        mask_BS = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
+        # torch.compile and torch.export cannot branch on the values of a mask.
+        needed = attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.all())
+        mask_BS = attention_mask.bool() if needed else None
 
-        states = [x_BTE] if output_hidden_states else []
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = []
         for number, block in enumerate(self.blocks):
-            inputs = (x_BTE, rope, mask_BS, None if cache is None else cache.layers[number])
-            x_BTE = self._gradient_checkpointing_func(block.__call__, *inputs) if recompute else block(*inputs)
             if output_hidden_states:
                 states.append(x_BTE)
+            x_BTE = block(x_BTE, rope, mask_BS, None if cache is None else cache.layers[number])
+        x_BTE = self.norm(x_BTE)
         if cache is not None:
             cache.length += tokens
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.output(self.norm(x_BTE[:, kept]))
+        logits_BTV = self.output(x_BTE[:, kept])
         logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
         loss = None
         if labels is not None:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **counted)
-        extra = {CACHE_NAME: cache if use_cache else None, "hidden_states": tuple(states) or None}
+        states = (*states, x_BTE) if output_hidden_states else None
+        extra = {CACHE_NAME: cache if use_cache else None, "hidden_states": states}
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **extra)
-        return output.to_tuple() if return_dict is False else output
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args) -> None:
+        """Creates the cache of ``generate()``, if none is given."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {kind!r}, but only the model's own cache, which grows with the text, holds "
+                "the compose weights of earlier tokens: leave it out"
+            )
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("prefill_chunk_size is set, but inputs_embeds are not read in chunks: leave one out")
+        if model_kwargs.get(CACHE_NAME) is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        elif generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = DCScaleCache(self.windows)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs) -> dict:
         """The inputs of the next step: the tokens that are not in the cache yet. Called by ``generate()``."""
-        cache = kwargs.get(CACHE_NAME)
-        inputs = {"input_ids": input_ids[:, 0 if cache is None else cache.get_seq_length() :]}
-        if cache is None and kwargs.get("inputs_embeds") is not None:
-            inputs = {"inputs_embeds": kwargs["inputs_embeds"]}
-        tokens = next(iter(inputs.values())).shape[1]
-        if kwargs.get("position_ids") is not None:
-            inputs["position_ids"] = kwargs["position_ids"][:, -tokens:]
-        passed = ("attention_mask", "use_cache", "logits_to_keep", "output_hidden_states", "output_attentions")
-        return inputs | {name: kwargs[name] for name in passed if name in kwargs} | {CACHE_NAME: cache}
+        cache, new = kwargs.get(CACHE_NAME), kwargs.get("next_sequence_length")
+        if "cache_position" in kwargs:  # transformers 4, whose positions count padding if prefill_chunk_size is set
+            new, kwargs["position_ids"] = len(kwargs["cache_position"]), None
+        if new is not None and new < 1:
+            raise ValueError(
+                f"the cache holds {cache.get_seq_length()} tokens already, so that no new one is left to read: give "
+                "input_ids that begin with these tokens and are longer"
+            )
+        if None not in (cache, inputs_embeds) and cache.get_seq_length() >= inputs_embeds.shape[1]:
+            inputs_embeds = None  # transformers 4 would read a single embedding again in every step
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        for unused in ("cache_position", "tokenizer"):  # the tokenizer of stop_strings
+            inputs.pop(unused, None)
+        return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises ValueError: transformers' continuous batching has a cache of its own, and calls this method."""
+        raise ValueError(
+            "continuous batching (cache_implementation 'paged', generate_batch) keeps keys and values only, not the "
+            "compose weights of earlier tokens: use generate() without it"
+        )

@@ -28,6 +28,7 @@ from torch import Tensor
 from dcscale.config import Config
 from dcscale.config.schema import ModelConfig
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.settings import check_known
 from dcscale.convert.tensor_files import WEIGHT_DTYPES, open_tensors
 from dcscale.convert.tensor_map import (
     DroppedTensor,
@@ -98,19 +99,15 @@ _KNOWN: dict[str, dict[str, Any]] = {
 }
 """Settings that are read, with transformers' defaults; None for those that have no default."""
 
-IGNORED_SETTINGS = {
-    *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range", "pretraining_tp"),
-    *("is_decoder", "is_encoder_decoder", "classifier_dropout", "output_hidden_states", "output_attentions"),
-    *("return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
-}
-"""Settings that do not change the logits of a causal language model."""
-
 # Values of hidden_act, by dcscale's model.ffn.
 _ACTIVATIONS = {"swiglu": ("silu", "swish"), "gelu": ("gelu",)}
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
 """dcscale's model.rope_scaling.kind, by transformers' rope_type."""
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
+    *("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,7 @@ def read_config(settings: Mapping[str, Any], *, tied: bool, overrides: Iterable[
     """
     family = settings["model_type"]
     known = _KNOWN[family]
+    check_known(settings, known)
     s = {**known, **{key: value for key, value in settings.items() if key in known}}
     _check(family, s)
     neox = family == "gpt_neox"
@@ -205,6 +203,9 @@ def _check(family: str, s: Mapping[str, Any]) -> None:
         value = s[key] or {}
         if not isinstance(value, dict) or any(isinstance(part, (dict, list)) for part in value.values()):
             problems.append(f"{key} is {value!r}: only the same RoPE for all layers is supported")
+    if s["rope_parameters"] and s["rope_scaling"] and s["rope_parameters"] != s["rope_scaling"]:
+        # transformers would ignore the first, also its rope_theta.
+        problems.append("rope_parameters and rope_scaling are both set, and differ: leave one out")
     if s["original_max_position_embeddings"] is not None:
         problems.append("original_max_position_embeddings is set outside rope_parameters: move it into them")
     if s["quantization_config"] is not None:
@@ -231,6 +232,8 @@ def _windows(family: str, s: Mapping[str, Any]) -> list[int | None]:
         sliding = [kind == "sliding_attention" for kind in types]
         if family == "mistral" and not all(sliding):
             raise ConversionError(f"layer_types is {types!r}: transformers' Mistral has the same window in every layer")
+        if family != "mistral" and any(sliding) and not s["use_sliding_window"]:
+            raise ConversionError(f"layer_types is {types!r}, but use_sliding_window is false: change one of them")
     elif family == "mistral":
         sliding = [window is not None] * layers
     elif s.get("use_sliding_window"):
@@ -255,17 +258,17 @@ def _rope(family: str, s: Mapping[str, Any]) -> dict[str, Any]:
     base, fraction = (
         ("rotary_emb_base", "rotary_pct") if family == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
     )
-    # Version 5 may have the base in rope_parameters next to a rope_scaling of version 4.
-    parameters = {**(s["rope_parameters"] or {}), **given}
     # Early versions called rope_type type.
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_TYPES:
         raise ConversionError(f"its RoPE is of type {kind!r}: dcscale only has {', '.join(_ROPE_TYPES)}")
-    rotated = parameters.get("partial_rotary_factor", s[fraction])
+    rotated = given.get("partial_rotary_factor", s[fraction])
     if family != "gpt_neox" and rotated != 1:
         raise ConversionError(
             f"partial_rotary_factor is {rotated!r}: transformers' {FAMILIES[family]} rotates all dimensions of a head"
         )
+    if unknown := [f"{key}={value!r}" for key, value in given.items() if not (value is None or key in _ROPE_KEYS)]:
+        raise ConversionError(f"its RoPE has settings that dcscale does not know: {', '.join(unknown)}")
     scaling: dict[str, Any] = {"kind": _ROPE_TYPES[kind]}
     if kind != "default":
         scaling["factor"] = _required(given, "factor", kind)
@@ -273,7 +276,7 @@ def _rope(family: str, s: Mapping[str, Any]) -> dict[str, Any]:
         scaling |= {key: _required(given, key, kind) for key in ("low_freq_factor", "high_freq_factor")}
         scaling["original_length"] = given.get("original_max_position_embeddings", s["max_position_embeddings"])
     return {
-        "rope_base": parameters.get("rope_theta", s[base]),
+        "rope_base": given.get("rope_theta", s[base]),
         "rope_fraction": rotated,
         "rope_scaling": scaling,
     }
@@ -294,9 +297,10 @@ def _notes(settings: Mapping[str, Any], s: Mapping[str, Any], biases: frozenset[
     dropouts = [f"{key}={s[key]}" for key in ("attention_dropout", "hidden_dropout") if s.get(key)]
     if dropouts:
         notes.append(f"dcscale has no dropout: {', '.join(dropouts)} is ignored")
-    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in IGNORED_SETTINGS]
-    if unknown:
-        notes.append(f"settings that transformers' code of this family does not read are ignored: {', '.join(unknown)}")
+    if settings.get("auto_map"):
+        notes.append(
+            "auto_map names code of its own, which is not run: the network is transformers' own of this family"
+        )
     return notes
 
 
@@ -338,20 +342,25 @@ _BUFFERS = re.compile(
 _PARAMETER = re.compile(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
-def source_module(part: str, family: str, names: Collection[str]) -> str:
-    """Name of the source's module, with {} for the layer, for a part such as ``output`` or ``attention.q``."""
-    if family == "gpt_neox":
-        # Version 5 of transformers calls the output matrix lm_head, as in all other families.
-        return "lm_head" if part == "output" and "lm_head.weight" in names else _NEOX_NAMES[part]
-    return _LLAMA_NAMES[part]
+def source_modules(family: str, names: Collection[str]) -> Mapping[str, str]:
+    """Names of the source's modules, with {} for the layer, by part, such as ``output`` or ``attention.q``."""
+    if family != "gpt_neox":
+        return _LLAMA_NAMES
+    # Version 5 of transformers calls the output matrix lm_head, as in all other families.
+    return {**_NEOX_NAMES, "output": "lm_head"} if "lm_head.weight" in names else _NEOX_NAMES
 
 
 def plan_upcycle(
-    config: ModelConfig, family: str, biases: Collection[str], dtypes: Mapping[str, torch.dtype], seed: int
+    config: ModelConfig,
+    modules: Mapping[str, str],
+    biases: Collection[str],
+    dtypes: Mapping[str, torch.dtype],
+    seed: int,
 ) -> Plan:
-    """The plan that makes a model of ``config`` from a source of this family.
+    """The plan that makes a model of ``config`` from a plain Transformer.
 
     Args:
+        modules: names of the source's modules, as :func:`source_modules` returns them.
         biases: parts of qkv, out and ffn that have biases in the source.
         dtypes: of the source's tensors, by name.
         seed: of the new compose weights.
@@ -372,8 +381,9 @@ def plan_upcycle(
             how = "zero: the source has none"
             rules.append(TensorRule(name, (), how, make=functools.partial(torch.zeros, shape, dtype=dtype)))
             continue
-        source = f"{source_module(part, family, dtypes).format(layer)}.{kind}"
-        if family == "gpt_neox" and part in ("attention.q", "attention.k", "attention.v"):
+        source = f"{modules[part].format(layer)}.{kind}"
+        fused = modules["attention.q"] == modules["attention.k"]
+        if fused and part in ("attention.q", "attention.k", "attention.v"):
             expected[source] = (3 * shape[0], *shape[1:])
             number = "qkv".index(part[-1])
             how = f"the {('query', 'key', 'value')[number]} rows of each head"
@@ -383,7 +393,7 @@ def plan_upcycle(
             rules.append(TensorRule(name, (source,)))
     dropped = {name: DroppedTensor("a mask or a table of RoPE") for name in dtypes if _BUFFERS.fullmatch(name)}
     if config.tied_embeddings:
-        source = f"{source_module('output', family, dtypes)}.weight"
+        source = f"{modules['output']}.weight"
         dropped[source] = DroppedTensor("the embedding is also the output matrix")
         expected[source] = (config.vocab_size, config.dim)
     return Plan(rules, expected, dropped)
@@ -437,10 +447,11 @@ def _load(source: Source, seed: int = 0, model: Iterable[str] = ()) -> Imported:
     notes: list[str] = []
     family = settings["model_type"]
     check_layer_count("num_hidden_layers", settings, files)
-    embedding, output = (f"{source_module(part, family, files.shapes)}.weight" for part in ("embedding", "output"))
+    modules = source_modules(family, files.shapes)
+    embedding, output = (f"{modules[part]}.weight" for part in ("embedding", "output"))
     tied = embeddings_are_tied(settings, files, embedding, output, notes)
     read = read_config(settings, tied=tied, overrides=model)
-    plan = plan_upcycle(read.config.model, family, read.biases, files.dtypes, seed)
+    plan = plan_upcycle(read.config.model, modules, read.biases, files.dtypes, seed)
     if read.config.model.attention == "dcmha":
         notes.append("compose starts as the identity")
     return Imported(files, read.config, plan, [*notes, *read.notes])

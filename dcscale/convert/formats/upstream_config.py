@@ -15,6 +15,7 @@ from typing import Any
 from dcscale.config import Config
 from dcscale.config.schema import ComposeConfig, ModelConfig
 from dcscale.convert.errors import ConversionError
+from dcscale.convert.settings import HARMLESS, check_known
 from dcscale.convert.tensor_map import checked_config
 
 FAMILIES = {"dcformer": "DCFormer", "dcpythia": "DCPythia"}
@@ -41,13 +42,9 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "dcformer": {"rope_base": 500000, "mgate": False, "mgate_dim": 44},
     "dcpythia": {"rope_base": 10000, "use_parallel_residual": True, "use_linear_bias": True, "rotary_pct": 0.25},
 }
-_IGNORED = {
-    *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "head_dim", "is_training", "prefill_pad"),
-    *("q_chunk_size", "use_gradient_checkpointing", "dcscale"),
-}
-"""Settings that do not change what the model computes, including ``head_dim``, which upstream's code ignores and
-computes as dim / n_head; and those that are read elsewhere."""
+_READ_ELSEWHERE = ("head_dim", "use_sw", "dcscale")
+_HARMLESS = HARMLESS | {"is_training", "prefill_pad", "q_chunk_size", "use_gradient_checkpointing"}
+"""How upstream's code runs: caches, chunks, checkpointing."""
 
 _PATTERNS = {"LG": "LG", "LGLL": "LGLL", "LGL6": "LGLLLLLL"}
 """Local (L) and global (G) layers of one period, by ``window_type``; null is LG."""
@@ -87,6 +84,7 @@ def read_upstream(
     if family not in FAMILIES:
         raise ConversionError(f"model_type is {family!r}, but must be {' or '.join(FAMILIES)}")
     known = {**_DEFAULTS, **_FAMILY_DEFAULTS[family]}
+    check_known(settings, {*known, *_READ_ELSEWHERE}, harmless=_HARMLESS)
     s = {**known, **{key: value for key, value in settings.items() if key in known}}
     extra = _extra_settings(settings)
     # Checked before they are used in arithmetic below. All other values are checked with dcscale's config.
@@ -239,9 +237,6 @@ def _notes(settings: Mapping[str, Any], s: Mapping[str, Any]) -> list[str]:
     notes = []
     if not s["use_dcmha"]:
         notes.append("use_dcmha is false: a plain Transformer, as in upstream's training (its inference does compose)")
-    unknown = [f"{key}={value!r}" for key, value in settings.items() if key not in s and key not in _IGNORED]
-    if unknown:
-        notes.append(f"settings that upstream's code does not read are ignored: {', '.join(unknown)}")
     if settings.get("head_dim", s["dim"] // s["n_head"]) != s["dim"] // s["n_head"]:
         notes.append(f"head_dim is {settings['head_dim']}, but upstream uses dim / n_head = {s['dim'] // s['n_head']}")
     if s["query_wise"]:
