@@ -11,15 +11,18 @@ heads, D head width, F frequencies of the rotary table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcscale.ops import ComposeWeights, rope_table
 
-_KEY_SIDE = ("k1", "k2", "kg")
+_BY_KEY = [f"{stage}.{name}" for stage in ("pre", "post") for name in ("k1", "k2", "kg")]
 MIN_SPARE = 64
 """Default minimum of spare positions of a new buffer."""
+ROPE_AHEAD = 1024
+"""Positions beyond those needed for which the rotary table is computed."""
 
 
 class LayerCache:
@@ -29,13 +32,18 @@ class LayerCache:
     Args:
         window: number of keys that a query sees, including its own; None for all previous keys.
         min_spare: minimum number of spare positions of a new buffer.
+        fuse: see :class:`DecodingCache`.
     """
 
-    def __init__(self, window: int | None, *, min_spare: int = MIN_SPARE):
+    def __init__(self, window: int | None, *, min_spare: int = MIN_SPARE, fuse: bool = False):
         self.length = 0
         """Number of positions so far, including those that are no longer kept."""
+        self.fuse = fuse
+        self.fused: Any = None
+        """The layer's :class:`dcscale.models.dcmha.FusedProjection`, which the layer makes when it needs it."""
         self._window, self._min_spare = window, min_spare
         self._buffers: dict[str, Tensor] = {}
+        self._kinds: dict[str, tuple] = {}
         self._start = self._end = 0  # kept positions in the buffers: [start, end)
 
     @property
@@ -53,17 +61,21 @@ class LayerCache:
         Raises:
             ValueError: batch size, shapes, dtypes or device differ from those of earlier calls.
         """
+        none = ComposeWeights()
+        by_key = [*(pre or none)[3:], *(post or none)[3:]]
+        # The weights as one tensor [B, T, J, H], where J stacks their ranks: six small copies would take longer.
+        parts = [x.unsqueeze(2) if x.dim() == 3 else x for x in by_key if x is not None]
         new = {"k": k_BTGD, "v": v_BTGD}
-        for stage, weights in (("pre", pre), ("post", post)):
-            if weights is not None:
-                new |= {f"{stage}.{name}": x for name, x in weights.tensors().items() if name in _KEY_SIDE}
+        if parts:
+            new[" + ".join(name for name, x in zip(_BY_KEY, by_key) if x is not None)] = torch.cat(parts, dim=2)
         self._check(new)
-        seen = self._append(new)
-        pre, post = (
-            None if weights is None else weights._replace(**{name: seen.get(f"{stage}.{name}") for name in _KEY_SIDE})
-            for stage, weights in (("pre", pre), ("post", post))
-        )
-        return seen["k"], seen["v"], pre, post
+        k_BSGD, v_BSGD, *weights_BSJH = self._append(new).values()
+        if parts:
+            seen = iter(weights_BSJH[0].split_with_sizes([part.shape[2] for part in parts], dim=2))
+            by_key = [x if x is None else next(seen) if x.dim() == 4 else next(seen).squeeze(2) for x in by_key]
+        pre = None if pre is None else ComposeWeights(*pre[:3], *by_key[:3])
+        post = None if post is None else ComposeWeights(*post[:3], *by_key[3:])
+        return k_BSGD, v_BSGD, pre, post
 
     def _append(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """The kept and the new positions of every tensor; afterwards at most ``window`` - 1 positions are kept."""
@@ -85,7 +97,10 @@ class LayerCache:
                 }
             keep = self._max_kept(seen["k"].shape[1])
             for name, x in seen.items():
-                buffer = x.new_empty(x.shape[0], keep + max(keep // 4, self._min_spare), *x.shape[2:])
+                shape = (x.shape[0], keep + max(keep // 4, self._min_spare), *x.shape[2:])
+                # The memory order that ops/compose/decode.py wants: k, v [B, G, S, D], weights [B, J, H, S].
+                order = (0, 2, 1, 3) if name in ("k", "v") else (0, 2, 3, 1)
+                buffer = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
                 buffer[:, :keep] = x[:, x.shape[1] - keep :]
                 self._buffers[name] = buffer
             self._start, self._end = 0, keep
@@ -97,11 +112,9 @@ class LayerCache:
         return positions if self._window is None else min(positions, self._window - 1)
 
     def _check(self, new: dict[str, Tensor]) -> None:
-        held, got = (
-            {name: (x.shape[:1], x.shape[2:], x.dtype, x.device) for name, x in tensors.items()}
-            for tensors in (self._buffers, new)
-        )
-        if held and held != got:
+        got = {name: (x.shape[:1], x.shape[2:], x.dtype, x.device) for name, x in new.items()}
+        held = self._kinds = self._kinds or got
+        if held != got:
             held, got = (
                 ", ".join(
                     f"{name} [{', '.join(map(str, (*batch, 'S', *rest)))}] {dtype} on {device}"
@@ -126,6 +139,8 @@ class DecodingCache:
         padding: number of padding tokens on the left of each row, for rows of different lengths; None for no padding.
         device: device of the new tokens.
         min_spare: see :class:`LayerCache`.
+        fuse: keep a copy of the weights of q, k, v and compose's projection as one matrix a layer, which makes calls
+            with few tokens faster. It takes the memory of those weights, and time to make.
 
     Raises:
         ValueError: ``padding`` is empty or negative.
@@ -138,12 +153,14 @@ class DecodingCache:
         device: torch.device,
         *,
         min_spare: int = MIN_SPARE,
+        fuse: bool = False,
     ):
         if padding is not None and min(padding, default=-1) < 0:
             raise ValueError(f"padding is {list(padding)}, but must list an integer of at least 0 for each row")
-        self.layers = [LayerCache(window, min_spare=min_spare) for window in windows]
+        self.layers = [LayerCache(window, min_spare=min_spare, fuse=fuse) for window in windows]
         self.padding_B = None if padding is None else torch.tensor(padding, dtype=torch.int64, device=device)
         self._max_padding = 0 if padding is None else max(padding)
+        self._rope: tuple[Tensor, Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -174,12 +191,17 @@ class DecodingCache:
         scale: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:func:`rope_table` for the next ``tokens`` positions: [T, F], or [B, T, F] if there is padding."""
-        # One table from the earliest position of any row. With padding, each row picks its positions from it.
-        first = self.length - self._max_padding
-        cos, sin = rope_table(self._max_padding + tokens, dim, base, device, offset=first, scale=scale)
+        # One table from the earliest position of any row, computed for many calls at once.
+        start = self.length
+        end = start + tokens
+        needed = end + self._max_padding
+        if self._rope is None or len(self._rope[0]) < needed:
+            self._rope = rope_table(needed + ROPE_AHEAD, dim, base, device, offset=-self._max_padding, scale=scale)
+        cos, sin = self._rope
         if self.padding_B is None:
-            return cos, sin
-        entry_BT = (self._max_padding - self.padding_B)[:, None] + torch.arange(tokens, device=device)
+            return cos[start:end], sin[start:end]
+        # Each row picks its positions.
+        entry_BT = (self._max_padding - self.padding_B)[:, None] + torch.arange(start, end, device=device)
         return cos[entry_BT], sin[entry_BT]
 
     def document_ids(self, tokens: int, device: torch.device) -> Tensor | None:

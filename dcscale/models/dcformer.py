@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from dcscale.models.blocks import Block, make_norm
 from dcscale.models.cache import MIN_SPARE, DecodingCache
 from dcscale.models.dcmha import rotary_dim
 from dcscale.ops import cross_entropy_sum, identity_distance, llama3_frequencies, rope_table
+
+COMPILATIONS = 8
+"""Of a block, that torch allows: its own default for a function."""
 
 
 class OutputHead(nn.Module):
@@ -78,15 +82,28 @@ class DCFormer(nn.Module):
         dtype = next(self.parameters()).dtype
         return list(dict.fromkeys(block.attention.implementation(device, dtype) for block in self.blocks))
 
-    def new_cache(self, padding: Sequence[int] | None = None, *, min_spare: int = MIN_SPARE) -> DecodingCache:
-        """An empty cache for a batch of texts. Pass it to every call, each with the new tokens only.
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block on its own, with options of torch.compile: blocks with the same window share the code."""
+        # torch counts the compilations of a function, here for the windows of all blocks, and beyond a limit compiles
+        # no more. A window takes some: for training and validation, with and without documents, and for any sizes.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS * len(set(self.config.windows)))
+        for block in self.blocks:
+            block.compile(**options)
+
+    def new_cache(
+        self, padding: Sequence[int] | None = None, *, min_spare: int = MIN_SPARE, fuse: bool = False
+    ) -> DecodingCache:
+        """An empty cache for a batch of texts. Pass it to every call, each with the new tokens only. It is of no use
+        after the weights have changed.
 
         Args:
             padding: number of padding tokens on the left of each row, for texts of different lengths.
             min_spare: minimum number of spare positions of a new buffer.
+            fuse: make calls with few tokens faster by a copy of some of the weights; see :class:`DecodingCache`.
         """
         windows = [block.attention.window for block in self.blocks]
-        return DecodingCache(windows, padding, next(self.parameters()).device, min_spare=min_spare)
+        return DecodingCache(windows, padding, next(self.parameters()).device, min_spare=min_spare, fuse=fuse)
 
     def forward(
         self,

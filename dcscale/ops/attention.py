@@ -5,6 +5,8 @@ Axes in names: B batch, T queries, S keys, H query heads, G key/value heads, D h
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -206,6 +208,8 @@ def check_attention(
         )
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window is {window}, expected an integer >= 1 (a query sees itself), or None for no window")
+    if scale is not None and (type(scale) is bool or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}, expected a finite number, or None for 1/sqrt(D)")
     if document_ids is not None:
         if tuple(document_ids.shape) != (batch, keys):
             raise ValueError(

@@ -97,8 +97,9 @@ def apply_rope(x_BTHD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
             f"expected both [T={x_BTHD.shape[1]}, F], or both [B={x_BTHD.shape[0]}, T, F], for x {tuple(x_BTHD.shape)}"
         )
     compute_dtype = torch.promote_types(x_BTHD.dtype, torch.float32)
-    first, second, rest = x_BTHD.split([frequencies, frequencies, x_BTHD.shape[3] - 2 * frequencies], dim=3)
-    first, second = first.to(compute_dtype), second.to(compute_dtype)
+    if x_BTHD.dtype != compute_dtype:
+        return apply_rope(x_BTHD.to(compute_dtype), cos_TF, sin_TF).to(x_BTHD.dtype)
+    first, second = x_BTHD[..., :frequencies], x_BTHD[..., frequencies : 2 * frequencies]
     cos_TF, sin_TF = cos_TF.unsqueeze(-2), sin_TF.unsqueeze(-2)
-    rotated = [first * cos_TF - second * sin_TF, second * cos_TF + first * sin_TF]
-    return torch.cat([half.to(x_BTHD.dtype) for half in rotated] + [rest], dim=3)
+    parts = [first * cos_TF - second * sin_TF, second * cos_TF + first * sin_TF, x_BTHD[..., 2 * frequencies :]]
+    return torch.cat(parts, dim=3)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dcscale.config.schema import ComposeConfig, RopeScalingConfig
-from dcscale.models.cache import MIN_SPARE, LayerCache
+from dcscale.models.cache import MIN_SPARE, ROPE_AHEAD, LayerCache
 from dcscale.ops import ComposeWeights
+from dcscale.ops.compose.decode import MAX_QUERIES
 from dcscale.testing.models import random_ids, random_model, tiny_config
 
 PYTHIA = {"ffn": "gelu", "norm": "layernorm", "bias": True, "parallel_residual": True, "rope_fraction": 0.5}
@@ -56,8 +57,8 @@ def test_every_position_equals_the_full_forward_pass(changes, dtype):
     ids = random_ids(model.config, 2, 26)
     with torch.no_grad():
         expected = model(ids)
-    for sizes in ([], [3, 9, 1, 1, 6]):
-        assert_close(decoded(model, ids, sizes, **SMALL_BUFFERS), expected)
+    for sizes, fuse in (([], True), ([3, 9, 1, 1, 6], False), ([5, 2, 3, 4, 8], True)):
+        assert_close(decoded(model, ids, sizes, fuse=fuse, **SMALL_BUFFERS), expected)
 
 
 def test_a_long_text():
@@ -72,7 +73,7 @@ def test_a_long_text():
 def test_rows_of_different_lengths_equal_each_alone(changes, dtype):
     model = random_model(tiny_config(**changes), dtype=dtype)
     ids, padding = random_ids(model.config, 4, 24), [0, 9, 17, 3]
-    padded = decoded(model, ids, [18], padding, **SMALL_BUFFERS)
+    padded = decoded(model, ids, [18, 2], padding, fuse=True, **SMALL_BUFFERS)
     for row, left in enumerate(padding):
         with torch.no_grad():
             assert_close(padded[row, left:], model(ids[row : row + 1, left:])[0])
@@ -99,6 +100,75 @@ def test_bfloat16_is_as_close_to_float32_as_the_full_forward_pass():
         expected = exact(ids)
         error = (model(ids) - expected).abs().mean()
         assert (decoded(model, ids, [9]) - expected).abs().mean() < 1.2 * error
+
+
+@torch.no_grad()
+def test_a_text_longer_than_the_first_rotary_table():
+    model = random_model(tiny_config(layers=1))
+    ids = random_ids(model.config, 2, ROPE_AHEAD + 40)
+    cache = model.new_cache([0, 3])
+    model(ids[:, :10], cache=cache)
+    model(ids[:, 10:-1], cache=cache)
+    assert_close(model(ids[:, -1:], cache=cache)[0], model(ids[:1])[0, -1:])
+
+
+# -- fused projections -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_bfloat16_with_fused_projections():
+    exact = random_model(tiny_config(), dtype=torch.float32)
+    model = random_model(tiny_config(), dtype=torch.float32).bfloat16()
+    ids = random_ids(model.config, 2, 24)
+    expected = exact(ids)
+    error = (model(ids) - expected).abs().mean()
+    assert (decoded(model, ids, [9], fuse=True) - expected).abs().mean() < 1.2 * error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["dcmha", "mha"])
+def test_under_autocast(attention):
+    model = random_model(tiny_config(attention=attention), dtype=torch.float32)
+    ids = random_ids(model.config, 2, 12)
+    expected = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        error = (model(ids) - expected).abs().mean()
+        assert (decoded(model, ids, [7, 2], fuse=True) - expected).abs().mean() < 1.2 * error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["q", "k_norm", "compose"])
+def test_modules_with_hooks_are_called(name):
+    model = random_model(tiny_config())
+    ids, calls = random_ids(model.config, 1, 8), []
+    for block in model.blocks:
+        getattr(block.attention, name).register_forward_pre_hook(lambda *_: calls.append(1))
+    decoded(model, ids, [], fuse=True)
+    assert len(calls) == 8 * len(model.blocks)
+
+
+@torch.no_grad()
+def test_modules_of_other_types_are_called():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = random_model(tiny_config())
+    ids = random_ids(model.config, 1, 8)
+    plain = decoded(model, ids, [], fuse=True)
+    for block in model.blocks:
+        block.attention.v.__class__ = Doubled
+    assert_close(decoded(model, ids, [], fuse=True), model(ids))
+    assert (decoded(model, ids, [], fuse=True) - plain).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_weights_are_copied_only_where_they_are_used():
+    model = random_model(tiny_config())
+    for fuse, tokens, copied in ((True, MAX_QUERIES + 1, False), (False, 1, False), (True, 1, True)):
+        cache = model.new_cache(fuse=fuse)
+        model(random_ids(model.config, 1, tokens), cache=cache)
+        assert [layer.fused is not None for layer in cache.layers] == [copied] * 2
 
 
 @torch.no_grad()
@@ -187,10 +257,12 @@ def test_arguments_that_exclude_one_another_are_refused():
             r"k \[2, S, 4, 8\] torch.float64 on cpu.*new tensors are k \[1, S, 4, 8\] torch.float64 on cpu",
         ),
         ({"kv_heads": 2}, 2, r"new tensors are k \[2, S, 2, 8\]"),
+        ({"compose": ComposeConfig(rank=1)}, 2, r"holds.* \[2, S, 10, 4\].* new tensors are .* \[2, S, 6, 4\]"),
+        ({"compose": ComposeConfig(gates=False)}, 2, r"new tensors are .* pre.k1 \+ pre.k2 \+ post.k1 \+ post.k2 \["),
         (
             {"attention": "mha"},
             2,
-            r"holds.* pre.k1 \[2, S, 2, 4\].* new tensors are k [^:]*, v \[2, S, 4, 8\] [a-z0-9. ]*:",
+            r"holds.* pre.k1 \+ .* \+ post.kg \[2, S, 10, 4\].* new tensors are k [^:]*, v \[2, S, 4, 8\] [a-z0-9. ]*:",
         ),
     ],
 )

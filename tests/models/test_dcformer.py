@@ -345,3 +345,29 @@ def test_invalid_settings_are_refused(changes, message):
 def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCFormer(tiny_config(), **arguments)
+
+
+@pytest.fixture
+def nothing_compiled():
+    """Nothing has been compiled before, and what is does not count in other tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("nothing_compiled")
+def test_blocks_with_many_windows_are_all_compiled():
+    """More kinds of blocks than torch compiles a function for by default."""
+    model = random_model(tiny_config(attention="mha", layers=9, windows=list(range(1, 10))))
+    ids, graphs = random_ids(model.config, 1, 4), []
+    expected = model(ids)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # restores it
+        model.compile_blocks(backend=backend)
+        torch.testing.assert_close(model(ids), expected)
+    assert len(graphs) == 9

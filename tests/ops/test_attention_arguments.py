@@ -1,5 +1,6 @@
 """Every invalid argument raises a ValueError with its name, its value or shape, and what was expected."""
 
+import math
 import re
 
 import pytest
@@ -57,6 +58,15 @@ SHARED = {
     "offset beyond the keys": ({}, {"query_offset": 3}, "query_offset is 3, expected 0 <= query_offset <= S - T = 2"),
     "empty window": ({}, {"window": 0}, "window is 0, expected an integer >= 1"),
     "half a window": ({}, {"window": 2.5}, "window is 2.5, expected an integer >= 1"),
+    "scale that is no number": (
+        {},
+        {"scale": math.nan},
+        "scale is nan, expected a finite number, or None for 1/sqrt(D)",
+    ),
+    "infinite scale": ({}, {"scale": -math.inf}, "scale is -inf, expected a finite number"),
+    "scale as text": ({}, {"scale": "0.5"}, "scale is '0.5', expected a finite number"),
+    "scale as a tensor": ({}, {"scale": torch.tensor(0.5)}, "scale is tensor(0.5000), expected a finite number"),
+    "scale as a flag": ({}, {"scale": True}, "scale is True, expected a finite number"),
     "documents of the queries": (
         {},
         {"document_ids": torch.zeros(2, 3, dtype=torch.int32)},

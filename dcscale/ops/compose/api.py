@@ -8,6 +8,7 @@ from dcscale.ops.attention import check_attention, check_tensor, checked_attenti
 from dcscale.ops.compose.chunked import chunked_attention
 from dcscale.ops.compose.compiled import compiled_attention
 from dcscale.ops.compose.custom_op import Call
+from dcscale.ops.compose.decode import decode_attention, suits_decode
 from dcscale.ops.compose.reference import reference_attention
 from dcscale.ops.compose.scratch import default_scratch_bytes
 from dcscale.ops.compose.triton.op import triton_attention, unavailable_reason
@@ -60,7 +61,8 @@ def compose_attention(
             ``causal`` there is no default unless T = S: pass it if the queries are positions of the key sequence.
         backend: "reference" (dense, the definition), "chunked" (plain PyTorch, keeps nothing of size T x S for
             backward), "compiled" (the same through torch.compile: faster on long sequences, after a minute of
-            compilation), "triton" (fused kernels for NVIDIA GPUs), or "auto" for the best that can run.
+            compilation), "triton" (fused kernels for NVIDIA GPUs), or "auto" for the best that can run, which for a few
+            queries without gradients is decode.py.
         scratch_bytes: memory for the scores of a chunk of queries; by default it follows from the device's total memory
             and the shapes (scratch.py). Chunks are made smaller until they fit, down to a few queries of one batch row;
             the formulas are in chunked.py, compiled.py and triton/staging.py. The reference backend and plain attention
@@ -79,16 +81,16 @@ def compose_attention(
     if backend == "auto" and pre is None and post is None:
         options = {"causal": causal, "window": window, "scale": scale, "document_ids": document_ids}
         return checked_attention(q, k, v, **options, query_offset=query_offset)
-    name, _ = choose_backend(backend, q, pre, post, kv_heads=k.shape[2])
     if scratch_bytes is None:
         scratch_bytes = default_scratch_bytes(q, k, window, causal)
     elif scratch_bytes < 1:
         raise ValueError(f"scratch_bytes is {scratch_bytes}, expected at least 1, or None for the default")
-    pre = ComposeWeights() if pre is None else pre
-    post = ComposeWeights() if post is None else post
-    return _IMPLEMENTATIONS[name](
-        Call(q, k, v, pre, post, document_ids, causal, window, scale, query_offset, scratch_bytes)
-    )
+    stages = (ComposeWeights() if stage is None else stage for stage in (pre, post))
+    call = Call(q, k, v, *stages, document_ids, causal, window, scale, query_offset, scratch_bytes)
+    if backend == "auto" and suits_decode(call):
+        return decode_attention(call)
+    name, _ = choose_backend(backend, q, pre, post, kv_heads=k.shape[2])
+    return _IMPLEMENTATIONS[name](call)
 
 
 def choose_backend(
@@ -98,7 +100,7 @@ def choose_backend(
     post: ComposeWeights | None = None,
     kv_heads: int | None = None,
 ) -> tuple[str, str]:
-    """Name the implementation that :func:`compose_attention` uses for these arguments.
+    """Name the implementation that :func:`compose_attention` uses for these arguments, except to decode a few queries.
 
     Args:
         requested: one of :data:`BACKENDS`.

@@ -1,8 +1,9 @@
 """Compose attention chunk by chunk as in chunked.py, with the formulas of a chunk compiled by torch.compile.
 
 Fusion leaves few passes over a chunk's scores: besides the matrix products, one for the latents and one for the rest of
-compose. The first call of a shape compiles both directions for tens of seconds (later processes find the result in
-torch's cache on disk), so this is for long sequences and long runs. On a CPU it needs a C++ compiler.
+compose. The first call in either direction with some numbers of heads, widths, dtype and weights compiles for tens of
+seconds (later processes find the result on disk), so this is for long sequences and long runs. Different lengths,
+windows and documents compile nothing new. On a CPU it needs a C++ compiler.
 
 The terms by query are applied as one [H, H] matrix per query, diag(1 + qg) + q2^T q1, in a product over the heads. The
 terms by key go through the latents, along contiguous keys.
@@ -13,8 +14,10 @@ V keys it sees. Batch rows are processed one by one, in float32 (float64 for flo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from dcscale.ops.compose.custom_op import Call, Gradients, define_operator
 from dcscale.ops.compose.weights import ComposeWeights
-from dcscale.ops.masks import band, key_range, most_keys
+from dcscale.ops.masks import key_range, most_keys, visible_keys
 
 MAX_CHUNK_QUERIES = 64
 """Queries of a chunk. More make the matrix products more efficient; fewer waste less work on keys that only some of the
@@ -33,6 +36,8 @@ fewer queries (at least one)."""
 SCRATCH_PER_SCORES = 12
 """Memory that the compiled code allocates for a chunk, in multiples of its scores: about 5 forward, 10 backward, and
 latents."""
+_UNUSED_QUERIES, _UNUSED_KEYS = 16, 32
+"""Positions before and after those of a row, see :func:`_copy`; multiples of 16 keep the alignment of vectors."""
 
 
 def _compose_forward(x_CHV: Tensor, weights: ComposeWeights) -> tuple[Tensor, list[Tensor]]:
@@ -88,37 +93,13 @@ def _compose_backward(
     return dx_CHV, ComposeWeights(dq1, dq2, dqg, dk1, dk2, dkg)
 
 
-class _Visibility(NamedTuple):
-    """What decides which keys of a chunk its queries see."""
-
-    queries_C: Tensor
-    """Positions."""
-    keys_V: Tensor
-    query_documents_C: Tensor | None
-    """None for a single document."""
-    key_documents_V: Tensor | None
-    behind: int | None
-    """See :func:`dcscale.ops.masks.band`."""
-    ahead: int | None
-
-
 def _probabilities(
-    q_HCD: Tensor, k_HVD: Tensor, pre: ComposeWeights, visibility: _Visibility, scale: float
+    q_HCD: Tensor, k_HVD: Tensor, pre: ComposeWeights, seen_CV: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(scores, probabilities, both [C, H, V], and the latents of pre)."""
     scores_CHV = (torch.bmm(q_HCD, k_HVD.mT) * scale).transpose(0, 1)
     logits_CHV, latents = _compose_forward(scores_CHV, pre)
-    # The mask of ops.masks.visible_keys, without its shortcuts: those would compile a variant for each.
-    distance_CV = visibility.queries_C[:, None] - visibility.keys_V
-    conditions = []
-    if visibility.ahead is not None:
-        conditions.append(distance_CV >= -visibility.ahead)
-    if visibility.behind is not None:
-        conditions.append(distance_CV <= visibility.behind)
-    if visibility.query_documents_C is not None:
-        conditions.append(visibility.query_documents_C[:, None] == visibility.key_documents_V)
-    for seen_CV in conditions:
-        logits_CHV = torch.where(seen_CV[:, None], logits_CHV, -torch.inf)
+    logits_CHV = torch.where(seen_CV[:, None], logits_CHV, -torch.inf)
     return scores_CHV, torch.softmax(logits_CHV, -1), latents
 
 
@@ -128,11 +109,11 @@ def _chunk_forward(
     v_HVD: Tensor,
     pre: ComposeWeights,
     post: ComposeWeights,
-    visibility: _Visibility,
-    scale: float,
+    seen_CV: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """The output [H, C, D]."""
-    _, probabilities_CHV, _ = _probabilities(q_HCD, k_HVD, pre, visibility, scale)
+    _, probabilities_CHV, _ = _probabilities(q_HCD, k_HVD, pre, seen_CV, scale)
     composed_CHV, _ = _compose_forward(probabilities_CHV, post)
     return torch.bmm(composed_CHV.transpose(0, 1), v_HVD)
 
@@ -144,11 +125,11 @@ def _chunk_backward(
     v_HVD: Tensor,
     pre: ComposeWeights,
     post: ComposeWeights,
-    visibility: _Visibility,
-    scale: float,
+    seen_CV: Tensor,
+    scale: Tensor,
 ) -> list[Tensor | None]:
     """The gradients of q, k, v and the weights of pre and post, in their layouts: as :meth:`_Row.tensors`."""
-    scores_CHV, probabilities_CHV, pre_latents = _probabilities(q_HCD, k_HVD, pre, visibility, scale)
+    scores_CHV, probabilities_CHV, pre_latents = _probabilities(q_HCD, k_HVD, pre, seen_CV, scale)
     composed_CHV, post_latents = _compose_forward(probabilities_CHV, post)
     # dv = P'^T dout;  dP' = dout v^T;  dP = compose_post^T(dP')
     dv_HVD = torch.bmm(composed_CHV.permute(1, 2, 0), dout_HCD)
@@ -166,9 +147,15 @@ def _chunk_backward(
 
 
 @cache
-def _compile(chunk_function: Any) -> Any:
+def _compile(chunk_function: Any, kind: tuple, backend: str = "inductor") -> Any:
+    """The compiled function for calls of one :meth:`_Row.kind`.
+
+    torch counts the compilations of a code object and fails at the ninth, so each kind has one of its own. Within a
+    kind only an accidental equality of sizes leads to another.
+    """
+    own = FunctionType(chunk_function.__code__.replace(), chunk_function.__globals__, chunk_function.__name__)
     # fullgraph: code that silently fell back to the interpreter in parts would be slower than chunked.py.
-    return torch.compile(chunk_function, fullgraph=True)
+    return torch.compile(own, fullgraph=True, backend=backend)
 
 
 class _Row(NamedTuple):
@@ -186,18 +173,18 @@ class _Row(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, row: int) -> _Row:
-        """A contiguous copy of a batch row of the call."""
+        """A copy of a batch row of the call."""
         group = call.q.shape[2] // call.k.shape[2]
         dtype = torch.promote_types(call.q.dtype, torch.float32)
 
         def weights(stage: ComposeWeights) -> ComposeWeights:
-            by_query = [None if w is None else w[row] for w in stage[:3]]
-            by_key = [None if w is None else w[row].movedim(0, -1) for w in stage[3:]]
-            return ComposeWeights(*(None if w is None else w.to(dtype).contiguous() for w in (*by_query, *by_key)))
+            by_query = [None if w is None else _copy(w[row], 0, dtype, _UNUSED_QUERIES) for w in stage[:3]]
+            by_key = [None if w is None else _copy(w[row].movedim(0, -1), -1, dtype, _UNUSED_KEYS) for w in stage[3:]]
+            return ComposeWeights(*by_query, *by_key)
 
-        q_HTD = call.q[row].transpose(0, 1).to(dtype).contiguous()
+        q_HTD = _copy(call.q[row].transpose(0, 1), 1, dtype, _UNUSED_QUERIES)
         k_HSD, v_HSD = (x[row].transpose(0, 1).repeat_interleave(group, 0) for x in (call.k, call.v))
-        k_HSD, v_HSD = (x.to(dtype).contiguous() for x in (k_HSD, v_HSD))
+        k_HSD, v_HSD = (_copy(x, 1, dtype, _UNUSED_KEYS) for x in (k_HSD, v_HSD))
         return cls(q_HTD, k_HSD, v_HSD, weights(call.pre), weights(call.post))
 
     def tensors(self) -> list[Tensor | None]:
@@ -220,12 +207,22 @@ class _Row(NamedTuple):
         q_HCD, k_HVD, v_HVD = self.q_HCD[:, queries], self.k_HVD[:, keys], self.v_HVD[:, keys]
         return _Row(q_HCD, k_HVD, v_HVD, weights(self.pre), weights(self.post))
 
+    def kind(self) -> tuple:
+        """What is compiled into the code: all but the numbers of queries and keys."""
+        heads, _, head_dim = self.q_HCD.shape
+        by_query, by_key = (
+            [w for stage in (self.pre, self.post) for w in stage[part]] for part in (slice(3), slice(3, 6))
+        )
+        sizes = [w if w is None else w.shape[1:] for w in by_query] + [w if w is None else w.shape[:-1] for w in by_key]
+        return heads, head_dim, self.q_HCD.dtype, self.q_HCD.device, *sizes
+
     def mark_dynamic(self) -> None:
         """Let the compiler treat the numbers of queries and keys as variables."""
-        _mark_dynamic(1, self.q_HCD, self.k_HVD, self.v_HVD)
+        for x in (self.q_HCD, self.k_HVD, self.v_HVD):
+            _mark_dynamic(x, 1)
         for stage in (self.pre, self.post):
-            _mark_dynamic(0, *stage[:3])
-            _mark_dynamic(-1, *stage[3:])
+            for name, w in stage.tensors().items():
+                _mark_dynamic(w, 0 if name.startswith("q") else w.dim() - 1)
 
     def store_gradients(self, row: int, gradients: Gradients) -> None:
         """Copy these gradients of a batch row into those of the call: the inverse of :meth:`of`."""
@@ -239,14 +236,24 @@ class _Row(NamedTuple):
                 gradient[row] = w if name.startswith("q") else w.movedim(-1, 0)
 
 
-def _mark_dynamic(axis: int, *tensors: Tensor | None) -> None:
-    for x in tensors:
-        if x is not None:
-            torch._dynamo.maybe_mark_dynamic(x, axis % x.dim())
+def _copy(x: Tensor, axis: int, dtype: torch.dtype, unused: int) -> Tensor:
+    """A copy with unused space before and after the positions, which are on this axis.
+
+    So no chunk is contiguous or at the beginning of its memory, and those of queries and keys have other strides: the
+    compiler would take all that into account, and compile again where it is otherwise.
+    """
+    shape = list(x.shape)
+    shape[axis] += 2 * unused
+    return x.new_empty(shape, dtype=dtype).narrow(axis, unused, x.shape[axis]).copy_(x)
 
 
-def _chunks(row: _Row, call: Call, documents_S: Tensor | None) -> Iterator[tuple[slice, slice, _Row, _Visibility]]:
-    """The queries and keys of each chunk, their tensors, and what the queries see.
+def _mark_dynamic(x: Tensor, *axes: int) -> None:
+    for axis in axes:
+        torch._dynamo.maybe_mark_dynamic(x, axis)
+
+
+def _chunks(row: _Row, call: Call, index: int) -> Iterator[tuple[slice, slice, _Row, Tensor]]:
+    """The queries and keys of each chunk of batch row ``index``, their tensors, and the mask [C, V].
 
     The last chunk comes first. No two of its sizes are equal unless they must be, so the compiler does not specialize
     on an accidental equality.
@@ -256,25 +263,45 @@ def _chunks(row: _Row, call: Call, documents_S: Tensor | None) -> Iterator[tuple
     longest = most_keys(range(offset, offset + queries), MAX_CHUNK_QUERIES, window, causal, all_keys)
     max_elements = min(MAX_SCORE_ELEMENTS, call.scratch_bytes // (SCRATCH_PER_SCORES * row.q_HCD.element_size()))
     size = min(MAX_CHUNK_QUERIES, max(1, max_elements // (heads * longest)))
-    positions = torch.arange(max(offset + queries, all_keys), device=row.q_HCD.device)
+    document_ids_1S = None if call.document_ids is None else call.document_ids[index : index + 1]
     for start in reversed(range(0, queries, size)):
         end = min(start + size, queries)
         keys = slice(*key_range(offset + start, offset + end - 1, window, causal, all_keys))
-        own = slice(offset + start, offset + end)  # the positions of the queries among the keys
         chunk = row.narrow(slice(start, end), keys)
-        chunk.mark_dynamic()
-        of_documents = (None, None) if documents_S is None else (documents_S[own], documents_S[keys])
-        visibility = (positions[own], positions[keys], *of_documents)
-        _mark_dynamic(0, *visibility)
-        yield slice(start, end), keys, chunk, _Visibility(*visibility, *band(window, causal))
+        positions = range(offset + start, offset + end), range(keys.start, keys.stop)
+        # The mask is an argument, also where it hides nothing: windows and documents need no code of their own.
+        seen = visible_keys(*positions, window, causal, document_ids_1S, row.q_HCD.device)
+        if seen is None:
+            seen = torch.ones(end - start, keys.stop - keys.start, dtype=torch.bool, device=row.q_HCD.device)
+        elif document_ids_1S is not None:
+            seen = seen[0].clone()  # the compiler would distinguish a view
+        yield slice(start, end), keys, chunk, seen
+
+
+@torch.no_grad()  # the compiler distinguishes that too
+def _run(chunk_function: Any, douts: list[Tensor], chunk: _Row, seen_CV: Tensor, scale: float) -> Any:
+    """The compiled ``chunk_function`` of these arguments, the first of which are ``douts``."""
+    if 1 in seen_CV.shape:
+        # The compiler does not treat a size of 1 as a variable, and so little work needs no compiling.
+        return chunk_function(*douts, *chunk, seen_CV, scale)
+    for x in douts:
+        _mark_dynamic(x, 1)
+    chunk.mark_dynamic()
+    _mark_dynamic(seen_CV, 0, 1)
+    # A number would be compiled into the code.
+    factor = torch.tensor(scale, dtype=chunk.q_HCD.dtype, device=chunk.q_HCD.device)
+    try:
+        return _compile(chunk_function, chunk.kind())(*douts, *chunk, seen_CV, factor)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        warnings.warn("backend 'compiled' goes on without compiling: torch's recompile_limit was reached", stacklevel=2)
+        return chunk_function(*douts, *chunk, seen_CV, factor)
 
 
 def _forward(call: Call) -> list[Tensor]:
     out_BTHD = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     for index, out_THD in enumerate(out_BTHD):
-        documents_S = None if call.document_ids is None else call.document_ids[index]
-        for queries, _, chunk, visibility in _chunks(_Row.of(call, index), call, documents_S):
-            out_HCD = _compile(_chunk_forward)(*chunk, visibility, call.scale)
+        for queries, _, chunk, seen_CV in _chunks(_Row.of(call, index), call, index):
+            out_HCD = _run(_chunk_forward, [], chunk, seen_CV, call.scale)
             out_THD[queries] = out_HCD.transpose(0, 1)
     return [out_BTHD]
 
@@ -284,12 +311,9 @@ def _backward(dout_BTHD: Tensor, _: list[Tensor], call: Call) -> Gradients:
     for index, dout_THD in enumerate(dout_BTHD):
         row = _Row.of(call, index)
         totals = row.zeros_like()
-        dout_HTD = dout_THD.transpose(0, 1).to(row.q_HCD.dtype).contiguous()
-        documents_S = None if call.document_ids is None else call.document_ids[index]
-        for queries, keys, chunk, visibility in _chunks(row, call, documents_S):
-            dout_HCD = dout_HTD[:, queries]
-            _mark_dynamic(1, dout_HCD)
-            of_chunk = _compile(_chunk_backward)(dout_HCD, *chunk, visibility, call.scale)
+        dout_HTD = _copy(dout_THD.transpose(0, 1), 1, row.q_HCD.dtype, _UNUSED_QUERIES)
+        for queries, keys, chunk, seen_CV in _chunks(row, call, index):
+            of_chunk = _run(_chunk_backward, [dout_HTD[:, queries]], chunk, seen_CV, call.scale)
             for total, gradient in zip(totals.narrow(queries, keys).tensors(), of_chunk):
                 if total is not None:
                     total.add_(gradient)

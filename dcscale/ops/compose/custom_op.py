@@ -45,6 +45,11 @@ class Call(NamedTuple):
         """q, k, v and the twelve weights: the inputs that have gradients, in the order of the operator."""
         return [self.q, self.k, self.v, *self.pre, *self.post]
 
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same with the float tensors in another dtype."""
+        pre, post = (ComposeWeights(*(None if w is None else w.to(dtype) for w in ws)) for ws in (self.pre, self.post))
+        return self._replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), pre=pre, post=post)
+
 
 class Gradients(NamedTuple):
     """Gradients of the inputs of a :class:`Call`, in their shapes and dtypes; None for absent weights."""

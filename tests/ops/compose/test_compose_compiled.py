@@ -1,6 +1,7 @@
 """The compiled backend against the definition. All tests but one run the formulas without compiling them."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from dcscale.testing.attention import (
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Runs the functions of a chunk without compiling them."""
-    monkeypatch.setattr(compiled, "_compile", lambda function: function)
+    monkeypatch.setattr(compiled, "_compile", lambda function, kind: function)
 
 
 @pytest.fixture
@@ -109,12 +110,72 @@ def test_scores_stay_within_their_limit(monkeypatch):
     assert max(sizes) > limit // 2
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """Compiles without generating code, which is what takes the time; nothing has been compiled before."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled._compile.cache_clear()
+    monkeypatch.setattr(compiled, "_compile", partial(compiled._compile, backend="eager"))
+    yield
+    compiled._compile.func.cache_clear()
+
+
+KINDS = [
+    {"queries": queries, "window": window, "documents": documents}
+    for window in (16, 40, None)
+    for queries, documents in ((70, None), (20, None), (1, None), (70, 25), (20, 25))
+]
+OTHER_KINDS = [
+    {"queries": 7, "keys": 30},
+    {"queries": 70, "keys": 90, "window": 12, "query_offset": 3},
+    {"queries": 33, "scale": 0.7},
+    {"queries": 33, "causal": False, "window": 5},
+    {"queries": 9, "keys": 31, "causal": False},
+    {"queries": 9, "keys": 1, "causal": False},
+    {"queries": 64, "batch": 3},
+]
+
+
+@pytest.mark.usefixtures("traced")
+def test_one_process_may_call_it_with_any_lengths_windows_and_documents():
+    for options in [*KINDS, *OTHER_KINDS]:
+        inputs = random_inputs(**{"batch": 1, "heads": 2, **options})
+        assert_same(inputs.run("compiled"), inputs.run("reference"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one for each direction
+
+
+@pytest.mark.usefixtures("traced")
+@torch.no_grad()
+def test_torch_counts_models_of_different_shapes_apart():
+    with torch._dynamo.config.patch(recompile_limit=1, error_on_recompile=True):
+        for heads in (2, 3):
+            inputs = random_inputs(batch=1, queries=5, heads=heads)
+            out, expected = (
+                compose_attention(*arguments(inputs.tensors), backend=b) for b in ("compiled", "reference")
+            )
+            assert_same({"out": out}, {"out": expected})
+
+
+@pytest.mark.usefixtures("traced")
+def test_at_torchs_limit_it_warns_and_computes_without_compiling():
+    inputs = random_inputs(batch=1, queries=5, keys=9)
+    warning = pytest.warns(
+        UserWarning, match="'compiled' goes on without compiling: torch's recompile_limit was reached"
+    )
+    with torch._dynamo.config.patch(recompile_limit=0), warning:
+        results = inputs.run("compiled")
+    assert_same(results, inputs.run("reference"))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # raised inside torch
 def test_compiled_results_equal_the_reference():
     """With documents, and with a last chunk of another size, which must not recompile."""
     torch._dynamo.reset()
     inputs = random_inputs(batch=1, queries=70, heads=2, kv_heads=1, documents=20, window=40)
     shorter = random_inputs(batch=1, queries=100, heads=2, kv_heads=1, documents=20, window=40)
-    assert_same(inputs.run("compiled"), inputs.run("reference"))
+    results = inputs.run("compiled")
+    assert_same(results, inputs.run("reference"))
+    assert_same(inputs.run("compiled"), results, tolerance=0)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same(shorter.run("compiled"), shorter.run("reference"))

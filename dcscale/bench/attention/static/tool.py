@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcscale.cli import print_tables
+from dcscale.files import read_json
 
 # What imports torch or triton is imported in the functions, after the arguments are parsed.
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, show: Call
 
 def _earlier_calls(parser: argparse.ArgumentParser, path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["calls"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read_json(path)["calls"]
+    except (ValueError, KeyError) as error:
         parser.error(f"--add: {path} is not a static result: {type(error).__name__} {error}")
 
 
@@ -142,7 +142,7 @@ def print_markdown(parser: argparse.ArgumentParser, options: argparse.Namespace)
     from dcscale.bench.attention.static.report import markdown
 
     def table(result: dict[str, Any]) -> str:
-        before = None if options.before is None else json.loads(options.before.read_text(encoding="utf-8"))
+        before = None if options.before is None else read_json(options.before)
         return markdown(result, before)
 
     print_tables(parser, options.markdown, table)
