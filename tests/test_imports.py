@@ -35,6 +35,7 @@ LOWER = {
 }
 MAY_IMPORT = {
     **{name: set() for name in BASE},
+    "cli": {"files"},
     "config": set(),
     "ops": set(),
     "models": {"config", "ops"},
@@ -42,20 +43,21 @@ MAY_IMPORT = {
     "observe": {"config", "files"},
     "parallel": {"config", "ops"},
     "checkpoint": {"config", "parallel", "files"},
-    "convert": {"config", "models", "checkpoint", "files", "cli"},
-    "evaluation": {"config", "ops", "models", "data", "checkpoint", "convert", "observe", "cli"},
+    "convert": {"config", "ops", "models", "checkpoint", "files", "cli"},
+    "evaluation": {"config", "ops", "models", "data", "checkpoint", "convert", "observe", "files", "cli"},
     "train": LOWER - {"convert", "evaluation", "train"},
     "testing": LOWER,
-    "bench": {"data", "ops", "testing", *BASE},
+    "bench": {"config", "convert", "data", "models", "ops", "testing", *BASE},
 }
 """Folder, or module, of the package: what of the package it may import besides itself and ``dcscale.__version__``."""
 
 MAY_IMPORT_IN_DATA = {
     "errors": set(),
+    "bad_rows": {"errors"},
     "storage": {"errors"},
-    "shards": {"errors", "storage", "tokenizers"},
+    "shards": {"errors", "bad_rows", "storage", "tokenizers"},
     "tokenizers": {"errors", "storage", "shards"},
-    "prepare": {"errors", "storage", "shards", "tokenizers"},
+    "prepare": {"errors", "bad_rows", "storage", "shards", "tokenizers"},
     "stream": {"errors", "storage", "shards", "tokenizers"},
 }
 """The same within ``dcscale.data``: making shards and reading them do not know each other."""
@@ -76,18 +78,19 @@ ONE_HOME = {
     "flash_attn": "dcscale/ops/flash.py",
     "flash_attn_interface": "dcscale/ops/flash.py",
     "tensorstore": "dcscale/convert/formats/maxtext.py",
+    "gguf": "dcscale/convert/formats/gguf.py",
     "matplotlib": "dcscale/bench/attention/report.py",
 }
 """Libraries that one file of the package may import, beside the benchmarks that measure them."""
 
-OTHERS = "dcscale/bench/data/"
+OTHERS = ("dcscale/bench/data/", "dcscale/bench/generate.py")
 
 TOP_LEVEL = {
     *(".ci", ".github", ".gitignore", "LICENSE", "README.md", "pyproject.toml"),
     *("configs", "dcscale", "launch", "tests", "tools"),
 }
 MOST_LINES, MOST_LINES_OF_A_KERNEL = 500, 700
-MOST_MODULES, MOST_FILES_IN_A_FOLDER = 190, 12
+MOST_MODULES, MOST_FILES_IN_A_FOLDER = 200, 12
 LEAST_LINES = 35
 """Of a module; a smaller one belongs to a neighbour. Package faces, errors, hooks and formats may be smaller."""
 

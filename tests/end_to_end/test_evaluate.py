@@ -57,7 +57,7 @@ def test_the_loss_on_shards_is_the_validation_loss(trained, tmp_path, call, step
         if record["step"] == step and "validation_loss" in record
     ]
     checkpoint = trained / "run" if step == 8 else trained / "run" / "checkpoints" / f"step-{step:08d}"
-    arguments = ["--shards", trained / "shards" / "validation", "--sequences", 6, "--batch-size", 4]
+    arguments = ["--shards", trained / "shards" / "validation", "--batch-size", 4]
     code, out, err = call(checkpoint, *arguments, "--output", tmp_path / "out.json")
     assert code == 0, err
     assert re.search(rf"is: dcscale training checkpoint .*step-0000000{step} \(step {step}\)\n", err)
@@ -71,13 +71,23 @@ def test_the_loss_on_shards_is_the_validation_loss(trained, tmp_path, call, step
     assert result["settings"]["context"] == 32
     assert result["settings"]["document_mask"] is True
     assert f"{row['loss']:.4f}" in out
+    assert (row["sequences"], result["settings"]["sequences"]) == (6, 6), "the run's validation.sequences"
+    name, count, spread = (
+        f"\n{trained}/shards/validation",
+        row["of_sequences"],
+        "spread evenly (--sequences all uses all)",
+    )
+    assert out.endswith(f"{name}: 6 of {count} sequences were used, {spread}\n")
+    fewer, complete = (call(checkpoint, *arguments, "--sequences", number)[1] for number in (4, "all"))
+    assert fewer.endswith(f"{name}: 4 of {count} sequences were used, {spread}\n")
+    assert complete.endswith(f"{name}: {count} of {count} sequences were used\n")
     unmasked = call(checkpoint, *arguments, "--no-document-mask")
     assert unmasked[0] == 0
     assert unmasked[1] != out
 
 
 def test_an_upstream_folder_gives_the_results_of_its_model_folder(upstream, files, call):
-    arguments = ["--text", files / "text.txt", "--jsonl", files / "tasks.jsonl", files / "tasks.jsonl"]
+    arguments = ["--text", files / "text.txt", "--jsonl", files / "tasks.jsonl", "--jsonl", files / "tasks.jsonl"]
     arguments += ["--batch-size", 3, "--context", 60, "--stride", 20, "--begin-id", 256, "--output", files / "out.json"]
     results, tables = [], []
     for name in ("dcscale", "upstream"):
@@ -126,7 +136,7 @@ def test_source_options_are_used(upstream, files, call):
     assert json.loads((files / "out.json").read_text())["losses"] != other["losses"]
 
 
-def test_texts_tokenized_in_pieces_are_reported(upstream, files, call):
+def test_tokens_that_cross_a_mark_are_reported(upstream, files, call):
     vocabulary = ["<eos>", *sorted(set(TASK["texts"])), " b"]
     merges = [(" ", "b"), ("d", " b")]
     library = Tokenizer(models.BPE({token: i for i, token in enumerate([*vocabulary, "d b"])}, merges))
@@ -134,7 +144,7 @@ def test_texts_tokenized_in_pieces_are_reported(upstream, files, call):
     arguments = ["--tokenizer", files / "tokenizer.json", "--eos-token", "<eos>", "--jsonl", files / "tasks.jsonl"]
     code, out, err = call(upstream / "dcscale", *arguments)
     assert code == 0, err
-    note = "4 of 4 texts were tokenized in pieces, because a token crossed a mark"
+    note = "4 of 4 texts have a token that crosses a mark: it counts as part of the answer"
     assert out.endswith(f"{files / 'tasks.jsonl'}: {note}\n")
 
 
@@ -157,8 +167,9 @@ def test_what_is_rejected(upstream, files, tmp_path, call):
     for arguments, message in (
         ([model], "name what to measure by --shards, --text or --jsonl"),
         ([tmp_path / "absent", "--text", text], "absent is not a folder"),
-        ([model, "--text", text, "--gelu", "erf"], "--gelu: only for upstream folders"),
+        ([model, "--text", text, "--gelu", "erf"], "--gelu: only for upstream models"),
         ([model, "--text", text, "--batch-size", "0"], "--batch-size: '0' must be a whole number of 1 or more"),
+        ([model, "--shards", text, "--sequences", "some"], "'some' must be a whole number of 1 or more, or all"),
         ([model, "--text", text, "--begin-id", "-1"], "--begin-id: '-1' must be a whole number of 0 or more"),
         ([model, "--text", text, "--begin-id", "257"], "--begin-id is 257, but must be below the model's 257 tokens"),
         ([model, "--text", text, "--context", "ten"], "--context: 'ten' must be a whole number of 1 or more"),
@@ -183,10 +194,10 @@ def test_a_model_without_a_tokenizer_can_still_be_measured_on_shards(upstream, t
     settings = json.loads((folder / "config.json").read_text())
     del settings["dcscale"]["tokenizer"]
     (folder / "config.json").write_text(json.dumps(settings))
-    arguments = ["--shards", trained / "shards" / "validation", "--context", 32, "--sequences", 2]
-    code, out, err = call(folder, *arguments)
+    code, out, err = call(folder, "--shards", trained / "shards" / "validation", "--context", 256)
     assert code == 0, err
     assert "bits per byte" in out
+    assert re.search(r": (\d+) of \1 sequences were used\n$", out), "all of them, as the model is not from a run"
     code, _, err = call(folder, "--text", __file__)
     assert code == 2
     assert "has no tokenizer.json: name one with --tokenizer, or 'byte'" in err

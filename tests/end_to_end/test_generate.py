@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from dcscale.checkpoint.layout import seal
 from dcscale.convert import ConversionError
-from dcscale.data import DataError
+from dcscale.data import DataError, load_tokenizer
 from dcscale.evaluation import open_trained
 from dcscale.models import generate
+from dcscale.observe import printable
 from dcscale.testing.distributed import run_distributed
-from dcscale.testing.runs import WORDS, make_shards, tiny_config, train_all
+from dcscale.testing.models import tiny_config as tiny_model
+from dcscale.testing.models import write_checkpoint
+from dcscale.testing.runs import make_shards, tiny_config, train_all
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "generate.py"
@@ -129,44 +132,43 @@ def test_an_incomplete_or_inconsistent_checkpoint(runs, tmp_path, change, messag
         assert open_trained(folder).tokenizer
 
 
-def test_a_checkpoint_contains_its_tokenizer_json(tmp_path):
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.train_from_iterator(
-        [" ".join(WORDS)],
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    file = tmp_path / "made-here.json"
-    library.save(str(file))
+def test_a_checkpoint_contains_its_tokenizer_json(llama_tokenizer, tmp_path):
+    file = Path(shutil.copy(llama_tokenizer, tmp_path / "made-here.json"))
     shards = make_shards(tmp_path / "shards", tokenizer=file)
     run, definition = tmp_path / "run", file.read_bytes()
     sampling = ["samples.interval=4", "samples.new_tokens=12", 'samples.prompts=["heads are"]']
-    overrides = [f"model.vocab_size={library.get_vocab_size()}", "train.steps=4", *sampling]
-    run_distributed(train_all, 1, [tiny_config(run, shards, *overrides)])
+    run_distributed(train_all, 1, [tiny_config(run, shards, "model.vocab_size=340", "train.steps=4", *sampling)])
     shutil.rmtree(shards)  # the checkpoint must be sufficient
     file.unlink()
 
     trained = open_trained(run)
     assert (trained.folder / "tokenizer.json").read_bytes() == definition
+    library = Tokenizer.from_file(str(llama_tokenizer))
     prompt = trained.tokenizer.encode("heads are")
-    assert prompt == library.encode("heads are").ids
-    assert len(prompt) < len("heads are")  # no byte tokens
-    assert trained.tokenizer.eos_id == library.token_to_id("<|endoftext|>")
+    assert prompt == library.encode("heads are", add_special_tokens=False).ids
+    assert trained.tokenizer.eos_id == library.token_to_id("</s>")
     (written,) = generate(
-        trained.load(torch.device("cpu")), [prompt], 12, temperature=0.8, top_p=0.95, seed=0, stop_id=0
+        trained.load(torch.device("cpu")), [prompt], 12, temperature=0.8, top_p=0.95, seed=0, stop_id=2
     )
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["sample"] == "heads are" + trained.tokenizer.decode(written)
+    assert summary["sample"] == trained.tokenizer.decode(prompt + written)  # with the space before the first new word
 
     (trained.folder / "tokenizer.json").unlink()
     with pytest.raises(ConversionError, match=r"tokenizer\.json is missing"):
         open_trained(run)
+
+
+def test_the_text_is_that_of_prompt_and_continuation_together(llama_tokenizer, tmp_path, call):
+    folder = write_checkpoint(tmp_path / "model", tiny_model(vocab_size=340))
+    arguments = ["--tokenizer", llama_tokenizer, "--begin-id", 1, "--new-tokens", 12, "--temperature", 0]
+    code, written, err = call(folder, "--prompt", "Ann has a", "--prompt", "the", *arguments)
+    assert code == 0, err
+    tokenizer = load_tokenizer(llama_tokenizer)
+    prompts = [tokenizer.encode(text) for text in ("Ann has a", "the")]
+    model = open_trained(folder).load(torch.device("cpu"))
+    new = generate(model, [[1, *ids] for ids in prompts], 12, temperature=0, top_p=1, seed=0, stop_id=2)
+    texts = [tokenizer.decode(before + after) for before, after in zip(prompts, new)]
+    assert written == "".join(f"----\n{printable(text)}\n" for text in texts)
 
 
 def overwrite_weights(folder, value):

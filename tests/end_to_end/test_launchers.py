@@ -55,18 +55,21 @@ def run(name, *arguments):
 
 def settings(tmp_path, shards, *more):
     """A YAML file and overrides, as a user would give them."""
-    values = tiny_settings(tmp_path, shards)
-    return ["configs/quickstart.yaml", *values, "samples.interval=0", *more]
+    values = {text.partition("=")[0]: text for text in [*tiny_settings(tmp_path, shards), "samples.interval=0", *more]}
+    return ["configs/quickstart.yaml", *values.values()]
 
 
 def test_every_launcher_gives_the_same_losses(tmp_path, shards):
     losses = {}
     for name in ("deepspeed", "torchrun", "python"):
-        code, out, err = run(name, *settings(tmp_path / name, shards))
+        code, out, err = run(name, *settings(tmp_path / name, shards, "validation.interval=9"))
         assert code == 0, err
         assert "DCFormer, 41,216 parameters" in out
+        assert out.count("warning    validation.interval = 9: is more than train.steps = 8") == 1  # from rank 0 only
+        ranks, count = (1, "4 micro-batches") if name == "python" else (2, "2 micro-batches")
+        assert re.search(rf"^ranks      {ranks} x .*\nbatch .*; on each rank {count} of 2$", out, re.MULTILINE)
         assert "ended      all training steps are done" in out
-        assert "steps      8, 2,048 tokens" in out
+        assert re.search(r"^trained    8 steps on 2,0[0-4]\d tokens in \d+ s$", out, re.MULTILINE)
         records = read_metrics(tmp_path / name / "metrics.jsonl")
         losses[name] = [(r["loss"], r["grad_norm"]) for r in records]
         world_size = json.loads((tmp_path / name / "summary.json").read_text())["world_size"]
@@ -77,7 +80,7 @@ def test_every_launcher_gives_the_same_losses(tmp_path, shards):
 
 
 def test_bad_settings_are_listed_together_without_a_traceback(tmp_path, shards):
-    code, out, err = run("python", *settings(tmp_path / "run", shards, "model.heads=5", "train.micro_batch_size=3"))
+    code, out, err = run("python", *settings(tmp_path / "run", shards, "model.heads=5", "train.global_batch_size=0"))
     assert code == 2
     assert "model.heads" in err
     assert "train.global_batch_size" in err

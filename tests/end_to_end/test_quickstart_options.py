@@ -62,6 +62,7 @@ def test_help_is_shown_and_nothing_is_created(copy, flag):
         (["--name", ""], "--name ''"),
         (["--processes", "0"], "--processes '0' is not a number above 0"),
         (["--processes", "two"], "--processes 'two' is not"),
+        (["run.name=x"], "'run.name=x': name the run with --name x"),
     ],
 )
 def test_invalid_arguments_are_rejected_before_anything_is_created(copy, arguments, message):
@@ -103,6 +104,7 @@ TRAIN = "launch/train.py configs/quickstart.yaml run.name=quickstart"
         (0, "", [], f"deepspeed --quiet --num_accelerators 2 {TRAIN}, visible: "),
         (0, None, ["--processes", "3"], f"--num_accelerators 3 {TRAIN} train.global_batch_size=12,"),
         (4, None, ["a.b=1"], f"--num_accelerators 4 {TRAIN} train.global_batch_size=16 train.precision=bf16 a.b=1,"),
+        (4, None, ["train.precision=fp32"], f"{TRAIN} train.global_batch_size=16 train.precision=fp32,"),
         (4, None, ["--processes", "2"], f"--num_accelerators 2 {TRAIN} train.precision=bf16,"),
         (1, "3", [], f"deepspeed --quiet --include localhost:3 {TRAIN} train.precision=bf16, visible: unset"),
         (2, "2, 5", [], f"--include localhost:2,5 {TRAIN}"),

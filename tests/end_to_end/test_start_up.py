@@ -64,9 +64,9 @@ def test_the_command_line_imports_the_standard_library_only() -> None:
     assert {name.partition(".")[0] for name in added} <= sys.stdlib_module_names
 
 
-def test_a_config_is_checked_without_dynamo_and_deepspeed() -> None:
+def test_a_config_is_checked_without_dynamo_and_deepspeed(shards: Path) -> None:
     configs = ["configs/model/dcformer-405m.yaml", "configs/train/405m.yaml"]
-    settings = ["data.train=no/such/folder", "validation.interval=0"]
+    settings = [f"data.train={shards / 'train'}", "validation.interval=0"]
     output, modules = modules_after(RUN, "tools/check_config.py", *configs, *settings)
     assert "parameters         419,516,416, of which compose " in output
     assert "torch" in modules
