@@ -168,5 +168,5 @@ def array_elements(
         at, number = after + 1, number + 1
     for rest in chain([text[at:]], iter(partial(reader.read, read_chars), "")):
         if rest.strip():
-            raise DataError(f"{path}: goes on after the end of its array; write it as JSON lines, or as one array")
+            raise DataError(f"{path}: has more after the end of its array; write it as JSON lines, or as one array")
     reader.detach()  # otherwise it would close the file

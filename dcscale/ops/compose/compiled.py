@@ -293,7 +293,9 @@ def _run(chunk_function: Any, douts: list[Tensor], chunk: _Row, seen_CV: Tensor,
     try:
         return _compile(chunk_function, chunk.kind())(*douts, *chunk, seen_CV, factor)
     except torch._dynamo.exc.FailOnRecompileLimitHit:
-        warnings.warn("backend 'compiled' goes on without compiling: torch's recompile_limit was reached", stacklevel=2)
+        warnings.warn(
+            "backend 'compiled' continues without compiling: torch's recompile_limit was reached", stacklevel=2
+        )
         return chunk_function(*douts, *chunk, seen_CV, factor)
 
 

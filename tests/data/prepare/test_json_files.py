@@ -45,7 +45,7 @@ def test_bytes_that_are_not_utf8_stay_in_their_element():
         ("[1, 2,]", r"element 3 of its array is not complete JSON: Expecting value"),
         ("[1, {'x': 2}]", r"element 2 of its array is not complete JSON: Expecting property name"),
         ("[1 2]", r"element 1 of its array is followed by '2'; correct the file"),
-        ("[1] [2]", r"goes on after the end of its array; write it as JSON lines, or as one array"),
+        ("[1] [2]", r"has more after the end of its array; write it as JSON lines, or as one array"),
         ("[" * 100_000, r"element 1 of its array is nested too deeply; correct the file"),
     ],
 )

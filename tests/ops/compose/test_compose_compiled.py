@@ -161,7 +161,7 @@ def test_torch_counts_models_of_different_shapes_apart():
 def test_at_torchs_limit_it_warns_and_computes_without_compiling():
     inputs = random_inputs(batch=1, queries=5, keys=9)
     warning = pytest.warns(
-        UserWarning, match="'compiled' goes on without compiling: torch's recompile_limit was reached"
+        UserWarning, match="'compiled' continues without compiling: torch's recompile_limit was reached"
     )
     with torch._dynamo.config.patch(recompile_limit=0), warning:
         results = inputs.run("compiled")
