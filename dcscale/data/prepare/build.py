@@ -194,7 +194,7 @@ def build_shards(
         _check_state(journal, task.skip_bad_rows, progress)
         if not journal.complete:
             _spool(journal, task, files, max_bad_rows, pool_map, progress)
-            # At the end, since bad rows come in clusters; all text is spooled, so a build with a higher limit resumes here.
+            # At the end, since bad rows come in clusters; the spooled text is kept for a build with a higher limit.
             _skipped_rows(journal.chunks.values()).check(max_bad_rows)
             for split in splits:
                 _write_split(journal, split, layout, shard_tokens, loaded, pool_map, progress)
