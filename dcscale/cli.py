@@ -125,7 +125,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="FILE", help="tokenizer.json, or byte (default: the one next to the model)"
     )
     parser.add_argument(
-        "--eos-token", metavar="NAME", help="the tokenizer's end-of-document token, if it cannot be found out"
+        "--eos-token", metavar="NAME", help="the tokenizer's end-of-document token, instead of the one that is found"
     )
     parser.add_argument(
         "--begin-id",

@@ -11,6 +11,7 @@ tools/convert_checkpoint.py reads. All prompts are one batch.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         prefix = [] if options.begin_id is None else [options.begin_id]
         prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
         model = trained.load(options.device, dtype_of(options))
+        importlib.import_module("torch._dynamo")  # the first operator would: a second that is not generation's
         start = time.perf_counter()
         generated = generate(
             model,

@@ -17,7 +17,7 @@ from dcscale.checkpoint.layout import OPTIMIZER
 from dcscale.cli import source_options
 from dcscale.config import Config
 from dcscale.convert import DTYPES, Conversion, prepare
-from dcscale.data import ByteTokenizer, DataError, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from dcscale.data import DataError, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from dcscale.data.tokenizers import TOKENIZER_NAME
 from dcscale.models import DCFormer
 
@@ -68,12 +68,12 @@ class TrainedModel:
             return load_tokenizer(self.tokenizer_spec, self.eos_token)
         own = self.conversion.state.get("tokenizer")
         if own is not None and own["spec"] == "byte":
-            return ByteTokenizer()
+            return load_tokenizer("byte", self.eos_token)
         file = self.folder / TOKENIZER_NAME
         made = self.conversion.extra_files.get(TOKENIZER_NAME)  # from a tokenizer in another form
         if own is None and made is None and not file.is_file():
             raise DataError(f"{self.folder} has no {TOKENIZER_NAME}: name one with --tokenizer, or 'byte'")
-        eos = self.eos_token if own is None else own["eos_id"]
+        eos = own["eos_id"] if own is not None and self.eos_token is None else self.eos_token
         return HuggingFaceTokenizer(file, eos, None if made is None else made.encode())
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> DCFormer:

@@ -76,6 +76,7 @@ def test_the_tokenizer(tmp_path, upstream):
     shutil.copy(tmp_path / "named.json", upstream.folder / "tokenizer.json")
     upstream.settings["eos_token_id"] = 0
     assert open_trained(upstream.write()).tokenizer.eos_id == 0
+    assert open_trained(upstream.folder, eos_token="</s>").tokenizer.eos_id == 1, "what is given wins"
     del upstream.settings["eos_token_id"]
     assert open_trained(upstream.write()).tokenizer.eos_id == 1
     assert open_trained(upstream.folder, eos_token="a").tokenizer.eos_id == 0
