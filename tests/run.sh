@@ -12,7 +12,7 @@ ruff format --check .
 
 logs=runs/tests
 mkdir -p "$logs"
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc heeds the variables
 status=0
 python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --durations=0 --durations-min=0.5 2>&1 \
     | tee "$logs/pytest.log" | grep -vE '^[0-9.]+s (call|setup|teardown) ' || status=1
