@@ -15,7 +15,7 @@ Any other file (.html .csv .xml ...) is refused unless --format states what all 
 .txt are read, or what --suffix names; what is not read is counted and printed.
 
 To resume an interrupted build, run the same command again. The result is the same byte for byte for any number of
-workers and interruptions, and wherever the inputs lie.
+workers and interruptions, and wherever the inputs are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find the files to read: what format each has, which name tells its documents apart, and what is given twice.
 
 The name of a document decides its split and, with the seed, its place in the order, so it is unique over everything
-that is given and does not depend on where that lies. It is the path of its file below the folder that was given, with
+that is given and does not depend on where that is. It is the path of its file below the folder that was given, with
 the line or row. If several files and folders are given, the end of the given path precedes it, as short as tells all of
 them apart: ``en/part-0.jsonl:17`` and ``fr/part-0.jsonl:17`` for ``/data/en/part-0.jsonl`` and
 ``/data/fr/part-0.jsonl``.
