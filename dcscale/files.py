@@ -47,32 +47,35 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def parse_json(content: str | bytes, source: Path | str) -> Any:
+def parse_json(content: str | bytes, source: Path | str, error_type: type[Exception] = ValueError) -> Any:
     """The value of JSON in UTF-8 that anybody may have written.
 
     Args:
         source: the file, and line if any, for error messages.
+        error_type: what is raised.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or has an integer that is too large; names ``source`` and
-            the reason.
+        ValueError, or another ``error_type``: it is not JSON, is nested too deeply, or has an integer that is too
+            large; names ``source`` and the reason.
     """
     try:
         value = json.loads(content if isinstance(content, str) else content.decode(), parse_int=_parse_integer)
     except RecursionError:
-        raise ValueError(f"{source} cannot be read: it is nested too deeply") from None
+        raise error_type(f"{source} cannot be read: it is nested too deeply") from None
     except OverflowError as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise error_type(f"{source} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} cannot be read: it is not UTF-8: {error}") from error
+        raise error_type(f"{source} cannot be read: it is not UTF-8: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{source} cannot be read: it is not JSON: {error}") from error
+        raise error_type(f"{source} cannot be read: it is not JSON: {error}") from error
     level = [value]  # all values at the same depth
     for _ in range(_MAX_JSON_DEPTH):
-        parts = (part for part in level if isinstance(part, (dict, list)))
+        parts = [part for part in level if isinstance(part, (dict, list))]
+        if not parts:
+            return value
         level = [item for part in parts for item in (part.values() if isinstance(part, dict) else part)]
     if level:
-        raise ValueError(f"{source} cannot be read: it is nested too deeply, in more than {_MAX_JSON_DEPTH} levels")
+        raise error_type(f"{source} cannot be read: it is nested too deeply, in more than {_MAX_JSON_DEPTH} levels")
     return value
 
 
@@ -82,19 +85,20 @@ def _parse_integer(digits: str) -> int:
     return int(digits)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, error_type: type[Exception] = ValueError) -> dict[str, Any]:
     """The JSON object in a file that anybody may have written.
 
     Raises:
-        ValueError: the file cannot be read, or does not hold a JSON object; names it and the reason.
+        ValueError, or another ``error_type``: the file cannot be read, or does not hold a JSON object; names it and
+            the reason.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    value = parse_json(content, path)
+        raise error_type(f"{path} cannot be read: {error.strerror}") from error
+    value = parse_json(content, path, error_type)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must be a JSON object, but is a {type(value).__name__}")
+        raise error_type(f"{path} must be a JSON object, but is a {type(value).__name__}")
     return value
 
 

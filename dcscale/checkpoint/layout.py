@@ -100,11 +100,11 @@ def read_marker(folder: Path) -> dict[str, FileRecord]:
     """
     marker = folder / MARKER
     try:
-        content = read_json(marker)
-    except ValueError as error:
+        content = read_json(marker, CheckpointError)
+    except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise CheckpointError(f"{marker} is missing: the checkpoint was not finished") from None
-        raise CheckpointError(str(error)) from error
+        raise
     _check_format(marker, content, FORMAT)
     files = content.get("files")
     if not isinstance(files, dict):
@@ -204,10 +204,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, is not a JSON object, or has another format.
     """
     path = checkpoint / STATE
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    content = read_json(path, CheckpointError)
     _check_format(path, content, STATE_FORMAT)
     return content
 

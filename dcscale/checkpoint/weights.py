@@ -70,10 +70,7 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: ``index`` cannot be read, is not an index, or names files in other folders.
     """
-    try:
-        file_of = read_json(index).get("weight_map")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    file_of = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(file_of, dict):
         raise CheckpointError(f"{index} has a weight_map of type {type(file_of).__name__}, expected names of files")
     for file in file_of.values():

@@ -147,10 +147,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     if not config.is_file():
         return {}
-    try:
-        return read_json(config)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    return read_json(config, ConversionError)
 
 
 def model_type_of(settings: Mapping[str, Any], known: Collection[str]) -> str | None:

@@ -17,9 +17,6 @@ from dcscale.data.errors import DataError
 POLICIES = ("fail", "skip")
 """What to do about a bad row: stop, or leave it out and count it."""
 
-BOM = b"\xef\xbb\xbf"
-"""The byte order mark that some editors write at the beginning of a file; it is not part of the text."""
-
 _HOPELESS = 10_000
 """If the first rows are all bad, so many show that no others are different, as with a wrong text field."""
 

@@ -73,10 +73,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _read_line(line: str, location: str) -> Sample:
-    try:
-        content = parse_json(line, location)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    content = parse_json(line, location, DataError)
     if not isinstance(content, dict):
         raise DataError(f"{location}: is a {type(content).__name__}, but must be an object with task_id and texts")
     for key in ("task_id", "texts"):

@@ -7,9 +7,10 @@ differently, and nobody would notice.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from dcscale.convert.formats.huggingface import json_text
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Values of ``tokenizer.ggml.token_type``."""
@@ -50,7 +51,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> str:
         raise ValueError("it has the same token twice")
     types = dict(zip(tokens, _list(metadata, "token_type", int, len(tokens))))
     parts = _byte_level(types, metadata) if kind == "gpt2" else _sentencepiece(types, metadata)
-    return _json({"version": "1.0", "added_tokens": _added_tokens(types), "post_processor": None, **parts})
+    return json_text({"version": "1.0", "added_tokens": _added_tokens(types), "post_processor": None, **parts})
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> str:
@@ -60,11 +61,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> str:
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     settings = {name: tokens[number] for name, number in ids.items() if number in range(len(tokens))}
     template = metadata.get("tokenizer.chat_template")
-    return _json(settings | ({"chat_template": template} if isinstance(template, str) else {}))
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    return json_text(settings | ({"chat_template": template} if isinstance(template, str) else {}))
 
 
 def _list(metadata: Mapping[str, Any], name: str, kind: type, length: int | None = None) -> list[Any]:

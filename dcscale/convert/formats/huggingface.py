@@ -76,16 +76,13 @@ def kept_files(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """
     files = {}
     generation = {name: settings[name] for name in _TOKEN_IDS if settings.get(name) is not None}
-    try:
-        if (folder / GENERATION_CONFIG).is_file():
-            generation |= read_json(folder / GENERATION_CONFIG)
-        if generation:
-            files[GENERATION_CONFIG] = _json(generation)
-        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-            if (folder / name).is_file():
-                files[name] = _json(read_json(folder / name))
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    if (folder / GENERATION_CONFIG).is_file():
+        generation |= read_json(folder / GENERATION_CONFIG, ConversionError)
+    if generation:
+        files[GENERATION_CONFIG] = json_text(generation)
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        if (folder / name).is_file():
+            files[name] = json_text(read_json(folder / name, ConversionError))
     try:
         if (folder / CHAT_TEMPLATE).is_file():
             files[CHAT_TEMPLATE] = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
@@ -186,12 +183,9 @@ def extra_files(
     notes = []
     if tokenizer["spec"] == "byte":
         content = byte_tokenizer()
-        files[TOKENIZER] = _json(content)
+        files[TOKENIZER] = json_text(content)
     else:
-        try:
-            content = read_json(tokenizer_file)
-        except ValueError as error:
-            raise ConversionError(str(error)) from error
+        content = read_json(tokenizer_file, ConversionError)
         if content.get("post_processor") is not None:
             notes.append(
                 f"{TOKENIZER} has a post-processor: if it adds special tokens, which dcscale does not use in "
@@ -216,7 +210,7 @@ def extra_files(
         settings |= _given_tokenizer_settings(kept)
     else:
         settings["split_special_tokens"] = True  # as in dcscale: a special token's name inside a text is ordinary text
-    files[TOKENIZER_CONFIG] = _json(settings)
+    files[TOKENIZER_CONFIG] = json_text(settings)
     if CHAT_TEMPLATE in kept:
         files[CHAT_TEMPLATE] = kept[CHAT_TEMPLATE]
     return files, notes
@@ -278,7 +272,8 @@ def _token_of(tokenizer: Mapping[str, Any], token_id: int) -> str | None:
     return vocabulary[token_id][0] if 0 <= token_id < len(vocabulary) else None  # Unigram: [token, score] by id
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """The content of a JSON file of a model folder."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -302,7 +297,7 @@ def _export(config: Config, dtype: torch.dtype, tokenizer: Mapping[str, Any] | N
     generation = generation_settings(tokenizer, kept)
     settings = write_settings(config, str(dtype).removeprefix("torch."), tokenizer, generation)
     files, notes = extra_files(config, tokenizer, tokenizer_file, kept)
-    files[GENERATION_CONFIG] = _json(generation)
+    files[GENERATION_CONFIG] = json_text(generation)
     return Exported(same_names_plan(config.model), settings, notes, files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import re
@@ -14,7 +15,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import IO
 
-from dcscale.data.bad_rows import BOM, JSON_DECODER
+from dcscale.data.bad_rows import JSON_DECODER
 from dcscale.data.errors import DataError
 
 try:  # optional: in the standard library from Python 3.14 on
@@ -42,7 +43,7 @@ def is_array(path: Path) -> bool:
             start = file.read(_START_BYTES)
     except _READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read: {error}; replace the file, or leave it out with --exclude") from error
-    text = start.removeprefix(BOM).lstrip()
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if not without_packing(path.name.lower()).endswith(".json"):
         return text[:1] == b"[" and text[1:].lstrip()[:1] == b"{"  # else a bad line, which may be skipped
     line, newline, _ = text.partition(b"\n")
@@ -101,7 +102,7 @@ def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _batches_of_lines(file: IO[bytes], batch_bytes: int) -> Iterator[list[bytes]]:
-    start = BOM
+    start = codecs.BOM_UTF8
     while lines := file.readlines(batch_bytes):
         lines[0] = lines[0].removeprefix(start)
         start = b""

@@ -14,13 +14,14 @@ give the same tokens, so the version of the tokenizers library must not change e
 
 from __future__ import annotations
 
+import codecs
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from dcscale.data.bad_rows import BOM, BadRow, decode_text, text_of_json
+from dcscale.data.bad_rows import BadRow, decode_text, text_of_json
 from dcscale.data.shards.manifest import Manifest, TextInfo
 from dcscale.data.shards.tar import member_bytes, raise_shard_error, read_samples
 from dcscale.data.storage import Storage
@@ -80,7 +81,8 @@ class TextReader:
         for sample in read_samples(path, data):
             if member := sample.members.get(self.info.member):
                 content = member_bytes(path, data, member)
-                content = content[len(BOM) :] if content[: len(BOM)] == BOM else content
+                if content[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8:
+                    content = content[len(codecs.BOM_UTF8) :]
                 is_json = self.info.member == "json"
                 try:
                     text = text_of_json(content, self.info.field) if is_json else decode_text(content)
