@@ -5,6 +5,7 @@ The recipe is always the same: write under a temporary name, fsync, rename, fsyn
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -166,6 +167,24 @@ def sha256_of(path: Path) -> str:
         while count := f.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
+
+
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN),
+    *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EREMOTEIO),
+}
+
+
+def may_succeed_later(error: BaseException | None) -> bool:
+    """Whether the same work may succeed later, without a change of it.
+
+    The error, or one that it was raised from, is a full, failing or unreachable disk, or is marked with ``retry``.
+    """
+    while error is not None:
+        if getattr(error, "retry", False) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def exit_with_parent() -> None:

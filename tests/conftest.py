@@ -1,6 +1,8 @@
 """What the environment of all tests is, and the tiny data that many of them share."""
 
+import contextlib
 import os
+import subprocess
 
 import pytest
 import torch
@@ -39,6 +41,34 @@ def llama_tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
     library.save(str(path))
     return path
+
+
+class SmallDisk:
+    """A disk of 256 KiB at ``folder``."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def fill(self):
+        """Takes all the space that is left."""
+        with open(self.folder / "filling", "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 10))
+
+    def make_room(self):
+        (self.folder / "filling").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no permission to mount a small disk: {mounted.stderr.strip()}")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def test_every_reader_refuses_deep_json(name, tmp_path):
 
 def test_a_metrics_file_ends_before_a_line_that_is_not_json(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + DEEP + "\n")
-    MetricsFile(tmp_path / "metrics.jsonl", last_step=5).close()
+    MetricsFile(tmp_path / "metrics.jsonl", 5, pytest.fail).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

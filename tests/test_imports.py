@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"files", "cli", "hardware", "provenance"}
+BASE = {"files", "cli", "hardware", "provenance", "lease", "signals"}
 """Modules and folders that know nothing of ours, and that everything above them may use."""
 
 LOWER = {
@@ -30,19 +30,22 @@ LOWER = {
     "checkpoint",
     "convert",
     "evaluation",
+    "cluster",
     "train",
     *BASE,
 }
 MAY_IMPORT = {
     **{name: set() for name in BASE},
     "cli": {"files"},
+    "lease": {"files"},
     "config": set(),
     "ops": set(),
     "models": {"config", "ops"},
-    "data": {"config", "files"},
+    "data": {"config", "files", "lease", "signals"},
     "observe": {"config", "files"},
-    "parallel": {"config", "ops"},
-    "checkpoint": {"config", "parallel", "files"},
+    "parallel": {"config", "ops", "files", "provenance"},
+    "checkpoint": {"config", "parallel", "files", "lease"},
+    "cluster": {"config", "data", "checkpoint", "parallel", *BASE},
     "convert": {"config", "ops", "models", "checkpoint", "files", "cli"},
     "evaluation": {"config", "ops", "models", "data", "checkpoint", "convert", "observe", "files", "cli"},
     "train": LOWER - {"convert", "evaluation", "train"},
@@ -90,7 +93,7 @@ TOP_LEVEL = {
     *("configs", "dcscale", "launch", "tests", "tools"),
 }
 MOST_LINES, MOST_LINES_OF_A_KERNEL = 500, 700
-MOST_MODULES, MOST_FILES_IN_A_FOLDER = 200, 12
+MOST_MODULES, MOST_FILES_IN_A_FOLDER = 220, 12
 LEAST_LINES = 35
 """Of a module; a smaller one belongs to a neighbour. Package faces, errors, hooks and formats may be smaller."""
 

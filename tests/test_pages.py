@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from dcscale.config.reference import reference
+from dcscale.observe.events import events_table
 from dcscale.observe.metrics import metrics_table
 
 ROOT = Path(__file__).parents[1]
-SETTINGS, TRAINING = ROOT / "dcscale" / "config" / "README.md", ROOT / "dcscale" / "train" / "README.md"
-METRICS = re.compile(r"(<!-- metrics: .*? -->\n).*?(<!-- end of metrics -->)", re.DOTALL)
+SETTINGS, TRAINING, OBSERVE = (ROOT / "dcscale" / folder / "README.md" for folder in ("config", "train", "observe"))
 MOST_LINES_OF_README = 150
 
 
@@ -39,10 +39,17 @@ def broken_links(page: Path) -> list[str]:
 
 def generated() -> dict[Path, str]:
     """Pages with generated parts, as they should be."""
-    training = METRICS.sub(
-        lambda match: f"{match[1]}{metrics_table()}\n{match[2]}", TRAINING.read_text(encoding="utf-8")
-    )
-    return {SETTINGS: reference(), TRAINING: training}
+    return {
+        SETTINGS: reference(),
+        TRAINING: with_table(TRAINING, "metrics", metrics_table()),
+        OBSERVE: with_table(OBSERVE, "events", events_table()),
+    }
+
+
+def with_table(page: Path, name: str, table: str) -> str:
+    """The text of a page with another table between the comments with this name."""
+    place = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    return place.sub(lambda match: f"{match[1]}{table}\n{match[2]}", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcscale.cli import positive_number, whole_number
 from dcscale.config import Config, ConfigError, Loaded, check_config, load_arguments, raise_problems
 from dcscale.config.errors import show
 from dcscale.config.reference import FIELDS, get, reference
+from dcscale.lease import describe_holder
 
 if TYPE_CHECKING:
     from dcscale.train.preflight import Preflight
@@ -128,6 +130,7 @@ def print_model(config: Config, found: Preflight) -> None:
     if found.data is None:
         return
     stream = found.data.stream
+    sequences += _passed_over(found)
     epochs = stream.epochs(sequences)
     if not isinstance(stream, MixedStream):
         print(f"epochs             {epochs['']:.4g}")
@@ -135,6 +138,11 @@ def print_model(config: Config, found: Preflight) -> None:
     for number, (name, share) in enumerate(zip(stream.names, stream.shares)):
         used = stream.planner.count(number, sequences)
         print(f"of source {name:8} {used:,} sequences ({share:.2%}), {epochs[name]:.4g} epochs")
+
+
+def _passed_over(found: Preflight) -> int:
+    """Sequences that the run has passed over in rollbacks."""
+    return 0 if found.start is None else found.start.state.passed_over_sequences
 
 
 def print_deepspeed(config: Config, world_size: int) -> None:
@@ -155,7 +163,12 @@ def print_warnings(config: Config, world_size: int, found: Preflight, device_gib
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
     stream = None if found.data is None else found.data.stream
-    warnings = [*([] if stream is None else stream.warnings), *advice(config, world_size, stream, memory)]
+    warnings = [
+        *([] if stream is None else stream.warnings),
+        *advice(config, world_size, stream, memory, _passed_over(found)),
+    ]
+    if found.start is not None and (holder := describe_holder(Path(config.run.folder))):
+        warnings.append(holder)
     lines = [*(f"warning    {text}" for text in warnings), *(() if found.start is None else found.start.messages)]
     if lines:
         print("", *lines, sep="\n")

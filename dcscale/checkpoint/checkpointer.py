@@ -10,19 +10,23 @@
 
 A stage starts only after all ranks have reported success of the previous one. If it failed on any rank, all ranks learn
 of it, and the earlier checkpoints stay.
+
+Rank 0 makes sure that it still holds the run folder (:mod:`dcscale.lease`) before each change that another start of the
+run would see. A start that has lost the folder touches nothing in it any more, not even its own unfinished checkpoint.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent import futures
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dcscale.checkpoint import layout
 from dcscale.checkpoint.layout import (
@@ -36,7 +40,16 @@ from dcscale.checkpoint.layout import (
 from dcscale.checkpoint.training_state import TrainingStateReader, write_fragments
 from dcscale.checkpoint.weights import save_weights
 from dcscale.config import CheckpointConfig
-from dcscale.files import TEMPORARY_PREFIX, publish_folder, sync_folder, sync_tree, write_atomically, write_json
+from dcscale.files import (
+    TEMPORARY_PREFIX,
+    may_succeed_later,
+    publish_folder,
+    sync_folder,
+    sync_tree,
+    write_atomically,
+    write_json,
+)
+from dcscale.lease import Lease, LeaseLostError
 from dcscale.parallel import Engine, Snapshot
 
 
@@ -77,6 +90,14 @@ SaveStages = Generator[Callable[[], Any] | None, list[Any], None]
 raised at the yield."""
 
 
+class _Failure(NamedTuple):
+    """An error of one rank, as all ranks learn of it."""
+
+    text: str
+    retry: bool
+    lease_lost: bool
+
+
 class Checkpointer:
     """Writes the checkpoints of a run. All ranks call each method together, after the same step.
 
@@ -89,6 +110,7 @@ class Checkpointer:
         settings: which checkpoints are kept, and whether they are written in the background.
         latest: the checkpoint that the run resumes from.
         protected: a checkpoint that is never removed: the one that the run branched off from.
+        lease: what rank 0 holds the run folder by; None: nobody else uses it.
     """
 
     def __init__(
@@ -98,8 +120,9 @@ class Checkpointer:
         settings: CheckpointConfig,
         latest: Path | None = None,
         protected: str | None = None,
+        lease: Lease | None = None,
     ):
-        self._engine, self._settings, self._protected = engine, settings, protected
+        self._engine, self._settings, self._protected, self._lease = engine, settings, protected, lease
         self._run, self._root = run, run / "checkpoints"
         self._is_main = engine.environment.is_main
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="dcscale-checkpoint")
@@ -129,6 +152,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on every rank, if this or the earlier checkpoint could not be written.
+            LeaseLostError: on every rank, if another start has taken over the run folder.
         """
         self.wait()
         final = self._root / layout.step_name(step)
@@ -146,6 +170,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on every rank, if the checkpoint could not be written; it is abandoned.
+            LeaseLostError: on every rank, if another start has taken over the run folder.
         """
         if self._stages is not None:
             finished = self._task is None or self._task.done()
@@ -153,7 +178,7 @@ class Checkpointer:
                 self._next_stage()
 
     def wait(self) -> None:
-        """Returns once no checkpoint is being written. Raises CheckpointError like :meth:`poll`."""
+        """Returns once no checkpoint is being written. Raises like :meth:`poll`."""
         while self._stages is not None:
             # Blocking in a collective until the slowest rank has written could exceed the collective's timeout. So
             # wait at most a second for this rank's own task, then poll with a short collective.
@@ -169,27 +194,29 @@ class Checkpointer:
 
     def _save_stages(self, final: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> SaveStages:
         """The whole save. Code between the yields runs in the training loop's thread, yielded calls in the writer's."""
-        temporary = self._root / (TEMPORARY_PREFIX + final.name)
+        temporary: Path | None = None
         start = time.perf_counter()
         try:
             copy: list[Snapshot] = []
             bytes_needed = sum(self._call_on_all_ranks(lambda: self._copy_state(copy))) + sum(map(len, files.values()))
-            self._call_on_all_ranks(self._on_main(lambda: self._reserve(temporary, bytes_needed)))
+            temporary, *_ = self._call_on_all_ranks(self._on_main(lambda: self._reserve(final.name, bytes_needed)))
             parts = yield partial(_write_part, copy, temporary)
             (rest, *_) = yield self._on_main(lambda: self._write_rest(temporary, state, files))
             records = {name: record for part in [*parts, rest] for name, record in part.items()}
             yield self._on_main(lambda: self._publish(temporary, final, records))
         except CheckpointError as error:
-            if self._is_main:  # what cannot be removed now is removed when the next checkpoint reserves its folder
+            if self._is_main and temporary is not None:
+                # What cannot be removed now is removed when the next checkpoint reserves its folder.
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {final} was not written: {error}") from error
+            raise CheckpointError(f"checkpoint {final} was not written: {error}", retry=error.retry) from error
         self.latest = final
         self.write_seconds = time.perf_counter() - start
         self.written_bytes = sum(record.bytes for record in records.values())
         try:
             yield self._on_main(self._retain)
         except CheckpointError as error:
-            raise CheckpointError(f"{final} was written, but older checkpoints were not removed: {error}") from error
+            message = f"{final} was written, but older checkpoints were not removed: {error}"
+            raise CheckpointError(message, retry=error.retry) from error
 
     def _copy_state(self, copy: list[Snapshot]) -> int:
         """Puts this rank's part into ``copy``; returns the bytes that it adds to the checkpoint."""
@@ -198,8 +225,12 @@ class Checkpointer:
         # 12 bytes a parameter: master weight and two moments in float32. Each weight is also written to weights/.
         return snapshot.nbytes + snapshot.nbytes // 12 * self._engine.dtype.itemsize
 
-    def _reserve(self, temporary: Path, bytes_needed: int) -> None:
-        """Removes leftovers of killed processes, checks the free space and makes the temporary folder."""
+    def _reserve(self, name: str, bytes_needed: int) -> Path:
+        """Removes leftovers of killed processes, checks the free space and makes the temporary folder; returns it.
+
+        It has a random name: a start that has lost the run folder may still be writing the checkpoint of this step.
+        """
+        self._check_lease()
         self._root.mkdir(parents=True, exist_ok=True)
         for leftover in self._root.glob(TEMPORARY_PREFIX + "*"):
             shutil.rmtree(leftover)
@@ -210,9 +241,12 @@ class Checkpointer:
             raise CheckpointError(
                 f"{self._root} has {free:,} bytes free, but the checkpoint takes {bytes_needed:,}: free some space, "
                 "keep fewer checkpoints (checkpoint.keep_last), or resume a copy of the run on a larger disk "
-                "(run.folder)"
+                "(run.folder)",
+                retry=True,
             )
+        temporary = self._root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
         (temporary / layout.OPTIMIZER).mkdir(parents=True)
+        return temporary
 
     def _write_rest(self, temporary: Path, state: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, FileRecord]:
         """Writes all but the optimizer state; returns the records of these files."""
@@ -233,7 +267,9 @@ class Checkpointer:
             raise CheckpointError(problem)
         # A folder that already exists at ``final`` was neither written nor loaded by this process, for example a
         # corrupt checkpoint: it is quarantined.
+        self._check_lease()
         publish_folder(temporary, final, _quarantine_path(final))
+        self._check_lease()
         point_latest_at(final)
 
     def _retain(self) -> None:
@@ -241,7 +277,12 @@ class Checkpointer:
         assert self.latest is not None
         protected = {self.latest, *([Path(self._protected)] if self._protected else [])}
         for checkpoint in expired_checkpoints(self._run, self._settings, protected):
+            self._check_lease()
             discard(checkpoint)
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     # -- from stage to stage ------------------------------------------------------------------------------------
 
@@ -254,16 +295,24 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on all ranks, if it failed on any; lists the errors.
+            LeaseLostError: on all ranks, if it was raised on any.
         """
-        result = error = None
+        result = failure = None
         try:
             result = call() if call is not None else None
         except Exception as caught:  # sent to every rank and raised below
-            error = f"{type(caught).__name__}: {caught}"
-        answers = self._engine.gather_objects((result, error))
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error is not None]
-        if errors:
-            raise CheckpointError("; ".join(errors))
+            lost = isinstance(caught, LeaseLostError)
+            failure = _Failure(
+                str(caught) if lost else f"{type(caught).__name__}: {caught}", may_succeed_later(caught), lost
+            )
+        answers = self._engine.gather_objects((result, failure))
+        failures = {rank: failure for rank, (_, failure) in enumerate(answers) if failure is not None}
+        for failure in failures.values():
+            if failure.lease_lost:
+                raise LeaseLostError(failure.text)
+        if failures:
+            message = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in failures.items())
+            raise CheckpointError(message, retry=all(failure.retry for failure in failures.values()))
         return [result for result, _ in answers]
 
     def _next_stage(self) -> None:
@@ -272,7 +321,7 @@ class Checkpointer:
         assert stages is not None
         try:
             results = self._call_on_all_ranks(None if task is None else task.result)
-        except CheckpointError as error:
+        except (CheckpointError, LeaseLostError) as error:
             self._advance(partial(stages.throw, error))
         else:
             self._advance(partial(stages.send, results))

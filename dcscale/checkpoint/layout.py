@@ -42,7 +42,16 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or found, or cannot be used for this run."""
+    """A checkpoint cannot be written or found, or cannot be used for this run.
+
+    Args:
+        message: the message.
+        retry: whether the same may succeed later: the disk is full, failing or unreachable.
+    """
+
+    def __init__(self, message: str, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.retry = retry
 
 
 def join_problems(problems: list[str]) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcscale.checkpoint.layout import CheckpointError, join_problems
+from dcscale.checkpoint.weights import disk_errors
 from dcscale.files import parse_json, sync_folder
 from dcscale.parallel import KINDS, MASTER, Snapshot
 
@@ -51,7 +52,8 @@ def write_fragments(snapshot: Snapshot, folder: Path) -> Path:
     state = {"format": FORMAT, "ranks": snapshot.ranks, "steps": snapshot.steps, "parameters": snapshot.shapes}
     tensors = {f"{name}:{kind}:{start}": tensor for (name, kind, start), tensor in snapshot.tensors.items()}
     path = folder / file_name(snapshot.rank)
-    save_file(tensors, path, metadata={"state": json.dumps(state)})
+    with disk_errors(path):
+        save_file(tensors, path, metadata={"state": json.dumps(state)})
     sync_folder(path)
     return path
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,18 @@ def save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     writer.finish()
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raises what safetensors says of the disk as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
 class _ShardWriter:
     def __init__(self, folder: Path, shard_bytes: int):
         self._folder, self._shard_bytes = folder, shard_bytes
@@ -52,7 +66,8 @@ class _ShardWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._written += 1
         name = f"model-{self._written:05d}.safetensors"
-        save_file(self._shard, self._folder / name, metadata={"format": "pt"})
+        with disk_errors(self._folder / name):
+            save_file(self._shard, self._folder / name, metadata={"format": "pt"})
         self._shard_of.update(dict.fromkeys(self._shard, name))
         self._total += self._in_shard
         self._shard.clear()

@@ -3,7 +3,7 @@
 from dcscale.config.check import check_config
 from dcscale.config.errors import ConfigError, Problem, raise_problems
 from dcscale.config.load import Loaded, config_to_dict, differences, from_dict, load_arguments, load_config, to_yaml
-from dcscale.config.schema import CheckpointConfig, Config, DataConfig, DataSource, ModelConfig
+from dcscale.config.schema import CheckpointConfig, Config, DataConfig, DataSource, ModelConfig, ParallelConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -13,6 +13,7 @@ __all__ = [
     "DataSource",
     "Loaded",
     "ModelConfig",
+    "ParallelConfig",
     "Problem",
     "check_config",
     "config_to_dict",

@@ -202,13 +202,14 @@ def _cache_needs_checksums(config: Config) -> Findings:
         yield "data.cache", rule, "set it to null, or data.verify=true"
 
 
-@_rule("data.train", "data.sources", "data.validation", "data.retry_total_seconds", "parallel.timeout_minutes")
+@_rule("data.train", "data.sources", "data.validation", "data.retry_total_seconds", "parallel.pause_timeout_minutes")
 def _data_retries_end_before_timeout(config: Config) -> Findings:
     # While one rank retries a read, the others wait for it in a collective.
-    most = 60 * config.parallel.timeout_minutes / 2
+    most = 60 * config.parallel.pause_timeout_minutes / 2
     remote = any("://" in root for root in [*config.data.roots, config.data.validation or ""])
     if remote and config.data.retry_total_seconds > most:
-        rule = f"must be at most half of parallel.timeout_minutes = {config.parallel.timeout_minutes}, {most:g} s"
+        minutes = config.parallel.pause_timeout_minutes
+        rule = f"must be at most half of parallel.pause_timeout_minutes = {minutes}, {most:g} s"
         why = "or the other ranks would time out before they receive the error of the data"
         yield "data.retry_total_seconds", f"{rule}, {why}", f"use at most {most:g}"
 

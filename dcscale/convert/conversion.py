@@ -97,7 +97,7 @@ class Conversion:
             weights = folder / WEIGHTS if self.target == "dcscale" else folder
             try:
                 save_weights(self._tensors(problems), weights, shard_bytes)
-            except SafetensorError as error:  # raised if the disk is full
+            except (OSError, SafetensorError) as error:  # the disk is full
                 raise ConversionError(f"{target} cannot be written: {error}") from error
             self._raise_non_finite(problems)
             if (self.source.folder / TOKENIZER).is_file() and tokenizer != "byte":

@@ -6,13 +6,12 @@ keys are those of :data:`METRICS`.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from dcscale.files import parse_json, write_atomically
+from dcscale.observe.json_lines import JsonLines
 
 Record = dict[str, "float | int | None"]
 """Values of one logged step, by metric name (:data:`METRICS`)."""
@@ -31,7 +30,7 @@ METRICS: dict[str, Metric] = {
     "step": Metric("steps", "optimizer steps done", None),
     "tokens": Metric(
         "tokens",
-        "tokens trained on so far, over all ranks, without padding and steps without targets",
+        "tokens trained on so far, over all ranks, without padding and steps without an update",
         "progress/tokens",
     ),
     "padding_tokens": Metric(
@@ -42,7 +41,29 @@ METRICS: dict[str, Metric] = {
         "steps so far that had no target, and so no loss and no update; absent if 0",
         "data/steps_without_targets",
     ),
-    DATA_EPOCH: Metric("epochs", "epochs of the training data so far, over all ranks", "progress/data_epoch"),
+    "skipped_updates": Metric(
+        "steps",
+        "steps so far whose update was skipped (train.on_nonfinite, train.on_spike); absent if 0",
+        "optimizer/skipped_updates",
+    ),
+    "spikes": Metric(
+        "steps",
+        "steps so far whose loss or gradient norm was a spike, but for those before a rollback; absent if 0",
+        "optimizer/spikes",
+    ),
+    "rollbacks": Metric(
+        "rollbacks",
+        "spikes from which the run went back to a checkpoint (train.on_spike=rollback); absent if 0",
+        "optimizer/rollbacks",
+    ),
+    "passed_over_sequences": Metric(
+        "sequences", "sequences that were passed over in rollbacks so far; absent if 0", "data/passed_over_sequences"
+    ),
+    DATA_EPOCH: Metric(
+        "epochs",
+        "epochs of the training data so far, over all ranks, sequences that were passed over included",
+        "progress/data_epoch",
+    ),
     "skipped_shards": Metric("shards", "training shards skipped so far (data.on_error=skip)", "data/skipped_shards"),
     "skipped_tokens": Metric("tokens", "tokens of these shards, missing from every epoch", "data/skipped_tokens"),
     "loss": Metric(
@@ -51,7 +72,15 @@ METRICS: dict[str, Metric] = {
         "loss/train",
     ),
     "grad_norm": Metric(
-        "1", "global L2 norm of the gradient of this step, before clipping; null without targets", "optimizer/grad_norm"
+        "1",
+        "global L2 norm of the gradient of this step, before clipping; null without targets and if not finite",
+        "optimizer/grad_norm",
+    ),
+    "spike_score": Metric(
+        "1",
+        "how far the loss or gradient norm of this step, whichever is further, is above the last 128 steps, in robust "
+        "standard deviations; more than train.spike_score is a spike",
+        "optimizer/spike_score",
     ),
     "lr": Metric("1", "learning rate of this step, before lr_scale of optimizer.rules", "optimizer/learning_rate"),
     "tokens_per_second": Metric(
@@ -67,6 +96,15 @@ METRICS: dict[str, Metric] = {
     ),
     "step_seconds": Metric("s", "mean wall-clock time of a step since the last record", "speed/step_seconds"),
     "data_wait": Metric("1", "fraction of step_seconds that rank 0 waited for data", "speed/data_wait"),
+    "slowest_rank": Metric(
+        "rank",
+        "the rank that takes longest for a step, not counting its waiting for others, over the last 40 steps; absent "
+        "before them, and with one rank",
+        "speed/slowest_rank",
+    ),
+    "slowest_over_median": Metric(
+        "1", "time that this rank takes for a step / median of the other ranks", "speed/slowest_over_median"
+    ),
     "memory_gib": Metric("GiB", "peak memory of rank 0: allocated on a GPU, or resident on a CPU", "memory/peak_gib"),
     "checkpoint_stall_seconds": Metric(
         "s",
@@ -130,26 +168,34 @@ def metrics_table() -> str:
 class MetricsFile:
     """Appends records to ``metrics.jsonl``. A step may have several lines, which :func:`read_metrics` merges.
 
+    A disk that fails does not stop training: see :class:`JsonLines`.
+
     Args:
         path: the file; created if missing.
         last_step: the step that the run resumes from; records of later steps are removed.
+        warn: prints a warning.
+        check: called before the file is replaced or opened; raises if it is no longer this process's to write.
 
     Raises:
         ValueError: the file has lines that are not records of a run; it is left unchanged.
+        OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(
+        self, path: Path, last_step: int, warn: Callable[[str], None], check: Callable[[], None] = lambda: None
+    ):
+        check()
+        # A new file: a start that has lost the run folder, but does not know it yet, goes on writing to its own.
         write_atomically(path, "".join(lines_until(path, last_step)))
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = JsonLines(path, warn, before_opening=check)
 
     def write(self, record: Mapping[str, float | int | None]) -> None:
-        """Appends one record and flushes it to the operating system."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Appends one record and gives it to the operating system."""
+        self._lines.write(record)
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Makes the file durable."""
+        self._lines.close()
 
 
 def lines_until(path: Path, last_step: int) -> list[str]:

@@ -2,44 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dcscale.observe.console import Console
+from dcscale.observe.json_lines import AppendedFile
 from dcscale.observe.metrics import TENSORBOARD_CHARTS, MetricsFile, Record, tensorboard_scalars
 
 
 class TensorBoardWriter:
-    """TensorBoard event files of a run.
+    """Writes a TensorBoard event file. A disk that fails does not stop training: see :class:`AppendedFile`.
+
+    SummaryWriter is not used, because its thread dies of the first error of the disk, with what it has not written.
 
     Args:
         folder: the folder of the event files.
-        last_step: the step that the run resumes from. TensorBoard hides points of later steps, written by an earlier
-            start that was interrupted, so that curves do not overlap.
+        last_step: the step that the run resumes from, see :meth:`drop_after`.
         charts: charts with several curves: group -> title -> patterns of tags.
+        warn: prints a warning.
+
+    Raises:
+        OSError: the folder cannot be created.
     """
 
-    def __init__(self, folder: Path, last_step: int, charts: Mapping[str, Mapping[str, list[str]]]):
-        from torch.utils.tensorboard import SummaryWriter  # here, since it imports boto3 and more: 0.2 s
+    def __init__(
+        self,
+        folder: Path,
+        last_step: int,
+        charts: Mapping[str, Mapping[str, list[str]]],
+        warn: Callable[[str], None],
+    ):
+        # Here, since they import boto3 and more: 0.2 s.
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
 
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1, flush_secs=10)
-        self._writer.add_custom_scalars(
-            {group: {title: ["Multiline", tags] for title, tags in titles.items()} for group, titles in charts.items()}
-        )
+        self._proto, self._summary, self._record_writer = event_pb2, summary, RecordWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        paths = (folder / f"{name}.{number}" for number in itertools.count())
+        self._file = AppendedFile(next(path for path in paths if not path.exists()), warn)
+        self._append(event_pb2.Event(file_version="brain.Event:2"))
+        self.drop_after(last_step)
+        layout = {
+            group: {title: ["Multiline", tags] for title, tags in titles.items()} for group, titles in charts.items()
+        }
+        self._append(event_pb2.Event(summary=summary.custom_scalars(layout)))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+        scalar, event = self._summary.scalar, self._proto.Event
+        self._append(*(event(step=step, summary=scalar(tag, value)) for tag, value in values.items()))
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        self._writer.add_text(tag, markdown, step)
+        self._append(self._proto.Event(step=step, summary=self._summary.text(tag, markdown)))
+
+    def drop_after(self, step: int) -> None:
+        """Has TensorBoard hide the points of later steps that were written before, so that curves do not overlap."""
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._append(self._proto.Event(step=step + 1, session_log=start))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, *events: Any) -> None:
+        content = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            self._record_writer(content).write(event.SerializeToString())
+        self._file.append(content.getvalue())
 
 
 class Reporter:
-    """Writes records on rank 0; does nothing on other ranks.
+    """Writes records on rank 0; does nothing on other ranks. A disk that fails is reported and raises nothing.
 
     Args:
         run: the run folder.
@@ -48,15 +89,27 @@ class Reporter:
         console: prints warnings, validation losses and progress.
         progress: whether to show progress.
         is_main: whether this is rank 0.
+        check: see :class:`MetricsFile`.
 
     Raises:
-        ValueError: see :class:`MetricsFile`.
+        ValueError, OSError: see :class:`MetricsFile`.
     """
 
-    def __init__(self, run: Path, last_step: int, steps: int, console: Console, progress: bool, is_main: bool):
-        self._console = console
-        self._metrics = MetricsFile(run / "metrics.jsonl", last_step) if is_main else None
-        self._tensorboard = TensorBoardWriter(run / "tensorboard", last_step, TENSORBOARD_CHARTS) if is_main else None
+    def __init__(
+        self,
+        run: Path,
+        last_step: int,
+        steps: int,
+        console: Console,
+        progress: bool,
+        is_main: bool,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._console, self._run, self._check = console, run, check
+        self._metrics = self._tensorboard = None
+        if is_main:
+            self._metrics = MetricsFile(run / "metrics.jsonl", last_step, self.warn, check)
+            self._tensorboard = TensorBoardWriter(run / "tensorboard", last_step, TENSORBOARD_CHARTS, self.warn)
         self._progress = console.progress(steps, last_step, "step") if progress else None
 
     def record(self, record: Record) -> None:
@@ -75,6 +128,13 @@ class Reporter:
             if record.get("mfu") is not None:
                 values["mfu"] = f"{record['mfu']:.1%}"
             self._progress.show(int(record["step"]), values)
+
+    def drop_after(self, step: int) -> None:
+        """Drops what was written for later steps, as a start that resumes from ``step`` does."""
+        if self._metrics is not None and self._tensorboard is not None:
+            self._metrics.close()
+            self._metrics = MetricsFile(self._run / "metrics.jsonl", step, self.warn, self._check)
+            self._tensorboard.drop_after(step)
 
     def warn(self, text: str) -> None:
         self._console.line(f"warning    {text}")

@@ -6,9 +6,13 @@ Without a process group, this process is the only rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from dcscale.files import may_succeed_later
 
 T = TypeVar("T")
 
@@ -64,8 +68,19 @@ def broadcast_from_rank0(call: Callable[[], T]) -> T:
         try:
             answer[0] = call()
         except Exception as error:  # raised below on every rank
+            error.retry = may_succeed_later(error)  # the other ranks do not get what it was raised from
             answer[1] = error
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def set_timeouts(seconds: float) -> None:
+    """Sets the timeout of later collectives in every process group of this rank, those that DeepSpeed made included.
+
+    DeepSpeed reduces gradients in a group of its own, which has torch's timeout of 10 (NCCL) or 30 minutes (gloo)
+    whatever was asked of ``init_process_group``.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

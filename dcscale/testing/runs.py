@@ -95,7 +95,7 @@ def train_here(config: Config) -> tuple[Trainer, StopReason]:
     environment = discover()
     raise_problems(check_config(config, environment.world_size))
     share_cores(environment)
-    start_distributed(environment, config.parallel.timeout_minutes)
+    start_distributed(environment, config.parallel.start_timeout_minutes)
     trainer = build_trainer(config, environment, Console(enabled=False))
     try:
         ending = trainer.fit()

@@ -29,7 +29,9 @@ LEARNING_RATE_FACTOR = 10
 """How far a learning rate may be above the usual one: wide, so that other recipes and batches give no warning."""
 
 
-def advice(config: Config, world_size: int, stream: Stream | None, device_bytes: int | None) -> list[str]:
+def advice(
+    config: Config, world_size: int, stream: Stream | None, device_bytes: int | None, passed_over: int = 0
+) -> list[str]:
     """Warnings, each with the setting, its value, the rule and the way out.
 
     Args:
@@ -37,10 +39,11 @@ def advice(config: Config, world_size: int, stream: Stream | None, device_bytes:
         world_size: number of ranks.
         stream: the training data; None if it is not at hand.
         device_bytes: memory of the smallest device; None if it is not known.
+        passed_over: sequences that the run has passed over in rollbacks.
     """
     found = [*_learning_rate(config), *_passes(config, world_size), *_validation(config)]
     if stream is not None:
-        found += _data(config, stream)
+        found += _data(config, stream, passed_over)
     if device_bytes is not None:
         found += _memory(config, world_size, device_bytes)
     return [str(problem) for problem in found]
@@ -73,9 +76,9 @@ def _validation(config: Config) -> Iterator[Problem]:
         yield Problem("validation.interval", interval, rule, "lower it to see progress")
 
 
-def _data(config: Config, stream: Stream) -> Iterator[Problem]:
+def _data(config: Config, stream: Stream, passed_over: int) -> Iterator[Problem]:
     batch, steps = config.train.global_batch_size, config.train.steps
-    epochs = stream.epochs(steps * batch)
+    epochs = stream.epochs(steps * batch + passed_over)
     for number, (name, source) in enumerate(zip(stream.names, stream.sources)):
         path, value = ("data.train", config.data.train)
         if isinstance(stream, MixedStream):

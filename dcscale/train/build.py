@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,26 @@ from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.checkpointer import point_latest_at, quarantine
 from dcscale.checkpoint.layout import STATE
 from dcscale.checkpoint.probe import read_probe
+from dcscale.cluster.ending import Ending
+from dcscale.cluster.watchdog import Watchdog, start_watchdog
 from dcscale.config import Config, to_yaml
 from dcscale.files import write_atomically
+from dcscale.lease import Lease, LeaseTimes, this_process
 from dcscale.models import DCFormer, initialize
 from dcscale.observe import Console
+from dcscale.observe.events import EventFile, event_path
 from dcscale.observe.reporter import Reporter
 from dcscale.ops.compose.scratch import derived_scratch_bytes, total_memory
-from dcscale.parallel import Engine, Environment, broadcast_from_rank0, gather_objects, run_on_all_ranks
+from dcscale.parallel import (
+    Engine,
+    Environment,
+    broadcast_from_rank0,
+    current_rendezvous,
+    gather_objects,
+    launch_line,
+    run_on_all_ranks,
+    set_timeouts,
+)
 from dcscale.train.advice import advice
 from dcscale.train.data import without_secrets
 from dcscale.train.optimizer import build_optimizer
@@ -28,20 +44,49 @@ from dcscale.train.summary import print_banner
 from dcscale.train.trainer import Trainer
 
 
-def build_trainer(config: Config, environment: Environment, console: Console) -> Trainer:
+def build_trainer(config: Config, environment: Environment, console: Console, ending: Ending | None = None) -> Trainer:
     """Builds everything a run needs on this rank; all ranks call it together, after ``start_distributed``.
 
-    ``config`` must have passed :func:`dcscale.config.check_config`.
+    ``config`` must have passed :func:`dcscale.config.check_config`. ``ending`` learns what this start holds, has the
+    output of this process written to its log, and ends it if the run hangs; None: the process goes on after the run,
+    as in tests.
+
+    First of all rank 0 takes the lease of the run folder, which :meth:`Trainer.close` releases.
 
     Raises:
+        LeaseHeldError: another start of the run holds the folder; nothing has been written.
         DataError, CheckpointError, RuleError, RankError: the data, the checkpoint or the optimizer rules do not fit the
             config, on this rank or on another. Unless it is the probe of a resumed checkpoint that differs, nothing
             has been written by then. CheckpointError also if the run folder cannot be written to.
         PreflightError: several of these.
     """
+    lease, token = _take_run_folder(config, environment, console, ending)
+    watchdog = None
+    if ending is not None:
+        ending.hold(Path(config.run.folder), token)
+        watchdog = start_watchdog(config.parallel, environment, ending)
+    try:
+        return _build(config, environment, console, ending, lease, watchdog)
+    except BaseException:
+        if lease is not None and ending is None:  # which releases it when it has written how this start ended
+            lease.release()
+        raise
+
+
+def _build(
+    config: Config,
+    environment: Environment,
+    console: Console,
+    ending: Ending | None,
+    lease: Lease | None,
+    watchdog: Watchdog | None,
+) -> Trainer:
     data, start, hooks = preflight(config, environment).result()
     memories = gather_objects(total_memory(environment.device.type, environment.device.index))
-    warnings = [*data.stream.warnings, *advice(config, environment.world_size, data.stream, _smallest(memories))]
+    warnings = [
+        *data.stream.warnings,
+        *advice(config, environment.world_size, data.stream, _smallest(memories), start.state.passed_over_sequences),
+    ]
     for message in (*(f"warning    {text}" for text in warnings), *start.messages):
         console.line(message)
     start.state.scratch_mib, message = choose_scratch(config, start.state.scratch_mib, memories)
@@ -59,16 +104,52 @@ def build_trainer(config: Config, environment: Environment, console: Console) ->
     if start.saved is not None:
         engine.load(start.saved)
     run = Path(config.run.folder)
-    for message in broadcast_from_rank0(lambda: _prepare_run_folder(run, config, start)):
+    for message in broadcast_from_rank0(lambda: _prepare_run_folder(run, config, start, lease)):
         console.line(message)
-    reporter = run_on_all_ranks(lambda: _open_reporter(run, start.state.step, config, console, environment.is_main))
+    if ending is not None:
+        run_on_all_ranks(ending.open_log)
+    reporter = run_on_all_ranks(lambda: _open_reporter(run, start.state.step, config, console, lease))
+    # On the other ranks, the console is silent.
+    events = EventFile(event_path(run, environment.rank), reporter.warn if environment.is_main else _warn_in_log)
     trainer = Trainer(
-        config, engine, data.loader, start.state, reporter, hooks, run, data.tokenizer_files, start.checkpoint
+        config,
+        engine,
+        data.loader,
+        start.state,
+        reporter,
+        events,
+        hooks,
+        run,
+        data.tokenizer_files,
+        start.checkpoint,
+        lease=lease,
+        watchdog=watchdog,
     )
+    if ending is not None:
+        ending.progress = lambda: (trainer.state.step, trainer.latest_checkpoint)
+        ending.before_exit = lambda: _close_files(ending, trainer)
+    console.line(launch_line(environment, current_rendezvous().hosts))
     print_banner(console, trainer, data.stream)
     if start.checkpoint is not None:
         _check_probe(trainer, start.checkpoint, console)
+    events.write(
+        "start",
+        step=start.state.step,
+        checkpoint=None if start.checkpoint is None else str(start.checkpoint),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        world_size=environment.world_size,
+    )
     return trainer
+
+
+def _warn_in_log(text: str) -> None:
+    print(f"warning    {text}", file=sys.stderr)
+
+
+def _close_files(ending: Ending, trainer: Trainer) -> None:
+    trainer.events.write("ending", code=ending.code, reason=ending.reason, step=trainer.state.step)
+    trainer.close_files()
 
 
 def _smallest(memories: Sequence[int | None]) -> int | None:
@@ -114,13 +195,41 @@ def _build_model(config: Config, scratch_mib: int) -> nn.Module:
     return model
 
 
-def _prepare_run_folder(run: Path, config: Config, start: Start) -> list[str]:
-    """Creates the run folder and quarantines corrupt checkpoints; returns a console line for each of these.
+def _take_run_folder(
+    config: Config, environment: Environment, console: Console, ending: Ending | None
+) -> tuple[Lease | None, str]:
+    """Takes the lease of the run folder on rank 0; returns it there, and None on the other ranks, and its token.
+
+    Raises:
+        LeaseHeldError: another start of the run holds it.
+        CheckpointError: the folder cannot be written to.
+    """
+    run = Path(config.run.folder)
+    way_out = "stop that process, or wait until it ends; another run needs another run.folder"
+    lease = Lease(run, way_out, this_process(environment.launch.launcher), console.line)
+    if ending is not None and environment.is_main:
+        ending.lease = lease  # a signal may come while it is being taken
+
+    def acquire() -> str:
+        with run_folder_errors(run):
+            lease.acquire()
+        return lease.token
+
+    # The others wait for rank 0, which may wait for another start.
+    set_timeouts(max(60 * config.parallel.start_timeout_minutes, 2 * LeaseTimes.expire))
+    token = broadcast_from_rank0(acquire)
+    return lease if environment.is_main else None, token
+
+
+def _prepare_run_folder(run: Path, config: Config, start: Start, lease: Lease) -> list[str]:
+    """Writes the config and quarantines corrupt checkpoints; returns a console line for each of these.
 
     Raises:
         CheckpointError: the folder cannot be written to.
+        LeaseLostError: another start of the run has taken it over.
     """
     with run_folder_errors(run):
+        lease.check()
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run / "config.yaml", to_yaml(without_secrets(config)))
         moved = [(quarantine(checkpoint), problem) for checkpoint, problem in start.corrupt.items()]
@@ -129,10 +238,17 @@ def _prepare_run_folder(run: Path, config: Config, start: Start) -> list[str]:
     return [f"warning    {problem}; the checkpoint was quarantined as {place}" for place, problem in moved]
 
 
-def _open_reporter(run: Path, last_step: int, config: Config, console: Console, is_main: bool) -> Reporter:
-    """Raises CheckpointError if the metrics of the run cannot be written."""
+def _open_reporter(run: Path, last_step: int, config: Config, console: Console, lease: Lease | None) -> Reporter:
+    """Opens the metrics on rank 0, which has the lease.
+
+    Raises:
+        CheckpointError: they cannot be written.
+        LeaseLostError: another start of the run has taken the folder over.
+    """
     with run_folder_errors(run):
-        return Reporter(run, last_step, config.train.steps, console, config.log.progress, is_main)
+        if lease is None:
+            return Reporter(run, last_step, config.train.steps, console, config.log.progress, is_main=False)
+        return Reporter(run, last_step, config.train.steps, console, config.log.progress, True, lease.check)
 
 
 def _check_probe(trainer: Trainer, checkpoint: Path, console: Console) -> None:

@@ -26,6 +26,7 @@ from dcscale.data import (
 )
 from dcscale.data.shards.repeated import find_repeated
 from dcscale.data.storage import redact
+from dcscale.files import may_succeed_later
 from dcscale.parallel import Engine, Environment
 
 
@@ -167,6 +168,19 @@ def without_secrets(config: Config) -> Config:
     return dataclasses.replace(config, data=data)
 
 
+class Requests(NamedTuple):
+    """What a rank asks all ranks to do between two steps."""
+
+    stop: bool = False
+    """A signal was received, or the launcher was lost."""
+
+    time_is_up: bool = False
+    """``train.stop_after_minutes`` have passed, by the clock of rank 0."""
+
+    save: bool = False
+    """``checkpoint.interval_minutes`` have passed, by the clock of rank 0."""
+
+
 @dataclass(frozen=True)
 class StepBatches:
     """The input of one optimizer step."""
@@ -180,8 +194,8 @@ class StepBatches:
     padding: int
     """Number of inputs in the global batch that are padding."""
 
-    stop: bool
-    """Whether any rank received a request to stop."""
+    requests: Requests
+    """What any rank asked for."""
 
     wait_seconds: float
     """Seconds that this rank waited for its own micro-batches."""
@@ -191,18 +205,23 @@ class StepBatches:
 
 
 def next_step_batches(
-    engine: Engine, batches: Iterator[list[Batch]], stop: Callable[[], bool] = lambda: False
+    engine: Engine, batches: Iterator[list[Batch]], requests: Callable[[], Requests] = Requests
 ) -> StepBatches | None:
     """Returns the batches of the next step, or None at the end of the data, which is the same step on every rank.
 
-    One all-reduce of five integers keeps the ranks in step: none continues alone after a failure of another, or with a
+    One all-reduce of a few integers keeps the ranks in step: none continues alone after a failure of another, or with a
     different list of skipped shards. A rank that is asked to stop while it waits for data gets no batches and reports
     the request instead.
+
+    Args:
+        engine: sums over the ranks.
+        batches: this rank's batches of each step.
+        requests: what this rank asks for; called once it has its batches.
 
     Raises:
         DataError: on every rank, if the data of any rank failed; names the ranks and the reasons.
     """
-    error = None
+    error, retry = None, False
     micro_batches: list[Batch] = []
     start = time.perf_counter()
     try:
@@ -210,23 +229,25 @@ def next_step_batches(
     except StopIteration:
         return None
     except (DataError, OSError) as caught:
-        error = str(caught)
+        error, retry = str(caught), may_succeed_later(caught)
     wait_seconds = time.perf_counter() - start
-    stopping = stop()
-    if stopping:
+    asked = requests()
+    if asked.stop:
         # A stop request interrupts the loader, which then raises: that is not a failure of the data.
         error = None
     skipped = {shard for batch in micro_batches for shard in batch.skipped}
     own_targets = sum(batch.target_count for batch in micro_batches)
     own_padding = sum(batch.padding_count for batch in micro_batches)
-    targets, padding, stops, failures, skips = engine.sum_over_ranks(
-        [own_targets, own_padding, stopping, error is not None, len(skipped)]
+    failed = error is not None
+    targets, padding, failures, retries, skips, *all_asked = engine.sum_over_ranks(
+        [own_targets, own_padding, failed, failed and retry, len(skipped), *asked]
     )
     if failures:
-        raise DataError(engine.gather_errors(error))
+        raise DataError(engine.gather_errors(error), retry=retries == failures)
     unique: dict[str, SkippedShard] = {}
     if skips:
         # Ranks may have found different defects in a shard; sorting makes all of them report the same one.
         for shard in sorted(set().union(*engine.gather_objects(skipped)), key=lambda shard: (shard.name, shard.reason)):
             unique.setdefault(shard.sha256, shard)
-    return StepBatches(micro_batches, targets, padding, stops > 0, wait_seconds, tuple(unique.values()))
+    agreed = Requests(*(count > 0 for count in all_asked))
+    return StepBatches(micro_batches, targets, padding, agreed, wait_seconds, tuple(unique.values()))

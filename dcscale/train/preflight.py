@@ -17,6 +17,7 @@ import torch
 from dcscale.checkpoint import CheckpointError
 from dcscale.config import Config, DataConfig
 from dcscale.data import DataError
+from dcscale.files import may_succeed_later
 from dcscale.models import DCFormer
 from dcscale.observe.metrics import lines_until
 from dcscale.parallel import Environment, RankError, broadcast_from_rank0, run_on_all_ranks
@@ -32,7 +33,16 @@ SERVER_SECONDS = 20.0
 
 
 class PreflightError(RuntimeError):
-    """A run cannot start, for several reasons; lists them."""
+    """A run cannot start, for several reasons; lists them.
+
+    Args:
+        message: the message.
+        retry: whether another start may succeed, see :func:`dcscale.files.may_succeed_later`.
+    """
+
+    def __init__(self, message: str, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.retry = retry
 
 
 REFUSALS = (DataError, CheckpointError, RuleError, RankError, PreflightError)
@@ -81,7 +91,8 @@ class Preflight:
         if len(reasons) == 1:
             raise self.problems[0]
         if reasons:
-            raise PreflightError("\n  - ".join([f"the run has {len(reasons)} problems and cannot start:", *reasons]))
+            message = "\n  - ".join([f"the run has {len(reasons)} problems and cannot start:", *reasons])
+            raise PreflightError(message, retry=all(map(may_succeed_later, self.problems)))
         return self.data, self.start, self.hooks  # type: ignore[return-value]
 
 

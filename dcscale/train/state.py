@@ -8,6 +8,7 @@ from typing import Any
 
 from dcscale.checkpoint.layout import STATE_FORMAT
 from dcscale.provenance import versions
+from dcscale.train.numerics import Numerics
 
 
 @dataclass
@@ -18,7 +19,7 @@ class TrainState:
     """Optimizer steps done."""
 
     tokens: int = 0
-    """Tokens trained on so far, over all ranks: the inputs of all steps with targets, without padding. Up to a
+    """Tokens trained on so far, over all ranks: the inputs of all steps that made an update, without padding. Up to a
     checkpoint from before padding was counted apart, its padding is included."""
 
     padding_tokens: int = 0
@@ -28,8 +29,15 @@ class TrainState:
     """Steps so far whose global batch had no target, and which therefore changed no weight."""
 
     sequences: int = 0
-    """Sequences trained on so far, over all ranks, which is the number of the next sequence. Together with
+    """Number of the next sequence: those of all steps so far, over all ranks, and those passed over. Together with
     ``data_identity`` it determines all further batches, on any number of ranks."""
+
+    passed_over: list[dict[str, Any]] = field(default_factory=list)
+    """Ranges of sequences that were passed over after going back to a checkpoint (``train.on_spike=rollback``): from
+    ``first`` up to ``end``, because of ``step`` and its ``reason``."""
+
+    numerics: Numerics = field(default_factory=Numerics)
+    """What the next step is compared with, and counts of spikes and skipped updates."""
 
     data_identity: dict[str, Any] = field(default_factory=dict)
     """Everything that determines the sequences: content of the shards, order, and sequence length."""
@@ -66,6 +74,11 @@ class TrainState:
     hooks: dict[str, Any] = field(default_factory=dict)
     """State of the hooks, by hook name."""
 
+    @property
+    def passed_over_sequences(self) -> int:
+        """How far ``sequences`` is ahead of those of the steps."""
+        return sum(part["end"] - part["first"] for part in self.passed_over)
+
     def to_json(self, **extra: Any) -> dict[str, Any]:
         """The content of ``state.json``, with ``extra`` keys added."""
         return {"format": STATE_FORMAT, **dataclasses.asdict(self), "versions": versions(), **extra}
@@ -75,6 +88,7 @@ class TrainState:
         """Restores a state from the content of ``state.json``; other keys are ignored."""
         names = {f.name for f in dataclasses.fields(cls)}
         state = cls(**{key: value for key, value in content.items() if key in names})
+        state.numerics = Numerics.from_json(content.get("numerics", {}))
         # Older checkpoints also have the steps without targets.
         state.pending = [(float(loss), int(count)) for loss, count in state.pending if count]
         return state

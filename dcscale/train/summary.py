@@ -33,7 +33,7 @@ def print_banner(console: Console, trainer: Trainer, stream: Stream) -> None:
         f"batch      {config.train.global_batch_size} sequences of {at_most}{config.data.sequence_length} tokens = "
         f"{at_most}{trainer.inputs_per_step:,} tokens per step; {micro_batches(config, environment.world_size)}"
     )
-    epochs = stream.epochs(config.train.steps * config.train.global_batch_size)
+    epochs = stream.epochs(config.train.steps * config.train.global_batch_size + trainer.state.passed_over_sequences)
     tokens = f"{config.train.steps} steps, {at_most}{config.train.steps * trainer.inputs_per_step:,} tokens"
     if isinstance(stream, MixedStream):
         console.line(f"run        {tokens}")
@@ -94,6 +94,12 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"loss       {summary['first_loss']:.4f} first, {summary['last_loss']:.4f} last (nats/token), "
             f"{summary['tokens_per_second']:,.0f} tokens/s"
+        )
+    if summary.get("spikes") or summary.get("skipped_updates"):
+        lines.append(f"spikes     {summary['spikes']:,}; updates skipped {summary['skipped_updates']:,}")
+    if summary.get("rollbacks"):
+        lines.append(
+            f"rollbacks  {summary['rollbacks']:,}, which passed over {summary['passed_over_sequences']:,} sequences"
         )
     if summary["skipped_shards"]:
         lines.append(f"skipped    {summary['skipped_shards']} shards with {summary['skipped_tokens']:,} tokens")

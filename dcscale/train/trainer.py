@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +16,23 @@ import torch
 from dcscale.checkpoint import Checkpointer, CheckpointError
 from dcscale.checkpoint.layout import CONFIG, PROBE
 from dcscale.checkpoint.probe import Probe, probe_tokens, take_probe
+from dcscale.cluster.ending import Ending
+from dcscale.cluster.watchdog import Unwatched, Watchdog
 from dcscale.config import Config, to_yaml
 from dcscale.data import Batch, BatchLoader, DataError, SkippedShard
+from dcscale.lease import Lease
+from dcscale.observe.events import EventFile
 from dcscale.observe.metrics import Record
 from dcscale.observe.reporter import Reporter
-from dcscale.parallel import Engine, NonFiniteError
+from dcscale.parallel import Engine, run_on_all_ranks
 from dcscale.provenance import git_revision
-from dcscale.train.data import StepBatches, next_step_batches, without_secrets
+from dcscale.signals import StopSignals
+from dcscale.train.data import Requests, StepBatches, next_step_batches, without_secrets
 from dcscale.train.hooks.base import Hook, due
+from dcscale.train.numerics import KEPT_SKIPS, Action, DivergedError, Judgement, is_norm, judge, list_some
 from dcscale.train.optimizer import learning_rate
-from dcscale.train.signals import StopSignals
+from dcscale.train.restore.start import Start
+from dcscale.train.rollback import roll_back
 from dcscale.train.state import TrainState
 
 
@@ -33,6 +42,7 @@ class StopReason(Enum):
     COMPLETED = "all training steps are done"
     STOP_AFTER = "train.stop_after was reached"
     SIGNAL = "a stop signal was received"
+    TIME_LIMIT = "train.stop_after_minutes have passed"
 
 
 @dataclass
@@ -67,10 +77,13 @@ class Trainer:
         loader: this rank's training batches.
         state: progress of the run; when resuming, as restored from ``checkpoint``.
         reporter: writes metrics and text.
+        events: where this rank writes what happens.
         hooks: features that run next to the loop, called in this order.
         run: the run folder.
         tokenizer_files: content of the data's tokenizer files, by file name; every checkpoint contains a copy.
         checkpoint: the checkpoint that the run resumes from, if any.
+        lease: what rank 0 holds the run folder by; None: nobody else uses it.
+        watchdog: is told what this rank does; None: nobody ends a run that hangs.
     """
 
     def __init__(
@@ -80,77 +93,125 @@ class Trainer:
         loader: BatchLoader,
         state: TrainState,
         reporter: Reporter,
+        events: EventFile,
         hooks: Sequence[Hook],
         run: Path,
         tokenizer_files: Mapping[str, bytes],
         checkpoint: Path | None = None,
+        lease: Lease | None = None,
+        watchdog: Watchdog | None = None,
     ):
+        self.watchdog = watchdog or Unwatched()
         self.config, self.engine, self.loader, self.state = config, engine, loader, state
         self.environment = engine.environment
-        self.hooks, self.run = hooks, run
+        self.events, self.hooks, self.run = events, hooks, run
+        self.step_seconds = 0.0
+        """Wall-clock seconds of the last step."""
         self.inputs_per_step = config.train.global_batch_size * config.data.sequence_length
         """Inputs of the global batch, padding included."""
         self.latest_batch: Batch | None = None
-        self.checkpointer = Checkpointer(engine, run, config.checkpoint, checkpoint, state.branched_from)
-        self._reporter, self._tokenizer_files = reporter, tokenizer_files
+        self.save_requested = False
+        """Whether a checkpoint is due after this step by the clock of rank 0."""
+        self.seconds_now = time.monotonic
+        """The clock for time limits."""
+        self._last_save = self.seconds_now()
+        self.checkpointer = Checkpointer(engine, run, config.checkpoint, checkpoint, state.branched_from, lease)
+        self.lease, self._reporter, self._tokenizer_files = lease, reporter, tokenizer_files
         self._git_revision = git_revision() if self.environment.is_main else None
-        # (loss sum of this rank, target count of all ranks) of each step with targets since the last reduction.
-        self._local_losses: list[tuple[torch.Tensor, int]] = []
         self._timings = Timings()
+        self._first_hook_states: dict[str, dict] = {}
+        """State of the hooks when this start began, by name."""
 
-    def fit(self) -> StopReason:
+    def fit(self, signals: StopSignals | None = None) -> StopReason:
         """Trains until the run is complete or is asked to stop. On return the last finished step, if any, is saved.
+
+        Args:
+            signals: the stop signals of this process, if they are handled already.
 
         Raises:
             DataError: training or validation data failed on a rank; raised on all ranks, after a checkpoint of the
                 steps that were done.
-            NonFiniteError: the gradient has infinities or NaN; the weights were not updated.
+            DivergedError: losses or gradients are not finite, or spike, and the config says to stop; raised on all
+                ranks, after a checkpoint of the steps before.
             CheckpointError: a rank could not write its part of a checkpoint; raised on all ranks.
         """
-        with StopSignals() as signals, signals.call_on_stop(self.loader.interrupt):
+        handled = Ending().signals if signals is None else contextlib.nullcontext(signals)
+        with handled as signals, signals.deferred(self.loader.interrupt):
             try:
                 return self._train(signals)
             except DataError as error:
                 raise DataError(f"{error}{self._save_after_failure()}") from error
+            except DivergedError as error:
+                failure = self._save_after_failure()
+                raise DivergedError(f"{error}. Newest checkpoint: {self.latest_checkpoint}{failure}") from error
 
     def _train(self, signals: StopSignals) -> StopReason:
         train = self.config.train
+        self._first_hook_states = {hook.name: hook.state_dict() for hook in self.hooks}
         batches = self.loader.steps(self.state.sequences)
         stop_reason = StopReason.COMPLETED
         while self.state.step < train.steps:
             if train.stop_after is not None and self.state.step >= train.stop_after:
                 stop_reason = StopReason.STOP_AFTER
                 break
+            if self.lease is not None:
+                self.lease.raise_if_lost()
             start = time.perf_counter()
-            inputs = self._next_batches(batches, signals)
-            if inputs.stop:
-                stop_reason = StopReason.SIGNAL
+            with self.watchdog.phase("data"), self.engine.clock.phase("data"):
+                inputs = self._next_batches(batches, signals)
+            if inputs.requests.stop or inputs.requests.time_is_up:
+                stop_reason = StopReason.SIGNAL if inputs.requests.stop else StopReason.TIME_LIMIT
                 break
+            self.save_requested = inputs.requests.save
             tokens_before = self.state.tokens
-            lr, grad_norm = self._step(inputs)
+            with self.watchdog.phase("step"):
+                lr, judgement = self._step(inputs)
+            if judgement is not None and judgement.reason is not None and self._went_back(judgement):
+                batches = self.loader.steps(self.state.sequences)
+                continue
+            self._advance(inputs, judgement)
             if inputs.skipped:
                 # The skipped shards take effect from the next step on: restart the loader without them.
                 batches = self.loader.steps(self.state.sequences)
-            seconds = time.perf_counter() - start
+            seconds = self.step_seconds = time.perf_counter() - start
+            self.watchdog.step_done(self.state.step, seconds)
             self._timings.add(seconds, inputs.wait_seconds, self.state.tokens - tokens_before)
             self.state.train_seconds += seconds
             if due(self.state.step, self.config.log.interval) or self.state.step == train.steps:
-                self._record(lr, grad_norm)
+                self._record(lr, judgement)
             for hook in self.hooks:
-                hook.after_step(self)
+                with self.watchdog.phase(hook.name):
+                    hook.after_step(self)
+            if self.state.numerics.skipped_in_a_row >= train.max_skipped_updates:
+                raise DivergedError(
+                    f"the updates of {self.state.numerics.skipped_in_a_row} steps in a row, up to step "
+                    f"{self.state.step}, were skipped, and train.max_skipped_updates is {train.max_skipped_updates}: "
+                    "lower optimizer.learning_rate, or inspect the data of these steps"
+                )
         for hook in self.hooks:
-            hook.finish(self, stop_reason is StopReason.COMPLETED)
+            with self.watchdog.phase(hook.name):
+                hook.finish(self, stop_reason is StopReason.COMPLETED)
         return stop_reason
 
     def _next_batches(self, batches: Iterator[list[Batch]], signals: StopSignals) -> StepBatches:
         try:
-            step = next_step_batches(self.engine, batches, stop=lambda: signals.received is not None)
+            step = next_step_batches(self.engine, batches, lambda: self._requests(signals))
             if step is not None and step.skipped:
                 self._skip_shards(step.skipped)
         except DataError as error:
             raise DataError(f"the data of step {self.state.step + 1} could not be read: {error}") from error
         assert step is not None, "the training data is endless"
         return step
+
+    def _requests(self, signals: StopSignals) -> Requests:
+        """What this rank asks for. Only rank 0 looks at its clock."""
+        limit, interval = self.config.train.stop_after_minutes, self.config.checkpoint.interval_minutes
+        now = self.seconds_now()
+        return Requests(
+            stop=signals.received is not None,
+            time_is_up=self.environment.is_main and limit is not None and now - signals.started >= 60 * limit,
+            save=self.environment.is_main and interval is not None and now - self._last_save >= 60 * interval,
+        )
 
     def _skip_shards(self, shards: Sequence[SkippedShard]) -> None:
         """Excludes the shards on all ranks, also where they are readable, and in all resumed runs."""
@@ -161,64 +222,123 @@ class Trainer:
         lines = (f"- {shard['name']}: {shard['tokens']:,} tokens. {shard['reason']}" for shard in self.state.skipped)
         self.report_text("data/skipped", "\n".join(lines))
 
-    def _step(self, inputs: StepBatches) -> tuple[float, float | None]:
-        """One optimizer step; returns its learning rate and gradient norm, which is None if there was no target."""
+    def _step(self, inputs: StepBatches) -> tuple[float, Judgement | None]:
+        """Forward, backward and, if the judgement is so, the optimizer's update.
+
+        Returns:
+            The learning rate, and the judgement on the step; None if there was no target.
+        """
         lr = learning_rate(
             self.config.schedule, self.config.optimizer.learning_rate, self.config.train.steps, self.state.step
         )
-        grad_norm = None
-        if inputs.targets:
-            grad_norm = self._update(inputs.micro_batches, inputs.targets, lr)
-            self.state.tokens += self.inputs_per_step - inputs.padding
-        else:
+        if not inputs.targets:
             # No update: with a gradient of zero, AdamW would still decay the weights and move them by its momentum.
             self.latest_batch = inputs.micro_batches[-1].to(self.environment.device)
-            self.state.steps_without_targets += 1
-            if self.state.steps_without_targets == 1:
-                self._reporter.warn(
-                    f"step {self.state.step + 1} has no target to predict, so it has no loss and changes no weight; "
-                    "such steps are counted as steps_without_targets"
-                )
-        self.state.step += 1
-        self.state.validation_loss = None
-        self.state.sequences += self.config.train.global_batch_size
-        self.state.padding_tokens += inputs.padding
-        return lr, grad_norm
-
-    def _update(self, micro_batches: list[Batch], targets: int, lr: float) -> float:
-        """Forward, backward and the optimizer's update; returns the gradient norm."""
+            return lr, None
         # Sum the loss over all targets and divide once by their global count, so that the result does not depend on how
         # the batch is split. The engine averages gradients over ranks; world_size undoes that.
-        scale = self.environment.world_size / targets
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.environment.device)
-        for number, batch in enumerate(micro_batches, start=1):
+        scale = self.environment.world_size / inputs.targets
+        losses = []
+        for number, batch in enumerate(inputs.micro_batches, start=1):
             batch = batch.to(self.environment.device)
-            inputs = (batch.input_ids, batch.targets, batch.document_ids)
-            loss_sum += self.engine.forward_backward(inputs, scale, last=number == len(micro_batches))
+            arguments = (batch.input_ids, batch.targets, batch.document_ids)
+            losses.append(self.engine.forward_backward(arguments, scale, last=number == len(inputs.micro_batches)))
         self.latest_batch = batch
-        self._local_losses.append((loss_sum, targets))
-        try:
-            return self.engine.update(lr)
-        except NonFiniteError as error:
-            save_failure = self._finish_save()
-            self._reduce_losses()
-            loss = self.state.pending[-1][0] / targets
-            raise NonFiniteError(
-                f"step {self.state.step + 1}: {error}, loss {loss}; the weights were not updated. Newest checkpoint: "
-                f"{self.latest_checkpoint}{save_failure}. Lower optimizer.learning_rate, lengthen "
-                "schedule.warmup_steps, or inspect the data of this step"
-            ) from error
+        judgements: list[Judgement] = []
 
-    def _reduce_losses(self) -> None:
-        """Sums the losses of the steps since the last call over all ranks, and moves them into ``state.pending``."""
-        # Losses stay on the device until a record or checkpoint needs them, so that steps do not wait for the device.
-        if self._local_losses:
-            sums = self.engine.sum_tensor_over_ranks(torch.stack([loss for loss, _ in self._local_losses]))
-            self.state.pending += zip(sums.tolist(), [targets for _, targets in self._local_losses])
-            self._local_losses.clear()
+        def accept(loss_sum: float, grad_norm: float) -> bool:
+            recent = self.state.numerics.recent
+            judgements.append(judge(self.config.train, recent, loss_sum, inputs.targets, grad_norm))
+            return judgements[0].action is Action.UPDATE
 
-    def _record(self, lr: float, grad_norm: float | None) -> None:
-        self._reduce_losses()
+        self.engine.update(lr, torch.stack(losses).double().sum(), accept)
+        (judgement,) = judgements
+        if not judgement.finite:
+            judgement = dataclasses.replace(judgement, reason=f"{judgement.reason}; {self._not_finite(losses)}")
+        return lr, judgement
+
+    def _not_finite(self, losses: list[torch.Tensor]) -> str:
+        """Says which sequences have no finite loss, given this rank's loss of each micro-batch."""
+        finite = torch.stack(losses).isfinite().tolist()
+        numbers = self.loader.numbers(self.state.sequences)
+        own = [number for part, good in zip(numbers, finite, strict=True) if not good for number in part]
+        found = [
+            f"rank {rank}: sequences {list_some(of_rank)}"
+            for rank, of_rank in enumerate(self.engine.gather_objects(own))
+            if of_rank
+        ]
+        return f"the loss is not finite on {list_some(found, '; ')}" if found else "the loss is finite on every rank"
+
+    def _went_back(self, judgement: Judgement) -> bool:
+        """Reports a step that is not as it should be; returns whether the run went back to a checkpoint because of it.
+
+        Raises:
+            DivergedError: the config says to stop.
+        """
+        train, numerics, step = self.config.train, self.state.numerics, self.state.step + 1
+        if judgement.spike and train.on_spike == "ignore":
+            return False
+        sequences = [self.state.sequences, self.state.sequences + train.global_batch_size]
+        if self.environment.is_main:
+            self.events.write(
+                "spike" if judgement.spike else "nonfinite",
+                step=step,
+                reason=judgement.reason,
+                sequences=sequences,
+                loss=judgement.loss,
+                grad_norm=judgement.grad_norm,
+                action=judgement.action.name.lower(),
+            )
+        text = f"step {step}, sequences {sequences[0]:,} to {sequences[1] - 1:,}: {judgement.reason}"
+        if judgement.action is Action.STOP:
+            raise DivergedError(
+                f"{text}. The weights were not updated. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, "
+                "inspect the data of this step, or skip such updates (train.on_nonfinite=skip)"
+            )
+        if judgement.action is Action.ROLL_BACK:
+            with self.watchdog.phase("rollback"):
+                if roll_back(self, text, str(judgement.reason)):
+                    return True
+        elif judgement.action is Action.SKIP:
+            policy = f"train.on_spike={train.on_spike}" if judgement.spike else "train.on_nonfinite=skip"
+            self.warn(
+                f"{text}. The update is skipped ({policy}), {numerics.skipped_in_a_row + 1} of at most "
+                f"{train.max_skipped_updates} in a row"
+            )
+        else:
+            self.warn(f"{text} (train.on_spike=warn)")
+        if judgement.action is not Action.UPDATE:
+            skip = {"step": step, "reason": judgement.reason, "sequences": sequences}
+            numerics.skips = [*numerics.skips[1 - KEPT_SKIPS :], skip]
+        return False
+
+    def _advance(self, inputs: StepBatches, judgement: Judgement | None) -> None:
+        """Counts a step, with or without an update."""
+        state, train = self.state, self.config.train
+        state.step += 1
+        state.validation_loss = None
+        state.sequences += train.global_batch_size
+        state.padding_tokens += inputs.padding
+        if judgement is None:
+            state.steps_without_targets += 1
+            if state.steps_without_targets == 1:
+                self.warn(
+                    f"step {state.step} has no target to predict, so it has no loss and changes no weight; "
+                    "such steps are counted as steps_without_targets"
+                )
+            return
+        if judgement.action is Action.UPDATE:
+            state.tokens += self.inputs_per_step - inputs.padding
+        if math.isfinite(judgement.loss_sum):
+            state.pending.append((judgement.loss_sum, judgement.targets))
+        restarted = state.numerics.count(judgement, restart_after=train.max_skipped_updates)
+        if restarted and train.on_spike == "warn":
+            self.warn(
+                f"step {state.step} is the last of {train.max_skipped_updates} spikes in a row: loss and gradient norm "
+                "are compared with later steps from here on"
+            )
+
+    def _record(self, lr: float, judgement: Judgement | None) -> None:
         state, loss = self.state, None
         if state.pending:
             loss = sum(s for s, _ in state.pending) / sum(n for _, n in state.pending)
@@ -231,7 +351,10 @@ class Trainer:
             record["padding_tokens"] = state.padding_tokens
         if state.steps_without_targets:
             record["steps_without_targets"] = state.steps_without_targets
-        record.update({"loss": loss, "grad_norm": grad_norm, "lr": lr})
+        finite = judgement is not None and is_norm(judgement.grad_norm)
+        record.update({"loss": loss, "grad_norm": judgement.grad_norm if finite else None, "lr": lr})
+        if judgement is not None and judgement.score is not None:
+            record["spike_score"] = judgement.score
         for hook in self.hooks:
             hook.add_to_record(self, record)
         self.report(record)
@@ -258,10 +381,18 @@ class Trainer:
         return save_failure + self._finish_save()
 
     def close(self) -> None:
-        """Stops prefetching and closes the reporter's files."""
+        """Stops prefetching, closes the files and releases the run folder."""
         self.loader.close()
         self.checkpointer.close()
+        self.close_files()
+        if self.lease is not None:
+            self.lease.release()
+        self.watchdog.close()
+
+    def close_files(self) -> None:
+        """Makes metrics and events durable; may be called by any thread, and again."""
         self._reporter.close()
+        self.events.close()
 
     # -- for hooks ------------------------------------------------------------------------------------------------
 
@@ -269,6 +400,18 @@ class Trainer:
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
         return self.checkpointer.latest
+
+    def go_back_to(self, start: Start) -> None:
+        """Takes the place in training that a new start would take; all ranks call it together."""
+        assert start.saved is not None, "it is a checkpoint"
+        self.engine.load(start.saved)
+        self.state, self.checkpointer.latest = start.state, start.checkpoint
+        for hook in self.hooks:
+            # A hook that is not in the checkpoint was not enabled before this start of the run.
+            hook.load_state_dict(self.state.hooks.get(hook.name, self._first_hook_states[hook.name]))
+        self._timings = Timings()
+        self.engine.clock.pop()
+        run_on_all_ranks(lambda: self._reporter.drop_after(self.state.step))
 
     def pop_timings(self) -> Timings:
         """The timings of the steps since the last call."""
@@ -298,7 +441,7 @@ class Trainer:
         Raises:
             CheckpointError: on every rank, if this checkpoint or an earlier one could not be written.
         """
-        self._reduce_losses()
+        self._last_save = self.seconds_now()
         self.state.hooks = {hook.name: hook.state_dict() for hook in self.hooks}
         state = self.state.to_json(
             world_size=self.environment.world_size,

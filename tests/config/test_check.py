@@ -158,9 +158,9 @@ VIOLATIONS = [
     ),
     ("data.cache=''", 'data.cache = "": must not be empty; give a folder on a local disk, or null for none'),
     (
-        "data.train=s3://a/b; data.retry_total_seconds=601; parallel.timeout_minutes=20",
-        "data.retry_total_seconds = 601.0: must be at most half of parallel.timeout_minutes = 20.0, 600 s, or the "
-        "other ranks would time out before they receive the error of the data; use at most 600",
+        "data.train=s3://a/b; data.retry_total_seconds=601; parallel.pause_timeout_minutes=20",
+        "data.retry_total_seconds = 601.0: must be at most half of parallel.pause_timeout_minutes = 20.0, 600 s, or "
+        "the other ranks would time out before they receive the error of the data; use at most 600",
     ),
     (
         "data.validation=''",
@@ -300,8 +300,8 @@ VALID_OVERRIDES = [
     ("data.workers=2", "data.prefetch_steps=1"),
     ("data.cache=/tmp/cache",),
     ("data.verify=false",),
-    ("data.train=s3://a/b", "data.retry_total_seconds=600", "parallel.timeout_minutes=20"),
-    ("data.retry_total_seconds=601", "parallel.timeout_minutes=20"),
+    ("data.train=s3://a/b", "data.retry_total_seconds=600", "parallel.pause_timeout_minutes=20"),
+    ("data.retry_total_seconds=601", "parallel.pause_timeout_minutes=20"),
     ("schedule.warmup_steps=1000",),
     ("schedule.warmup_steps=0",),
     ("schedule.kind=wsd", "schedule.warmup_steps=800"),
@@ -371,7 +371,7 @@ COUNTS = (
     "model.scratch_mib model.layers model.dim model.heads model.kv_heads model.head_dim model.ffn_dim "
     "model.multi_gate model.windows model.rope_scaling.original_length "
     "data.shuffle_shards data.slots data.read_threads data.cache_bytes "
-    "train.steps train.stop_after train.global_batch_size train.micro_batch_size "
+    "train.steps train.stop_after train.max_skipped_updates train.global_batch_size train.micro_batch_size "
     "schedule.decay_steps parallel.bucket_size validation.sequences samples.new_tokens "
     "checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best "
     "log.interval"
@@ -382,7 +382,9 @@ FROM_ZERO = (
 )
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clipping optimizer.weight_decay samples.temperature"
 POSITIVE = (
-    "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps parallel.timeout_minutes log.peak_tflops "
+    "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps log.peak_tflops "
+    "parallel.start_timeout_minutes parallel.hang_seconds parallel.pause_timeout_minutes train.stop_after_minutes "
+    "train.spike_score checkpoint.interval_minutes "
     "data.timeout_seconds data.retry_backoff_seconds data.retry_total_seconds "
     "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dcscale.config.reference import FIELDS, reference
+from dcscale.lease import Lease
 from dcscale.testing.runs import numbered_shards, write_token_shards
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +119,19 @@ def test_warnings_come_last_and_keep_no_run_from_starting(
         "warning    parallel.zero_stage",
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_another_start_holds_is_reported(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_token_shards(tmp_path / "train", numbered_shards([160, 161]), vocab_size=500)
+    size = ["data.sequence_length=32", "model.vocab_size=500", "train.steps=5", "schedule.warmup_steps=0"]
+    arguments = [f"data.train={tmp_path / 'train'}", "validation.interval=0", f"run.folder={tmp_path / 'run'}", *size]
+    with Lease(tmp_path / "run", "stop it"):
+        lease = (tmp_path / "run" / "lease.json").read_bytes()
+        assert main(arguments) == 0
+        assert (tmp_path / "run" / "lease.json").read_bytes() == lease
+    assert f"\nwarning    {tmp_path / 'run'} is held by process {os.getpid()} on " in capsys.readouterr().out
 
 
 def test_every_problem_is_printed_with_its_origin(

@@ -105,7 +105,7 @@ def train_starts(configs):
     answers = []
     for config in configs:
         environment = discover()
-        start_distributed(environment, config.parallel.timeout_minutes)
+        start_distributed(environment, config.parallel.start_timeout_minutes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "load", refuse)
             patch.setattr(pickle, "load", refuse)

@@ -1,36 +1,62 @@
-"""launch/train.py before training: Ctrl-C and a wrong command line end it with a message, without a traceback."""
+"""launch/train.py before training: signals and a wrong command line end it with a message, without a traceback."""
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from dcscale.cluster.ending import Ending
 from dcscale.parallel import Environment
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
+
+
+class ExitError(BaseException):
+    """Stands for the end of the process."""
+
+
+def leave(code):
+    raise ExitError(code)
 
 
 @pytest.fixture
 def train():
-    spec = importlib.util.spec_from_file_location("launch_train", Path(__file__).parents[2] / "launch" / "train.py")
+    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_an_interrupt_before_training(train, monkeypatch, capsys):
-    def interrupt():
-        raise KeyboardInterrupt
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(mask & 1 << (number - 1))
 
-    def leave(code):
-        raise SystemExit(code)
 
-    monkeypatch.setattr("dcscale.parallel.discover", interrupt)
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit) as ended:
-        train.main(["train.steps=1"])
-    assert ended.value.code == 130
-    assert capsys.readouterr().err.startswith("interrupted: earlier checkpoints are complete")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
+def test_a_signal_while_the_program_is_loading(tmp_path, number, code):
+    command = [sys.executable, str(SCRIPT), "configs/quickstart.yaml", f"run.folder={tmp_path / 'run'}"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    process = subprocess.Popen(
+        command, cwd=SCRIPT.parents[1], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not catches(process.pid, signal.SIGUSR2):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "")
+    assert err.startswith(f"stopped    by {number.name} before training; ")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -47,5 +73,6 @@ def test_an_interrupt_before_training(train, monkeypatch, capsys):
 )
 def test_a_wrong_command_line(train, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr("dcscale.parallel.discover", lambda: Environment(0, 0, 2, 2, torch.device("cpu")))
-    assert train.main(["data.train=x", "validation.interval=0", *arguments]) == train.UNFIT
+    with pytest.raises(ExitError, match="2"):
+        train.main(["data.train=x", "validation.interval=0", *arguments], Ending(leave))
     assert capsys.readouterr().err.startswith(f"error: the config has a problem:\n  - {message}")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.distributed
 def launcher(name):
     return {
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())],
+        "torchrun": [
+            *(str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())),
+            *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        ],
         "python": [sys.executable],
     }[name]
 
@@ -68,6 +72,8 @@ def test_every_launcher_gives_the_same_losses(tmp_path, shards):
         assert out.count("warning    validation.interval = 9: is more than train.steps = 8") == 1  # from rank 0 only
         ranks, count = (1, "4 micro-batches") if name == "python" else (2, "2 micro-batches")
         assert re.search(rf"^ranks      {ranks} x .*\nbatch .*; on each rank {count} of 2$", out, re.MULTILINE)
+        hosts = re.escape(socket.gethostname())
+        assert re.search(rf"^launch     {name}(, job \S+)?: {ranks} ranks? on {hosts}$", out, re.MULTILINE)
         assert "ended      all training steps are done" in out
         assert re.search(r"^trained    8 steps on 2,0[0-4]\d tokens in \d+ s$", out, re.MULTILINE)
         records = read_metrics(tmp_path / name / "metrics.jsonl")
@@ -93,6 +99,7 @@ def test_missing_shards_stop_all_ranks_with_one_message(tmp_path, shards):
     assert code != 0
     (message,) = re.findall(r"^error: .*", err, re.MULTILINE)
     assert "nothing" in message
+    assert err.count("traceback : error: ") == 2, "torchrun's summary has it too, for each rank"
     assert not (tmp_path / "run").exists()
 
 
@@ -141,20 +148,21 @@ def wait_until(condition, seconds=200):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("name", ["torchrun", "python"])
-def test_a_signal_stops_with_a_checkpoint_and_the_same_command_resumes(tmp_path, shards, name):
+@pytest.mark.parametrize(("name", "number"), [("torchrun", signal.SIGUSR1), ("python", signal.SIGTERM)])
+def test_a_signal_stops_with_a_checkpoint_and_the_same_command_resumes(tmp_path, shards, name, number):
     endless = ["train.steps=100000", "schedule.warmup_steps=2", "checkpoint.interval=0"]
     arguments = settings(tmp_path / "run", shards, *endless)
     process = start(name, *arguments)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     # torchrun exits with 1 for any child that failed.
     assert process.returncode == (75 if name == "python" else 1), err
     assert "a stop signal was received" in out
     stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert not stopped["completed"]
+    assert json.loads((tmp_path / "run" / "ending.json").read_text())["code"] == 75
     steps = stopped["steps"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}" / "COMPLETE").exists()
     if name == "torchrun":  # resuming does not depend on the launcher

@@ -1,5 +1,6 @@
 """A full or read-only disk: the error names it, existing checkpoints stay, the run stops or continues as configured."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcscale.checkpoint import CheckpointError, checkpointer, checkpoints_of, find_checkpoint
 from dcscale.checkpoint.layout import corrupt_reason
@@ -21,16 +23,31 @@ from dcscale.train.preflight import preflight
 pytestmark = pytest.mark.distributed
 
 
+@contextlib.contextmanager
+def small_disk_at(folder, size):
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no permission to mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder with its checkpoints on a disk of 1 MiB, which has room for one checkpoint, not for two."""
-    disk = tmp_path / "run" / "checkpoints"
-    disk.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no permission to mount a small disk: {mounted.stderr.strip()}")
-    yield tmp_path / "run"
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    with small_disk_at(tmp_path / "run" / "checkpoints", "1m"):
+        yield tmp_path / "run"
+
+
+@pytest.fixture
+def run_on_a_small_disk(tmp_path):
+    """A run folder on a disk of 4 MiB."""
+    with small_disk_at(tmp_path / "run", "4m"):
+        yield tmp_path / "run"
 
 
 class ChangeDisk(Hook):
@@ -52,6 +69,16 @@ def remount(disk, options):
 
 def enlarge(disk):
     remount(disk, "size=8m")
+
+
+def fill(checkpoints):
+    with open(checkpoints.parent / "filling", "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 10))
+
+
+def make_room(checkpoints):
+    (checkpoints.parent / "filling").unlink()
 
 
 def make_read_only(disk):
@@ -84,6 +111,21 @@ def _train(config, changes, hide_disk_usage):
 def train(run, shards, *overrides, changes=(), hide_disk_usage=False):
     config = tiny_config(run, shards, "checkpoint.interval=2", "validation.interval=0", *overrides)
     return run_distributed(_train, 1, config, changes, hide_disk_usage)[0]
+
+
+@pytest.mark.parametrize("makes_room_after", [6, 8])
+def test_a_disk_that_is_full_while_logging_stops_nothing_and_no_record_is_lost(
+    run_on_a_small_disk, shards, makes_room_after
+):
+    run = run_on_a_small_disk
+    changes = [(fill, 2), (make_room, makes_room_after)]
+    assert train(run, shards, "checkpoint.interval=0", changes=changes) == ("", 8, [])
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(1, 9))
+    curves = EventAccumulator(str(run / "tensorboard"))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("loss/train")] == list(range(1, 9))
+    assert corrupt_reason(find_checkpoint(run)) is None
+    assert not (run / "lease.json").exists()
 
 
 FULL = {False: "bytes free, but the checkpoint takes", True: "No space left on device"}

@@ -117,3 +117,60 @@ def test_after_a_resume_from_an_earlier_step_every_step_is_there_once(tmp_path):
     report.close()
     assert [(record["step"], record["loss"]) for record in metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     assert points(tmp_path, "loss/train") == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_a_rollback_drops_later_records_here_and_in_tensorboard(tmp_path):
+    report = reporter(tmp_path)
+    for step in range(1, 6):
+        report.record(record_of(step, float(step)))
+    report.drop_after(3)
+    report.record(record_of(4, 40.0))
+    report.close()
+    assert [(record["step"], record["loss"]) for record in metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert points(tmp_path, "loss/train") == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_a_full_disk_is_reported_once_a_file_and_nothing_is_lost(small_disk, capfd):
+    run = small_disk.folder / "run"
+    run.mkdir()
+    report = reporter(run)
+    report.record(record_of(1, 1.0))
+    small_disk.fill()
+    for step in range(2, 100):  # some fit into the last page
+        report.record(record_of(step, float(step)))
+    metrics(run)  # complete lines only
+    (event_file,) = (run / "tensorboard").iterdir()
+    files = [run / "metrics.jsonl", event_file]
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 2
+    for line, file in zip(sorted(said), files):
+        assert line.startswith(f"warning    {file} cannot be written: No space left on device. Training continues; ")
+    small_disk.make_room()
+    report.record(record_of(100, 100.0))
+    report.close()
+    assert [record["step"] for record in metrics(run)] == list(range(1, 101))
+    assert points(run, "loss/train") == [(step, step) for step in range(1, 101)]
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [f"warning    {file} can be written again" for file in files]
+    assert err == ""
+
+
+def test_records_that_a_full_disk_has_not_taken_until_the_end_are_reported(small_disk, capfd):
+    report = reporter(small_disk.folder)
+    report.record(record_of(1, 1.0))
+    small_disk.fill()
+    for step in range(2, 100):
+        report.record(record_of(step, float(step)))
+    report.close()
+    written = [record["step"] for record in metrics(small_disk.folder)]
+    assert written == list(range(1, len(written) + 1))
+    lost = (
+        f"warning    {99 - len(written)} lines could not be written to {small_disk.folder}/metrics.jsonl and are lost"
+    )
+    assert lost in capfd.readouterr().out.splitlines()
+
+
+def test_a_folder_that_cannot_be_made_keeps_the_run_from_starting(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(FileExistsError):
+        reporter(tmp_path)

@@ -71,9 +71,9 @@ def small(tmp_path: Path):
     write_token_shards(tmp_path / "train", numbered_shards([321]), vocab_size=500)
     write_token_shards(tmp_path / "other", numbered_shards([161]), vocab_size=500)
 
-    def call(*overrides: str) -> list[str]:
+    def call(*overrides: str, passed_over: int = 0) -> list[str]:
         config = tiny_config(tmp_path / "run", tmp_path, "model.vocab_size=500", *overrides)
-        return advice(config, 1, open_training_stream(config), None)
+        return advice(config, 1, open_training_stream(config), None, passed_over)
 
     return call
 
@@ -84,6 +84,8 @@ def test_data_that_is_read_many_times(small, tmp_path: Path) -> None:
         f'data.train = "{tmp_path}/train": is read 4.8 times; beyond about 4, repeated data is worth much less; give '
         "more data, or set train.steps to at most 5"
     ]
+    (found,) = small("train.steps=5", passed_over=8)
+    assert "is read 4.8 times" in found
 
 
 def test_data_smaller_than_a_step(small, tmp_path: Path) -> None:

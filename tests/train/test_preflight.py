@@ -190,3 +190,11 @@ def test_faults_of_the_program_are_not_taken_for_problems_of_the_run() -> None:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+@pytest.mark.parametrize(("second", "retry"), [(True, True), (False, False)])
+def test_several_reasons_may_be_gone_later_only_if_each_may(second: bool, retry: bool) -> None:
+    found = Preflight(problems=[DataError("data.train", retry=True), DataError("data.validation", retry=second)])
+    with pytest.raises(PreflightError, match="the run has 2 problems") as raised:
+        found.result()
+    assert raised.value.retry is retry

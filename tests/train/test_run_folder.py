@@ -1,19 +1,23 @@
 """Run folders that cannot be used are rejected with their path, and left unchanged."""
 
 import pytest
+import torch
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.observe import Console
+from dcscale.parallel import Environment
 from dcscale.testing.runs import tiny_config
-from dcscale.train.build import _open_reporter, _prepare_run_folder
+from dcscale.train.build import _open_reporter, _prepare_run_folder, _take_run_folder
 from dcscale.train.restore.start import Start, StartKind
 from dcscale.train.state import TrainState
 
 
 def start(run):
-    config = tiny_config(run, run)
-    _prepare_run_folder(run, config, Start(StartKind.FRESH, TrainState()))
-    _open_reporter(run, 0, config, Console(enabled=False), is_main=True).close()
+    config, console = tiny_config(run, run), Console(enabled=False)
+    lease = _take_run_folder(config, Environment(0, 0, 1, 1, torch.device("cpu")), console, None)
+    _prepare_run_folder(run, config, Start(StartKind.FRESH, TrainState()), lease)
+    _open_reporter(run, 0, config, console, lease).close()
+    lease.release()
 
 
 def test_a_new_folder_is_created(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from dcscale.observe import Console
 from dcscale.parallel import Environment
 from dcscale.testing.runs import tiny_config
+from dcscale.train.state import TrainState
 from dcscale.train.summary import print_banner, summary_lines
 
 SUMMARY = {
@@ -24,6 +25,10 @@ SUMMARY = {
     "train_seconds": 50.0,
     "skipped_shards": 0,
     "skipped_tokens": 0,
+    "spikes": 0,
+    "skipped_updates": 0,
+    "rollbacks": 0,
+    "passed_over_sequences": 0,
     "parameters": 1000,
     "world_size": 2,
     "device": "cpu",
@@ -59,6 +64,18 @@ SAMPLE = ["sample", "  | def f():", "  |     return"]
                 *CHECKPOINT,
             ],
         ),
+        (
+            {"spikes": 1, "validation_loss": None, "sample": None},
+            [*BASE, "spikes     1; updates skipped 0", *CHECKPOINT],
+        ),
+        (
+            {"skipped_updates": 12, "validation_loss": None, "sample": None},
+            [*BASE, "spikes     0; updates skipped 12", *CHECKPOINT],
+        ),
+        (
+            {"rollbacks": 2, "passed_over_sequences": 4096, "validation_loss": None, "sample": None},
+            [*BASE, "rollbacks  2, which passed over 4,096 sequences", *CHECKPOINT],
+        ),
     ],
 )
 def test_lines(changes, lines):
@@ -72,26 +89,30 @@ def test_a_run_stopped_before_its_first_record():
     assert lines == ["trained    0 steps on 0 tokens in 0 s", "checkpoint None"]
 
 
-def test_the_summary_of_an_older_run_has_no_padding():
-    older = {key: value for key, value in SUMMARY.items() if key not in ("padding_tokens", "steps_without_targets")}
+def test_the_summary_of_an_older_run_has_fewer_counts():
+    newer = ("padding_tokens", "steps_without_targets", "spikes", "skipped_updates", "rollbacks")
+    older = {key: value for key, value in SUMMARY.items() if key not in newer}
     assert summary_lines(older) == summary_lines(SUMMARY)
 
 
-@pytest.mark.parametrize(("packed", "at_most"), [(False, ""), (True, "at most ")])
-def test_the_banner_says_how_many_tokens_and_epochs_a_run_has(tmp_path, capsys, packed, at_most):
+@pytest.mark.parametrize(
+    ("packed", "at_most", "passed_over", "epochs"), [(False, "", [], "0.00312"), (True, "at most ", [64], "0.00624")]
+)
+def test_the_banner_says_how_many_tokens_and_epochs_a_run_has(tmp_path, capsys, packed, at_most, passed_over, epochs):
     config = tiny_config(tmp_path / "run", tmp_path)
     trainer = SimpleNamespace(
         config=config,
         environment=Environment(0, 0, 1, 1, torch.device("cpu")),
         engine=SimpleNamespace(module=SimpleNamespace(implementations=lambda device: [])),
         inputs_per_step=256,
+        state=TrainState(passed_over=[{"first": 8, "end": 8 + count} for count in passed_over]),
         run=tmp_path / "run",
         latest_checkpoint=None,
     )
     stream = SimpleNamespace(has_packed_rows=packed, epochs=lambda sequences: {"": 0.00312 * sequences / 64})
     print_banner(Console(), trainer, stream)
     lines = capsys.readouterr().out.splitlines()
-    assert f"run        8 steps, {at_most}2,048 tokens, 0.00312 epochs of {tmp_path}/train" in lines
+    assert f"run        8 steps, {at_most}2,048 tokens, {epochs} epochs of {tmp_path}/train" in lines
     assert any(f"8 sequences of {at_most}32 tokens = {at_most}256 tokens per step" in line for line in lines)
 
 

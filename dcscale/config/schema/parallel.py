@@ -32,5 +32,13 @@ class ParallelConfig:
     param_persistence_threshold: int = number(100_000, NOT_NEGATIVE)
     """Only ZeRO-3: parameters with fewer elements than this are not partitioned, as gathering them would cost more."""
 
-    timeout_minutes: float = number(30.0, POSITIVE)
-    """Timeout of a collective, in minutes; a collective that takes longer fails and is named in the error."""
+    start_timeout_minutes: float = number(10.0, POSITIVE)
+    """Minutes until all ranks must have arrived, and the longest that anything may take before the first step."""
+
+    hang_seconds: float | None = number(None, POSITIVE)
+    """Seconds that a step may take before the run is ended as hanging, with the stacks of all ranks, to be started
+    again; null: ten times the median step, at least 30. A rank without a sign of life is given up after 30 s, or after
+    this if it is less."""
+
+    pause_timeout_minutes: float = number(30.0, POSITIVE)
+    """The same for what is not a step, in minutes: waiting for data, validation, samples, waiting for a checkpoint."""

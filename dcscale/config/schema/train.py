@@ -69,6 +69,27 @@ class TrainConfig:
     stop_after: int | None = number(None, COUNT)
     """Stop after this optimizer step with a checkpoint, like after a signal; null trains until ``steps``."""
 
+    stop_after_minutes: float | None = number(None, POSITIVE)
+    """Stop this start after so many minutes since its process began, with a checkpoint and exit code 75, like after a
+    signal: an own time limit, for machines without a batch system. null: none."""
+
+    on_nonfinite: str = choice("stop", "skip")
+    """What happens if the loss or gradient of a step has infinities or NaN: ``stop`` saves the state before it and ends
+    the run with exit code 3; ``skip`` leaves out the update on all ranks and continues with the next step."""
+
+    on_spike: str = choice("warn", "ignore", "skip", "rollback")
+    """What happens if the loss or gradient norm of a step is a spike: far above the last 128 steps that were none (of
+    which there must be 32). ``ignore``; ``warn``; ``skip`` the update; or ``rollback``: go back to the newest
+    checkpoint and pass over the data since."""
+
+    spike_score: float = number(10.0, POSITIVE)
+    """How far above the median is a spike, in robust standard deviations (1.4826 times the median absolute deviation)
+    of the logarithms. Metrics show the score of each logged step."""
+
+    max_skipped_updates: int = number(10, COUNT)
+    """Updates skipped in a row, or rollbacks to the same checkpoint, after which the run saves and ends with exit code
+    3. With ``on_spike=warn``, after so many spikes in a row the comparison begins again: the level has changed."""
+
     global_batch_size: int = number(64, COUNT)
     """Sequences per optimizer step, over all ranks. Must be a multiple of the number of ranks."""
 
@@ -112,6 +133,9 @@ class CheckpointConfig:
 
     interval: int = number(1000, NOT_NEGATIVE)
     """Optimizer steps between checkpoints; one is also written at the end and on a signal to stop. 0: only these."""
+
+    interval_minutes: float | None = number(None, POSITIVE)
+    """Minutes between checkpoints, by the clock of rank 0, besides ``interval``; null: by steps only."""
 
     background: bool = True
     """Write checkpoints in a background thread while training continues; false makes the loop wait for the disk. Both

@@ -189,7 +189,7 @@ def build_shards(
     layout = ShardLayout(task.dtype, bundle_tokens, loaded.eos_id, seed, pack, row_tokens)
     splits = (TRAIN, VALIDATION) if hold_out else (TRAIN,)
     with journal, worker_pool(workers) as pool_map:
-        # After taking the lock, since entering the journal may put an earlier output back in place.
+        # After entering the journal, which may put an earlier output back in place.
         _check_output(output, overwrite)
         _check_state(journal, task.skip_bad_rows, progress)
         if not journal.complete:

@@ -1,7 +1,7 @@
 """The state of a build on disk, so that an interrupted build resumes and a complete one is published atomically.
 
     .OUTPUT.building/
-        lock              locked by the process that builds OUTPUT
+        lease.json        of the process that builds OUTPUT, see dcscale.lease
         IDENTITY/         one build, named by the hash of everything that decides its result
             identity.json
             journal       one line for each spooled chunk and each written shard; nothing else counts as done
@@ -20,10 +20,10 @@ spool files are not, but they are verified when they are used.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
+import sys
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +33,7 @@ from dcscale.data.errors import DataError
 from dcscale.data.prepare.shuffle import SpooledChunk, WrittenShard
 from dcscale.data.shards.manifest import ShardInfo
 from dcscale.files import parse_json, publish_folder, read_json, write_json
+from dcscale.lease import Lease, LeaseHeldError, LeaseLostError, LeaseTimes
 
 
 def state_folder(output: Path) -> Path:
@@ -41,21 +42,30 @@ def state_folder(output: Path) -> Path:
 
 
 class Journal:
-    """The state of the build of ``output``; a context manager that locks out other processes.
+    """The state of the build of ``output``; a context manager that keeps out other processes.
 
     On exit, state without any entry is removed; other state stays until :meth:`publish`.
 
     Args:
         output: folder to create.
         identity: everything that decides the result, as JSON values.
+        times: of the lease; None: the usual ones.
 
     Raises:
-        DataError: on entering, if another process builds ``output``.
+        DataError: on entering, if another process builds ``output``; later, if another process has taken over the
+            build, since this one was suspended.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, output: Path, identity: dict[str, Any], times: LeaseTimes | None = None) -> None:
         self._output, self._identity = output, identity
         self._root = state_folder(output)
+        self._lease = Lease(
+            self._root,
+            "wait until it has built this output, or give another output",
+            print_line=lambda line: print(line, file=sys.stderr),
+            remove_folder=True,
+            times=times or LeaseTimes(),
+        )
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = self._root / digest[:16]
         self.spool, self.result = self.folder / "spool", self.folder / "result"
@@ -70,16 +80,17 @@ class Journal:
         """Whether ``result`` is complete."""
 
     def __enter__(self) -> Journal:
-        self._root.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._root / "lock", "wb")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise DataError(
-                f"{self._root / 'lock'}: cannot be locked ({error.strerror}): another process is building this output, "
-                f"or the file system does not support locks; wait for it, or give another output"
-            ) from error
+            self._lease.acquire()
+        except LeaseHeldError as error:
+            raise DataError(str(error)) from error
+        try:
+            return self._resume()
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def _resume(self) -> Journal:
         if self._replaced.exists() and not self._output.exists():  # killed between the two renames of publish
             self._replaced.rename(self._output)
         shutil.rmtree(self._replaced, ignore_errors=True)
@@ -89,7 +100,7 @@ class Journal:
             entries, valid_bytes = [], 0
         self.spool.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "identity.json", self._identity)
-        self._file = open(self.folder / "journal", "ab")
+        self._file = (self.folder / "journal").open("ab")
         self._file.truncate(valid_bytes)
         for kind, value in entries:
             self._apply(kind, value)
@@ -97,12 +108,14 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        if not self.started:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if not any(child.is_dir() for child in self._root.iterdir()):
-            shutil.rmtree(self._root)
-        # Last, so that no other process locks a file that is about to be removed.
-        self._lock.close()
+        try:
+            self._lease.check()
+            if not self.started:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        except LeaseLostError:
+            pass  # now the state is that of another process
+        finally:
+            self._lease.release()
 
     @property
     def started(self) -> bool:
@@ -143,6 +156,10 @@ class Journal:
 
     def publish(self) -> None:
         """Make the result the output, replacing an earlier one, and remove all state."""
+        try:
+            self._lease.check()
+        except LeaseLostError as error:
+            raise DataError(str(error)) from error
         publish_folder(self.result, self._output, self._replaced)
         for folder in self._root.iterdir():
             if folder.is_dir():
@@ -162,6 +179,10 @@ class Journal:
         return entries, valid_bytes
 
     def _append(self, kind: str, value: Any = None) -> None:
+        try:
+            self._lease.raise_if_lost()
+        except LeaseLostError as error:
+            raise DataError(str(error)) from error
         self._file.write(json.dumps([kind, value]).encode() + b"\n")
         self._file.flush()
         self._apply(kind, value)

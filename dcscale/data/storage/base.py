@@ -34,10 +34,11 @@ class UnreadableError(DataError):
         location: path or address of the object.
         reason: why it cannot be read.
         missing: whether the object is known not to exist.
+        retry: see :class:`DataError`.
     """
 
-    def __init__(self, location: str, reason: str, *, missing: bool = False) -> None:
-        super().__init__(f"{location}: cannot be read: {reason}")
+    def __init__(self, location: str, reason: str, *, missing: bool = False, retry: bool = False) -> None:
+        super().__init__(f"{location}: cannot be read: {reason}", retry=retry)
         self.location, self.reason, self.missing = location, reason, missing
 
 

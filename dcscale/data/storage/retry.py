@@ -126,7 +126,7 @@ class Retrier:
             now = time.monotonic()
             if now + wait > deadline:
                 message = f"{reason}; stopped after {attempts} attempts in {now - start:.0f} s"
-                raise UnreadableError(location, message)
+                raise UnreadableError(location, message, retry=True)
             if attempts == _WARN_AT_ATTEMPT:
                 _log.warning("%s: %s; retrying for up to %.0f s", location, reason, deadline - now)
             if cancelled.wait(wait):

@@ -150,6 +150,16 @@ class BatchLoader:
         """The tokenizer that made the stream's tokens."""
         return self._stream.tokenizer
 
+    @property
+    def stream(self) -> Stream:
+        """Where the sequences come from."""
+        return self._stream
+
+    def numbers(self, consumed: int) -> list[Sequence[int | None]]:
+        """The sequence numbers of each of the rank's micro-batches in the step after ``consumed`` sequences."""
+        numbers, size = next(iter(self._rank_numbers(consumed))), self._micro_batch_size
+        return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+
     def epochs(self, consumed: int) -> dict[str, float]:
         """How many epochs of each source ``consumed`` sequences are, by name; a single source has the empty name."""
         return self._stream.epochs(consumed)
@@ -165,9 +175,7 @@ class BatchLoader:
         if consumed < 0:
             raise DataError(f"consumed is {consumed}, but must not be negative")
         self.close()
-        numbers = _RankNumbers(
-            consumed, self._global_batch_size, self._rank, self._world_size, self._limit, self._per_epoch
-        )
+        numbers = self._rank_numbers(consumed)
         if self._workers:
             self._prefetcher = WorkerSequences(
                 self._stream, numbers, self._workers, self._prefetch_steps, group_sequences=self._group_sequences
@@ -206,6 +214,11 @@ class BatchLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _rank_numbers(self, consumed: int) -> _RankNumbers:
+        return _RankNumbers(
+            consumed, self._global_batch_size, self._rank, self._world_size, self._limit, self._per_epoch
+        )
 
     def _batches(self, sequences: Sequences) -> list[Batch]:
         def batch(rows: slice) -> Batch:

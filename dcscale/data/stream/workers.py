@@ -29,7 +29,8 @@ from dcscale.data.errors import DataError
 from dcscale.data.shards.skipped import SkippedShard
 from dcscale.data.stream.sequences import Sequences
 from dcscale.data.stream.stream import Stream
-from dcscale.files import exit_with_parent
+from dcscale.files import exit_with_parent, may_succeed_later
+from dcscale.signals import STOP_SIGNALS
 
 Skipped = dict[int, tuple[SkippedShard, ...]]
 """By row, shards that were skipped for it."""
@@ -38,8 +39,6 @@ CLOSED = "this iterator was closed, by BatchLoader.close() or a later steps(); c
 
 _GROUP_TOKENS, GROUP_SEQUENCES = 1 << 18, 256
 """A worker passes on at least this many tokens or sequences at once: some milliseconds of its work."""
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class WorkerSequences:
@@ -100,7 +99,7 @@ class WorkerSequences:
         )
         other_processes = multiprocessing.active_children()
         multiprocessing.resource_tracker.ensure_running()  # start it before: starting it unblocks signals
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # the workers inherit it
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the workers inherit it
         try:
             self._loader_iterator = iter(loader)
         finally:
@@ -160,17 +159,18 @@ class WorkerSequences:
             names = ", ".join(f"{process.pid} (exit code {process.exitcode})" for process in dead)
             raise DataError(
                 f"data worker {names} died; -9 usually means out of memory, for other codes see its last output above; "
-                f"start again, perhaps with fewer data.workers"
+                f"start again, perhaps with fewer data.workers",
+                retry=True,
             ) from error
-        if isinstance(result, str):
-            raise DataError(result)
+        if isinstance(result, DataError):
+            raise result
         return result
 
 
 class _WorkerDataset(IterableDataset):
     """Writes a worker's part of each group into shared memory, and yields what was skipped for it.
 
-    A DataError is yielded as text: DataLoader would add a traceback to its message.
+    A DataError is yielded: if it were raised, DataLoader would add a traceback to its message.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class _WorkerDataset(IterableDataset):
         self._reopen, self._fingerprint = stream.reopen, stream.fingerprint
         self._steps, self._group_steps, self._memory_GNX = steps, group_steps, memory_GNX
 
-    def __iter__(self) -> Iterator[Skipped | str]:
+    def __iter__(self) -> Iterator[Skipped | DataError]:
         worker = get_worker_info()
         memory_GNX = self._memory_GNX.numpy()
         try:
@@ -195,7 +195,7 @@ class _WorkerDataset(IterableDataset):
                 _pack(sequences, memory_GNX[number % len(memory_GNX), rows])
                 yield sequences.skipped
         except DataError as error:
-            yield str(error)
+            yield DataError(str(error), retry=may_succeed_later(error))
 
     def _numbers(self, worker: int, workers: int) -> Iterator[list[int | None]]:
         """Sequence numbers of a worker in each group."""

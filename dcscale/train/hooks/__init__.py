@@ -9,9 +9,10 @@ from dcscale.parallel import Environment
 from dcscale.train.data import RunData
 from dcscale.train.hooks.base import Hook
 from dcscale.train.hooks.compose_distance import ComposeDistance
-from dcscale.train.hooks.progress import DataEpochs, SkippedData, Throughput
+from dcscale.train.hooks.progress import DataEpochs, SkippedData, SkippedUpdates, Throughput
 from dcscale.train.hooks.samples import Samples
 from dcscale.train.hooks.saving import Saving
+from dcscale.train.hooks.stragglers import Stragglers
 from dcscale.train.hooks.validation import Validation
 from dcscale.train.state import TrainState
 
@@ -25,8 +26,10 @@ def build_hooks(config: Config, environment: Environment, data: RunData, state: 
             count_flops(config.model, config.data.sequence_length).total,
             peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),
         ),
+        Stragglers(config.log.interval),
         DataEpochs(),
         SkippedData(),
+        SkippedUpdates(),
     ]
     if data.validation is not None:
         hooks.append(Validation(data.validation, config.validation.interval, data.validation_bytes_per_target))

@@ -1,4 +1,4 @@
-"""Metrics in every record besides the loss: throughput, hardware utilization, memory, data epochs, skipped data."""
+"""Metrics in every record besides the loss: throughput, utilization, memory, data epochs, skipped data, spikes."""
 
 from __future__ import annotations
 
@@ -65,3 +65,21 @@ class SkippedData(Hook):
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         skipped = trainer.state.skipped
         return {"skipped_shards": len(skipped), "skipped_tokens": sum(shard["tokens"] for shard in skipped)}
+
+
+class SkippedUpdates(Hook):
+    """Adds the numbers of spikes, skipped updates, rollbacks and sequences passed over to each record, if not 0."""
+
+    name = "skipped_updates"
+
+    def add_to_record(self, trainer: Trainer, record: Record) -> None:
+        record.update({key: value for key, value in self.summary(trainer).items() if value})
+
+    def summary(self, trainer: Trainer) -> dict[str, Any]:
+        state = trainer.state
+        return {
+            "spikes": state.numerics.spikes,
+            "skipped_updates": state.numerics.skipped_updates,
+            "rollbacks": len(state.passed_over),
+            "passed_over_sequences": state.passed_over_sequences,
+        }

@@ -23,7 +23,7 @@ class Saving(Hook):
     """Saves checkpoints and records stall time, write time, size and failures. Must be the last hook.
 
     Args:
-        interval: steps between checkpoints; 0: only when the run stops.
+        interval: steps between checkpoints, besides those that ``trainer.save_requested``; 0: only when the run stops.
         on_error: ``fail`` raises if a checkpoint cannot be written; ``warn`` prints a warning and continues, and only
             the checkpoint at the end of a start must succeed.
         warn_after_seconds: print a warning if a step waits at least this long for the previous checkpoint.
@@ -35,13 +35,15 @@ class Saving(Hook):
         self._interval, self._on_error, self._warn_after_seconds = interval, on_error, warn_after_seconds
         self._stall_seconds, self._failures = 0.0, 0
         self._recorded: Path | None = None
+        self._in_events: Path | None = None
 
     def after_step(self, trainer: Trainer) -> None:
         checkpointer = trainer.checkpointer
         if checkpointer.busy:
             self._try(trainer, checkpointer.poll)
         # finish() saves the last step, after the last work of the other hooks.
-        if due(trainer.state.step, self._interval) and trainer.state.step < trainer.config.train.steps:
+        is_due = due(trainer.state.step, self._interval) or trainer.save_requested
+        if is_due and trainer.state.step < trainer.config.train.steps:
             if checkpointer.busy:
                 wait_seconds = self._try(trainer, checkpointer.wait)
                 if wait_seconds >= self._warn_after_seconds:
@@ -56,6 +58,7 @@ class Saving(Hook):
         if trainer.state.step > 0:
             trainer.save()
             trainer.checkpointer.wait()
+            self._write_event(trainer)
 
     def _try(self, trainer: Trainer, call: Callable[[], None]) -> float:
         """Calls ``call`` and handles a failure as ``on_error`` says; returns the seconds it took."""
@@ -67,9 +70,24 @@ class Saving(Hook):
                 raise
             self._failures += 1
             trainer.warn(f"{error}. Training continues (checkpoint.on_error=warn)")
+            if trainer.environment.is_main:
+                trainer.events.write("checkpoint_failure", step=trainer.state.step, error=str(error))
+        self._write_event(trainer)
         seconds = time.perf_counter() - start
         self._stall_seconds += seconds
         return seconds
+
+    def _write_event(self, trainer: Trainer) -> None:
+        checkpointer = trainer.checkpointer
+        if trainer.environment.is_main and checkpointer.written_bytes and checkpointer.latest != self._in_events:
+            self._in_events = checkpointer.latest
+            trainer.events.write(
+                "checkpoint",
+                step=trainer.state.step,
+                checkpoint=str(checkpointer.latest),
+                seconds=checkpointer.write_seconds,
+                bytes=checkpointer.written_bytes,
+            )
 
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
         if self._stall_seconds:

@@ -15,6 +15,7 @@ from dcscale.parallel import Environment, broadcast_from_rank0, run_on_all_ranks
 from dcscale.parallel.zero_state import SavedState
 from dcscale.train.restore.init_from import initial_weights
 from dcscale.train.restore.resume import find_resumable_checkpoint, restore_state
+from dcscale.train.restore.rollbacks import rollbacks_to
 from dcscale.train.state import TrainState
 
 
@@ -76,5 +77,11 @@ def _resume(config: Config, ranks: int, stream: Stream | None, checkpoint: Path,
     state, messages = broadcast_from_rank0(
         lambda: restore_state(checkpoint, content, saved_config, config, ranks, stream)
     )
+    for rollback in broadcast_from_rank0(lambda: rollbacks_to(Path(config.run.folder), checkpoint)):
+        rollback.apply(state)
+        messages.append(
+            f"resuming   after a rollback to {checkpoint.name} from a spike in step {rollback.step}: passes over "
+            f"sequences {rollback.first:,} to {rollback.end - 1:,}"
+        )
     saved = run_on_all_ranks(lambda: TrainingStateReader(checkpoint / OPTIMIZER))
     return Start(StartKind.RESUME, state, checkpoint, saved, tuple(messages), corrupt)

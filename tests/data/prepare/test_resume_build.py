@@ -19,6 +19,7 @@ from dcscale.data.prepare.documents import split_into_chunks
 from dcscale.data.prepare.journal import Journal
 from dcscale.data.prepare.sources import find_files
 from dcscale.files import publish_folder
+from dcscale.lease import LeaseTimes
 
 REPOSITORY = Path(__file__).parents[3]
 SIZES = {"shard_tokens": 400, "bundle_tokens": 100, "hold_out": 0.3, "bucket_bytes": 1000}
@@ -242,14 +243,42 @@ def test_the_state_of_a_build_is_never_an_input(corpus, expected, tmp_path, monk
     assert tree(text / "out") == expected
 
 
-def test_one_process_at_a_time(corpus, tmp_path):
+QUICK = LeaseTimes(renew=0.02, expire=0.5, poll=0.01)
+
+
+def test_one_process_at_a_time(corpus, tmp_path, capsys):
+    who = rf"process {os.getpid()} on \S+, since .* UTC"
+    refused = f"/.out.building is in use by {who}; wait until it has built this output, or give another output"
     with (
-        Journal(tmp_path / "out", {}),
-        pytest.raises(DataError, match=r"lock: cannot be locked \(.*\): another process is building this output"),
+        Journal(tmp_path / "out", {}, QUICK),
+        pytest.raises(DataError, match=refused),
+        Journal(tmp_path / "out", {}, QUICK),
     ):
-        build_shards([corpus], tmp_path / "out", **SIZES)
+        pass
+    assert re.match(f"waiting    for {who}, which may still use {tmp_path}/.out.building: ", capsys.readouterr().err)
     build_shards([corpus], tmp_path / "out", **SIZES)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("action", ["publish", "mark_all_spooled"])
+def test_a_build_that_was_suspended_leaves_everything_to_the_one_that_has_taken_over(tmp_path, action):
+    state = tmp_path / ".out.building"
+    suspended = Journal(tmp_path / "out", {}, QUICK)
+
+    def build():
+        with suspended:
+            lease = json.loads((state / "lease.json").read_text())
+            (tmp_path / "new").write_text(json.dumps({**lease, "token": "another", "pid": 1}))
+            (tmp_path / "new").rename(state / "lease.json")
+            for _ in range(100):
+                getattr(suspended, action)()
+                time.sleep(QUICK.renew)  # it finds out by a renewal; before it publishes, by a look of its own
+
+    with pytest.raises(DataError, match=f"{state} was taken over by process 1 on "):
+        build()
+    assert suspended.folder.exists()
+    assert json.loads((state / "lease.json").read_text())["token"] == "another"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_old_output_is_restored_after_a_kill_between_the_two_renames(corpus, expected, tmp_path):

@@ -176,6 +176,7 @@ def test_the_time_of_all_attempts_is_limited(server, fault, reason):
     with pytest.raises(UnreadableError, match=rf"({reason}); stopped after \d+ attempts in \d+ s") as error:
         read(server, storage_options=StorageOptions(RetryPolicy(timeout=0.1, backoff=0.01, total=0.5)))
     assert time.monotonic() - start < 5
+    assert error.value.retry
     assert not error.value.missing
 
 

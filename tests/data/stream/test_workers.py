@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from dcscale.data import BatchLoader, DataError, StreamConfig, open_stream
-from dcscale.data.stream.workers import GROUP_SEQUENCES
+from dcscale.data.storage import UnreadableError
+from dcscale.data.stream.workers import GROUP_SEQUENCES, _WorkerDataset
+from dcscale.signals import STOP_SIGNALS
 from dcscale.testing.runs import numbered_shards, write_token_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -111,6 +113,18 @@ def test_an_error_of_a_worker_is_raised_when_its_group_is_needed_and_again_after
     assert not processes()
 
 
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_worker_passes_on_whether_its_error_may_be_gone_later(retry):
+    class Unreachable:
+        fingerprint = ""
+
+        def reopen(self):
+            raise DataError("manifest.json") from UnreadableError("http://server", "503", retry=retry)
+
+    (error,) = _WorkerDataset(Unreachable(), [], 1, torch.zeros(1))
+    assert (str(error), error.retry) == ("manifest.json", retry)
+
+
 def test_a_killed_worker_is_reported_and_nothing_hangs(folder):
     with loader_of(folder, 2) as loader:
         steps = loader.steps()
@@ -118,8 +132,9 @@ def test_a_killed_worker_is_reported_and_nothing_hangs(folder):
         victim = processes()[1]
         os.kill(victim.pid, signal.SIGKILL)
         begin = time.perf_counter()
-        with pytest.raises(DataError, match=rf"data worker {victim.pid} \(exit code -9\) died"):
+        with pytest.raises(DataError, match=rf"data worker {victim.pid} \(exit code -9\) died") as error:
             list(steps)
+        assert error.value.retry, "another start may have more memory"
         assert time.perf_counter() - begin < 30
     assert not processes()
 
@@ -132,7 +147,7 @@ def test_the_signals_that_stop_a_run_do_not_stop_its_workers(folder):
         next(steps)
         server = int(Path(f"/proc/{processes()[0].pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         assert server != os.getpid()
-        for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for sent in STOP_SIGNALS:
             for pid in (server, *(process.pid for process in processes())):
                 os.kill(pid, sent)
         time.sleep(0.2)

@@ -14,8 +14,11 @@ class FakeTrainer:
     def __init__(self, steps=1, failing=()):
         self.config = SimpleNamespace(train=SimpleNamespace(steps=10))
         self.state = SimpleNamespace(step=0)
-        self.checkpointer = self
+        self.environment = SimpleNamespace(is_main=True)
+        self.checkpointer = self.events = self
+        self.save_requested = False
         self.latest, self.write_seconds, self.written_bytes = None, 0.0, 0
+        self.written = []
         self.warnings, self._steps, self._failing, self._saving = [], steps, failing, None
 
     @property
@@ -24,6 +27,9 @@ class FakeTrainer:
 
     def warn(self, text):
         self.warnings.append(text)
+
+    def write(self, kind, **facts):
+        self.written.append({"event": kind, **facts})
 
     def save(self):
         self.wait()
@@ -61,6 +67,10 @@ def test_write_time_and_size_are_in_the_first_record_after_the_checkpoint():
     assert not any("checkpoint_failures" in r for r in records)
     assert trainer.latest == "step 10"
     assert trainer.warnings == []
+    assert trainer.written == [
+        {"event": "checkpoint", "step": step, "checkpoint": saved, "seconds": 2.0, "bytes": size}
+        for step, saved, size in [(5, "step 4", 1004), (9, "step 8", 1008), (10, "step 10", 1010)]
+    ]
 
 
 @pytest.mark.parametrize(("limit", "warned"), [(0.0, True), (60.0, False)])
@@ -80,6 +90,9 @@ def test_a_failure_raises_or_is_counted():
     records = trainer.train(Saving(4, "warn"))
     assert [r["checkpoint_failures"] for r in records] == [0] * 5 + [1] * 5
     assert trainer.warnings == ["step 4 was not written. Training continues (checkpoint.on_error=warn)"]
+    failure = {"event": "checkpoint_failure", "step": 5, "error": "step 4 was not written"}
+    assert [event["event"] for event in trainer.written] == ["checkpoint_failure", "checkpoint", "checkpoint"]
+    assert trainer.written[0] == failure
     assert trainer.latest == "step 10"
 
 
