@@ -52,9 +52,8 @@ class StopSignals:
     """Context manager that turns signals and the death of a launcher into calls of ``end``, or into a request to stop.
 
     At first any of them calls ``end`` at once. From :meth:`deferred` on, the first is only noted in :attr:`received`,
-    until the ranks can agree on it between two steps; a SIGINT after another one still calls ``end``. After :meth:`ignore`
-    nothing happens. A SIGHUP that is ignored already, as under ``nohup``, stays so. The previous handlers are restored
-    on exit.
+    until the ranks can agree on it between two steps; a second SIGINT still calls ``end``. After :meth:`ignore` nothing
+    happens. A SIGHUP that is ignored already, as under ``nohup``, stays so. The previous handlers are restored on exit.
 
     Args:
         end: called with the name of the signal, from a thread; it is expected to end the process.

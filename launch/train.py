@@ -25,7 +25,7 @@ from dcscale.cluster.ending import Ending, ExitCode
 
 def main(arguments: list[str] | None = None, ending: Ending | None = None) -> None:
     ending = ending or Ending()
-    faulthandler.enable(2)  # a crash in C leaves its stacks in the log of its rank
+    faulthandler.enable(2)  # a crash in C, such as gloo's if collectives do not match, shows the stacks
     with ending.signals:  # first of all, since a batch system may send one at any time
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml|key=value", help="settings, in order")

@@ -312,7 +312,8 @@ class Checkpointer:
                 raise LeaseLostError(failure.text)
         if failures:
             message = "; ".join(f"rank {rank}: {failure.text}" for rank, failure in failures.items())
-            raise CheckpointError(message, retry=all(failure.retry for failure in failures.values()))
+            retry = all(failure.retry for failure in failures.values())
+            raise CheckpointError(message, retry=retry, rank=min(failures))
         return [result for result, _ in answers]
 
     def _next_stage(self) -> None:

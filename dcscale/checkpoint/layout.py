@@ -27,7 +27,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from dcscale.config import Config, ConfigError, load_config
-from dcscale.files import read_json, sha256_of, write_json
+from dcscale.files import may_succeed_later, read_json, sha256_of, write_json
 
 FORMAT = 2
 """Format of the marker."""
@@ -47,11 +47,12 @@ class CheckpointError(RuntimeError):
     Args:
         message: the message.
         retry: whether the same may succeed later: the disk is full, failing or unreachable.
+        rank: the rank that it happened on, if all ranks raise it together; None: the one that raises it.
     """
 
-    def __init__(self, message: str, *, retry: bool = False) -> None:
+    def __init__(self, message: str, *, retry: bool = False, rank: int | None = None) -> None:
         super().__init__(message)
-        self.retry = retry
+        self.retry, self.rank = retry, rank
 
 
 def join_problems(problems: list[str]) -> str:
@@ -132,22 +133,34 @@ def _parse_record(marker: Path, name: str, entry: Any) -> FileRecord:
 
 
 def incomplete_reason(folder: Path) -> str | None:
-    """Why ``folder`` is not a complete checkpoint, or None if it is one. Compares sizes, not contents."""
+    """Why ``folder`` is not a complete checkpoint, or None if it is one. Compares sizes, not contents.
+
+    Raises:
+        CheckpointError: the disk fails, which does not tell.
+    """
     try:
         files = read_marker(folder)
     except CheckpointError as error:
-        return str(error)
+        return _unless_the_disk_fails(str(error), error)
     for name, file in files.items():
         path = folder / name
         try:
             size = path.stat().st_size if path.is_file() else None
         except OSError as error:
-            return f"{path} cannot be read: {error.strerror}"
+            return _unless_the_disk_fails(f"{path} cannot be read: {error.strerror}", error)
         if size is None:
             return f"{path} is missing"
         if size != file.bytes:
             return f"{path} has {size} bytes, {file.bytes} were written"
     return None
+
+
+def _unless_the_disk_fails(problem: str, error: Exception) -> str:
+    """The problem of a checkpoint, which must not be given up for a disk that is unreachable for a moment."""
+    if may_succeed_later(error):
+        message = f"{problem}. The checkpoint may be intact: start again, or, if this stays so, move it elsewhere"
+        raise CheckpointError(message, retry=True) from error
+    return problem
 
 
 def corrupt_reason(folder: Path, skip: str = "", rank: int = 0, ranks: int = 1) -> str | None:
@@ -158,6 +171,9 @@ def corrupt_reason(folder: Path, skip: str = "", rank: int = 0, ranks: int = 1) 
         skip: subfolder whose files are not read, such as ``WEIGHTS``: only their sizes are compared.
         rank: with ``ranks``, selects the share of the files that this rank reads; sizes are compared for all.
         ranks: number of shares. The folder is fine if no rank returns a reason.
+
+    Raises:
+        CheckpointError: the disk fails, which does not tell.
     """
     problem = incomplete_reason(folder)
     if problem is not None:
@@ -169,7 +185,7 @@ def corrupt_reason(folder: Path, skip: str = "", rank: int = 0, ranks: int = 1) 
         try:
             found = sha256_of(folder / name)
         except OSError as error:
-            return f"{folder / name} cannot be read: {error}"
+            return _unless_the_disk_fails(f"{folder / name} cannot be read: {error.strerror}", error)
         if files[name].sha256 != found:
             return f"{folder / name} has the SHA-256 {found}, {files[name].sha256} was written: its content has changed"
     return None

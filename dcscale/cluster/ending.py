@@ -137,6 +137,8 @@ class Ending:
         code = ExitCode.INTERRUPTED if name == "SIGINT" else ExitCode.RESUME
         reason = f"{name} again, while stopping" if training else f"{name} before training"
         self.decide(code, reason)
+        if (ended := self.read()) is not None:  # another rank may have failed, and srun sent SIGTERM because of that
+            self.code = ExitCode(ended["code"])
         if self.rank == 0:
             self.error(f"stopped    by {reason}; earlier checkpoints are complete, the same command resumes from them")
         self.exit()

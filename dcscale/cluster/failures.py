@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dcscale.files import may_succeed_later, parse_json
 from dcscale.lease import LeaseHeldError, LeaseLostError
 from dcscale.parallel import LaunchError, RankError
 from dcscale.parallel.agreement import DisagreementError
-from dcscale.parallel.rendezvous import ArrivalError, StartError, new_store_client
+from dcscale.parallel.rendezvous import ArrivalError, StartError, current_rendezvous, new_store_client
 
 ROOT = Path(dcscale.__file__).parents[1]
 FIRST_FAILURE = "dcscale/first_failure"
@@ -115,6 +115,7 @@ class Failures:
         ending: ends the process.
         refusals: see :func:`exit_code`.
         open_store: makes a client of the run's store; raises RuntimeError if that does not answer for so many seconds.
+        hosts: the host of each rank.
         words_seconds: how long a rank that only knows that another failed waits for its words.
         yield_seconds: how long ranks let rank 0 speak first, as one for all if an error is raised on all of them.
         hear_seconds: how long rank 0 then keeps the store for those that have not heard it yet.
@@ -126,11 +127,12 @@ class Failures:
         refusals: tuple[type[Exception], ...] = (),
         *,
         open_store: Callable[[float], dist.Store] = new_store_client,
+        hosts: Callable[[], Sequence[str]] = lambda: current_rendezvous().hosts,
         words_seconds: float = 5.0,
         yield_seconds: float = 0.3,
         hear_seconds: float = 1.0,
     ) -> None:
-        self._ending, self._refusals, self._open_store = ending, refusals, open_store
+        self._ending, self._refusals, self._open_store, self._hosts = ending, refusals, open_store, hosts
         self._words_seconds, self._yield_seconds, self._hear_seconds = words_seconds, yield_seconds, hear_seconds
 
     def __enter__(self) -> Failures:
@@ -156,7 +158,8 @@ class Failures:
             ending.error(_message(first))
         elif ending.log is not None or own.said_by == 0:
             text = first.error.splitlines()[0]
-            print(f"rank {own.rank} ({own.host}) ends because of {first.cause}: {text}", file=sys.stderr)
+            because = "" if first.rank is None else f" because of {first.cause}"
+            print(f"rank {ending.rank} ({ending.host}) ends{because}: {text}", file=sys.stderr)
         if speaks and first.code == ExitCode.FAILED:
             ending.error(trace)
         elif ending.log is not None:
@@ -170,16 +173,24 @@ class Failures:
         step, checkpoint = ending.progress()
         if is_lost_peer(error) and ending.signals.received and (not step or _is_of_step(checkpoint, step)):
             code = ExitCode.RESUME  # the other one stopped more quickly, and no step is lost
+        rank, host = self._cause(error)
         return Failure(
             code=code,
             reason=type(error).__name__,
             error=str(error) or type(error).__name__,
-            rank=ending.rank,
-            host=ending.host,
+            rank=rank,
+            host=host,
             said_by=ending.rank,
             place=_place(error),
             log=None if ending.log is None else str(ending.log.path),
         )
+
+    def _cause(self, error: BaseException) -> tuple[int | None, str | None]:
+        """The rank that is the cause, and its host. An error that all ranks raise together may name one of them."""
+        named = [cause.rank for cause in _causes(error) if getattr(cause, "rank", None) is not None]
+        if not named or named[0] == self._ending.rank:
+            return self._ending.rank, self._ending.host
+        return (None, None) if named[0] < 0 else (named[0], self._hosts()[named[0]])
 
     def _first(self, own: Failure, error: BaseException) -> tuple[Failure, bool]:
         """What the rank says that failed first, and whether all ranks know that it does.
@@ -188,10 +199,12 @@ class Failures:
         """
         if self._ending.world_size == 1:  # or not known yet
             return own, False
-        if isinstance(error, StartError) and error.told:  # the ranks may not have met, or rank 0 has left already
-            return replace(own, rank=0, host=None, said_by=0), True
+        if isinstance(error, StartError):  # the ranks may not have met, or rank 0 has left already
+            if error.told:
+                return replace(own, rank=0, host=None, said_by=0), True
+            return own, self._ending.rank <= 1  # rank 1 speaks if it is rank 0 that is missing
         lost_peer = any(map(is_lost_peer, _causes(error)))
-        yields = own.rank != 0 or lost_peer
+        yields = self._ending.rank != 0 or lost_peer
         if lost_peer and (deviation := self._ending.deviation()) is not None:
             # gloo aborts a rank that receives another size than it expects, which need not be the one that is wrong.
             text = f"rank {own.rank} ({own.host}) {deviation}, so the collectives do not match: "
@@ -202,10 +215,12 @@ class Failures:
         began = time.monotonic()
         try:
             store = self._open_store(self._words_seconds)
-            while not store.check([FIRST_FAILURE]) and time.monotonic() < began + patience:
-                time.sleep(0.05)
-            if lost_peer and not store.check([FIRST_FAILURE]):  # it said nothing before it went
-                own = self._name_lost(own)
+            if not _is_said(store, patience) and lost_peer:  # it said nothing before it went
+                # One rank finds out which it is, since that takes the heartbeats of all. The others wait for its words.
+                name = str(self._ending.rank)
+                namer = store.compare_set(f"{FIRST_FAILURE}/namer", "", name).decode()
+                if namer == name or not _is_said(store, 2 * self._words_seconds):
+                    own = self._name_lost(own)
             said = store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(own)))
             self._let_others_hear(store)
             return Failure(**parse_json(said, FIRST_FAILURE)), True
@@ -233,6 +248,16 @@ class Failures:
         rank = min(lost, default=None)
         text = f"lost {names}: {_without_guess(own.error)}"
         return replace(own, reason="lost rank", rank=rank, host=lost.get(rank), error=text)
+
+
+def _is_said(store: dist.Store, seconds: float) -> bool:
+    """Whether a rank says within so many seconds what happened."""
+    deadline = time.monotonic() + seconds
+    while not store.check([FIRST_FAILURE]):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _without_guess(error: str) -> str:
@@ -264,6 +289,8 @@ def _message(failure: Failure) -> str:
         details = [failure.cause, f"{failure.reason}{where}"]
     else:
         details = [f"noticed by rank {failure.said_by}{where}"]
+        if failure.rank is not None and failure.cause not in failure.error:
+            details.insert(0, f"on {failure.cause}")
     details += [f"log {failure.log}"] if failure.log else []
     return f"error: {kind}{failure.error}\n  {'; '.join(details)}; exit code {int(code)} ({_ADVICE[code]})"
 

@@ -25,7 +25,7 @@ _STATES = {
 
 def process_text(state: str) -> str:
     """What a state letter of ``/proc/PID/stat`` says about a rank that does not answer; empty: no such process."""
-    return _STATES.get(state, "its process runs, so a call in C may hold the lock of Python: its stacks are in its log")
+    return _STATES.get(state, "its process runs, so a call in C may hold the lock of Python: its stack is in its log")
 
 
 def describe_main_thread() -> str:

@@ -39,12 +39,12 @@ class Limits:
     def from_config(cls, config: ParallelConfig, world_size: int) -> Limits:
         """The limits of a run."""
         beat = max(2.0, world_size / 200)  # rank 0 reads the heartbeats of 1000 ranks in about 10 ms
-        lost = 30.0 if config.hang_seconds is None else min(30.0, max(config.hang_seconds, 5 * beat))
+        lost = 30.0 if config.hang_seconds is None else min(30.0, config.hang_seconds)
         return cls(
             start=60 * config.start_timeout_minutes,
             step=config.hang_seconds,
             pause=60 * config.pause_timeout_minutes,
-            lost=lost,
+            lost=max(lost, 5 * beat),
             beat=beat,
         )
 

@@ -8,8 +8,8 @@ clock only, and ends this process if it is cut off. What happens when a rank han
 2. Every rank answers, and writes stacks and collectives into ``RUN/hangs/TIME/rank-N.txt``.
 3. The rank that asked judges (:mod:`dcscale.cluster.verdict`) and prints who is at fault; all end with exit code 76.
 
-A call in C that never gives back the interpreter's lock stops these threads too. Then faulthandler's own thread prints
-the stacks, and the other ranks miss the heartbeat.
+A call in C that never gives back the interpreter's lock stops these threads too. Then a signal handler of faulthandler
+prints the stack of the main thread, and the other ranks miss the heartbeat.
 """
 
 from __future__ import annotations
@@ -210,6 +210,14 @@ class Watchdog:
             return self._limits.start
         return self._step_limit if phase == STEP else self._limits.pause
 
+    def _limit_text(self, phase: str) -> str:
+        """The limit of a phase, and the setting that changes it."""
+        if phase == START or (phase == STEP and not self._seconds):
+            setting = "start_timeout_minutes"
+        else:
+            setting = "hang_seconds" if phase == STEP else "pause_timeout_minutes"
+        return f"limit of phase {phase}: {self._limit(phase):.0f} s (parallel.{setting})"
+
     def _lost_limit(self) -> float:
         return self._limits.lost * (1 if self._seconds else 4)
 
@@ -271,11 +279,12 @@ class Watchdog:
         return Verdict([0], rank0.host, reason)
 
     def _end_alone(self, verdict: Verdict) -> None:
-        folder = _folder_name()
+        folder, (phase, since) = _folder_name(), self._phase
+        lines = [self._limit_text(phase)] if self._clock.now() - since > self._limit(phase) else []
         speaks = self._decide(verdict)
         self._write(folder, self._answer([]))
         if speaks:
-            self._print(verdict, folder, [])
+            self._print(verdict, folder, lines)
         else:
             self._log(verdict)
         self._ending.exit()
@@ -283,13 +292,18 @@ class Watchdog:
     def _arm(self) -> None:
         """What still works if no thread of Python runs any more."""
         log = self._ending.log
-        faulthandler.dump_traceback_later(0.8 * self._limits.lost, file=2 if log is None else log.descriptor)
-        # A process that was stopped for a while must survive that, so this is the longest limit.
-        signal.setitimer(signal.ITIMER_REAL, max(self._limits.pause, self._limits.start))
+        file = 2 if log is None else log.descriptor
+        # The main thread prints its own stack. faulthandler's thread would read those of all threads, and crash if they
+        # run after all: when this process was stopped for a while and is continued.
+        faulthandler.register(signal.SIGALRM, file=file, all_threads=False)
+        signal.setitimer(signal.ITIMER_REAL, 0.8 * self._limits.lost)
+        if self._heartbeats is not None:  # so that this rank does not keep a job whose other ranks have ended
+            faulthandler.dump_traceback_later(max(self._limits.pause, self._limits.start), exit=True, file=file)
 
     def _disarm(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
 
     # -- the thread that talks to the other ranks ---------------------------------------------------------------------
 
@@ -331,6 +345,8 @@ class Watchdog:
         patience = self._limits.answer + self._limits.beat
         if alarm.by == self._rank:
             verdict, lines = self._judge(heartbeats, alarm, patience)
+            if alarm.over:
+                lines.append(self._limit_text(heartbeats.statuses[alarm.over[0]].phase))
             self._decide(verdict)
             self._write(alarm.folder, answer)
             self._print(verdict, alarm.folder, lines)
@@ -416,8 +432,6 @@ def start_watchdog(config: ParallelConfig, environment: Environment, ending: End
     # The ranks build their trainers in the same order, so a number means the same watchdog on all of them.
     prefix, limits = f"watchdog/{next(_numbers)}", Limits.from_config(config, environment.world_size)
     rendezvous = current_rendezvous()
-    # A crash in C, such as gloo's when the ranks' collectives do not match, shows the stacks too.
-    faulthandler.enable(file=2)
     watchdog = Watchdog(
         environment.rank,
         rendezvous.hosts,

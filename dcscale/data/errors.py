@@ -7,8 +7,9 @@ class DataError(ValueError):
     Args:
         message: the message.
         retry: whether the same request may succeed later: a storage was unreachable, or a worker was lost.
+        rank: the rank that it happened on, if all ranks raise it together; None: the one that raises it.
     """
 
-    def __init__(self, message: str, *, retry: bool = False) -> None:
+    def __init__(self, message: str, *, retry: bool = False, rank: int | None = None) -> None:
         super().__init__(message)
-        self.retry = retry
+        self.retry, self.rank = retry, rank

@@ -30,6 +30,7 @@ EVENTS = {
     "`grad_norm`, `action` (update, skip, roll_back)",
     "rollback": "the run goes back to `checkpoint` after the spike of `step`. `reason`, `sequences` [first, end) that "
     "are passed over",
+    "rollback_failure": "the run could not go back after the spike of `step`, so its update was skipped. `error`",
     "ending": "each rank that can still write: this start ends. `code` (exit code), `reason`, `step`",
 }
 """Kinds of events, and their facts. Those of no rank in particular are written by rank 0."""

@@ -30,9 +30,9 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def gather_errors(error: str | None, group: dist.ProcessGroup | None = None) -> str:
+def gather_errors(error: str | None) -> str:
     """Returns the errors of all ranks as ``rank 1: ERROR; rank 3: ERROR`` on every rank; empty if there are none."""
-    errors = gather_objects(error, group)
+    errors = gather_objects(error)
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None)
 
 

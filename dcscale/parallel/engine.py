@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dcscale.config import Config
 from dcscale.parallel.agreement import check_agreement, start_facts
-from dcscale.parallel.collectives import gather_errors, gather_objects, run_on_all_ranks
+from dcscale.parallel.collectives import gather_objects, run_on_all_ranks
 from dcscale.parallel.deepspeed_config import NO_CLIP, deepspeed_config
 from dcscale.parallel.environment import Environment
 from dcscale.parallel.rendezvous import join, set_current_rendezvous
@@ -200,6 +200,7 @@ class Engine:
             self._engine.step()
             if self._accepted is None:  # DeepSpeed saw a norm that is not finite itself and made no update
                 self._decide(self._engine.get_global_grad_norm())
+                assert not self._accepted, "an update that was accepted was not made"
 
     def _decide(self, norm: Tensor | float) -> None:
         # All ranks must decide alike. Summing makes the values equal in every bit, also where each rank has computed
@@ -270,10 +271,6 @@ class Engine:
     def gather_objects(self, value: T) -> list[T]:
         """:func:`dcscale.parallel.collectives.gather_objects`, on the CPU."""
         return gather_objects(value, self._control)
-
-    def gather_errors(self, error: str | None) -> str:
-        """:func:`dcscale.parallel.collectives.gather_errors`, on the CPU."""
-        return gather_errors(error, self._control)
 
     # -- state ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, DistNetworkError, PrefixStore, Store, TCPStore
 
 from dcscale.parallel.environment import Environment
 from dcscale.parallel.launchers import LaunchError
@@ -66,6 +66,10 @@ class Rendezvous:
             torch.distributed.DistError: the server does not answer.
         """
         host, port = self.address
+        try:  # TCPStore would try for twice the timeout if the connection is refused, as when rank 0 was killed
+            socket.create_connection(self.address, timeout=seconds).close()
+        except OSError as error:
+            raise DistNetworkError(f"the store at {host}:{port} does not answer: {error.strerror or error}") from None
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
         return PrefixStore(self.prefix, store)
 

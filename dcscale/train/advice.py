@@ -41,7 +41,7 @@ def advice(
         device_bytes: memory of the smallest device; None if it is not known.
         passed_over: sequences that the run has passed over in rollbacks.
     """
-    found = [*_learning_rate(config), *_passes(config, world_size), *_validation(config)]
+    found = [*_learning_rate(config), *_passes(config, world_size), *_validation(config), *_rollback(config)]
     if stream is not None:
         found += _data(config, stream, passed_over)
     if device_bytes is not None:
@@ -74,6 +74,13 @@ def _validation(config: Config) -> Iterator[Problem]:
     if interval > steps:
         rule = f"is more than train.steps = {steps}: validated only at the end"
         yield Problem("validation.interval", interval, rule, "lower it to see progress")
+
+
+def _rollback(config: Config) -> Iterator[Problem]:
+    saving = config.checkpoint
+    if config.train.on_spike == "rollback" and not saving.interval and saving.interval_minutes is None:
+        rule = "has no checkpoint to go back to: checkpoint.interval is 0, so only the end of a start writes one"
+        yield Problem("train.on_spike", "rollback", rule, "set checkpoint.interval or checkpoint.interval_minutes")
 
 
 def _data(config: Config, stream: Stream, passed_over: int) -> Iterator[Problem]:

@@ -60,10 +60,9 @@ def build_trainer(config: Config, environment: Environment, console: Console, en
             has been written by then. CheckpointError also if the run folder cannot be written to.
         PreflightError: several of these.
     """
-    lease, token = _take_run_folder(config, environment, console, ending)
+    lease = _take_run_folder(config, environment, console, ending)
     watchdog = None
     if ending is not None:
-        ending.hold(Path(config.run.folder), token)
         watchdog = start_watchdog(config.parallel, environment, ending)
     try:
         return _build(config, environment, console, ending, lease, watchdog)
@@ -107,7 +106,7 @@ def _build(
     for message in broadcast_from_rank0(lambda: _prepare_run_folder(run, config, start, lease)):
         console.line(message)
     if ending is not None:
-        run_on_all_ranks(ending.open_log)
+        run_on_all_ranks(lambda: _open_log(run, ending))
     reporter = run_on_all_ranks(lambda: _open_reporter(run, start.state.step, config, console, lease))
     # On the other ranks, the console is silent.
     events = EventFile(event_path(run, environment.rank), reporter.warn if environment.is_main else _warn_in_log)
@@ -195,10 +194,8 @@ def _build_model(config: Config, scratch_mib: int) -> nn.Module:
     return model
 
 
-def _take_run_folder(
-    config: Config, environment: Environment, console: Console, ending: Ending | None
-) -> tuple[Lease | None, str]:
-    """Takes the lease of the run folder on rank 0; returns it there, and None on the other ranks, and its token.
+def _take_run_folder(config: Config, environment: Environment, console: Console, ending: Ending | None) -> Lease | None:
+    """Takes the lease of the run folder on rank 0; returns it there, and None on the other ranks.
 
     Raises:
         LeaseHeldError: another start of the run holds it.
@@ -213,12 +210,16 @@ def _take_run_folder(
     def acquire() -> str:
         with run_folder_errors(run):
             lease.acquire()
+            if ending is not None:
+                ending.hold(run, lease.token)  # now, so that no other rank sees how an earlier start ended
         return lease.token
 
     # The others wait for rank 0, which may wait for another start.
     set_timeouts(max(60 * config.parallel.start_timeout_minutes, 2 * LeaseTimes.expire))
     token = broadcast_from_rank0(acquire)
-    return lease if environment.is_main else None, token
+    if ending is not None:
+        ending.hold(run, token)
+    return lease if environment.is_main else None
 
 
 def _prepare_run_folder(run: Path, config: Config, start: Start, lease: Lease) -> list[str]:
@@ -236,6 +237,12 @@ def _prepare_run_folder(run: Path, config: Config, start: Start, lease: Lease) -
         if moved and start.checkpoint is not None:
             point_latest_at(start.checkpoint)
     return [f"warning    {problem}; the checkpoint was quarantined as {place}" for place, problem in moved]
+
+
+def _open_log(run: Path, ending: Ending) -> None:
+    """Has this rank print into its log. Raises CheckpointError if that cannot be written."""
+    with run_folder_errors(run):
+        ending.open_log()
 
 
 def _open_reporter(run: Path, last_step: int, config: Config, console: Console, lease: Lease | None) -> Reporter:

@@ -243,7 +243,9 @@ def next_step_batches(
         [own_targets, own_padding, failed, failed and retry, len(skipped), *asked]
     )
     if failures:
-        raise DataError(engine.gather_errors(error), retry=retries == failures)
+        errors = {rank: text for rank, text in enumerate(engine.gather_objects(error)) if text is not None}
+        text = "; ".join(f"rank {rank}: {text}" for rank, text in errors.items())
+        raise DataError(text, retry=retries == failures, rank=min(errors))
     unique: dict[str, SkippedShard] = {}
     if skips:
         # Ranks may have found different defects in a shard; sorting makes all of them report the same one.

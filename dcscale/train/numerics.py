@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -32,7 +32,16 @@ _TINY = 1e-30
 
 
 class DivergedError(FloatingPointError):
-    """Loss or gradient are not finite or spike, and the config says to stop. The state before was saved."""
+    """Loss or gradient are not finite or spike, and the config says to stop. The state before was saved.
+
+    Args:
+        message: the message.
+        rank: the only rank whose loss is not finite; -1: it is not one rank alone.
+    """
+
+    def __init__(self, message: str, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class Action(Enum):
@@ -57,6 +66,8 @@ class Judgement:
     """What is wrong with the step; None: nothing."""
     score: float | None = None
     """The larger :func:`robust_score` of loss and norm; None before there are enough steps to compare with."""
+    rank: int = -1
+    """The only rank whose loss is not finite; -1: it is not one rank alone."""
 
     @property
     def loss(self) -> float:
@@ -98,8 +109,9 @@ class Numerics:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Numerics:
-        """Restores what ``dataclasses.asdict`` has written."""
-        numerics = cls(**content)
+        """Restores what ``dataclasses.asdict`` has written; other keys are ignored."""
+        names = {f.name for f in fields(cls)}
+        numerics = cls(**{key: value for key, value in content.items() if key in names})
         numerics.recent = [(float(loss), float(norm)) for loss, norm in numerics.recent]
         return numerics
 

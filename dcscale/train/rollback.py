@@ -33,17 +33,15 @@ def roll_back(trainer: Trainer, text: str, reason: str) -> bool:
         CheckpointError: a checkpoint that was being written failed, and ``checkpoint.on_error`` is ``fail``.
         LeaseLostError: another process has taken over the run folder.
     """
-    try:
-        trainer.checkpointer.wait()
-    except CheckpointError as error:
-        if trainer.config.checkpoint.on_error == "fail":
-            raise
-        trainer.warn(f"{error}. Training continues (checkpoint.on_error=warn)")
+    for hook in trainer.hooks:  # saving waits for a checkpoint that is being written
+        hook.before_rollback(trainer)
     try:
         start, times = _find(trainer)
         rollback = broadcast_from_rank0(lambda: _record(trainer, start, reason))
     except (CheckpointError, RankError) as error:
         trainer.warn(f"{text}. The run cannot go back, so the update is skipped: {error}")
+        if trainer.environment.is_main:
+            trainer.events.write("rollback_failure", step=trainer.state.step + 1, error=str(error))
         return False
     trainer.warn(
         f"{text}. The run goes back to {start.checkpoint} and passes over sequences {rollback.first:,} to "

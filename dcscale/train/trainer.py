@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ class Trainer:
                 raise DataError(f"{error}{self._save_after_failure()}") from error
             except DivergedError as error:
                 failure = self._save_after_failure()
-                raise DivergedError(f"{error}. Newest checkpoint: {self.latest_checkpoint}{failure}") from error
+                newest = self.latest_checkpoint or "none"
+                raise DivergedError(f"{error}. Newest checkpoint: {newest}{failure}", error.rank) from error
 
     def _train(self, signals: StopSignals) -> StopReason:
         train = self.config.train
@@ -254,20 +256,24 @@ class Trainer:
         self.engine.update(lr, torch.stack(losses).double().sum(), accept)
         (judgement,) = judgements
         if not judgement.finite:
-            judgement = dataclasses.replace(judgement, reason=f"{judgement.reason}; {self._not_finite(losses)}")
+            where, rank = self._not_finite(losses)
+            judgement = dataclasses.replace(judgement, reason=f"{judgement.reason}; {where}", rank=rank)
         return lr, judgement
 
-    def _not_finite(self, losses: list[torch.Tensor]) -> str:
-        """Says which sequences have no finite loss, given this rank's loss of each micro-batch."""
+    def _not_finite(self, losses: list[torch.Tensor]) -> tuple[str, int]:
+        """Which sequences have no finite loss, given this rank's loss of each micro-batch; and of which rank they are.
+
+        The rank is -1 if they are of several or none.
+        """
         finite = torch.stack(losses).isfinite().tolist()
         numbers = self.loader.numbers(self.state.sequences)
         own = [number for part, good in zip(numbers, finite, strict=True) if not good for number in part]
-        found = [
-            f"rank {rank}: sequences {list_some(of_rank)}"
-            for rank, of_rank in enumerate(self.engine.gather_objects(own))
-            if of_rank
-        ]
-        return f"the loss is not finite on {list_some(found, '; ')}" if found else "the loss is finite on every rank"
+        answers = enumerate(self.engine.gather_objects((socket.gethostname(), own)))
+        found = {rank: f"rank {rank} ({host}): sequences {list_some(part)}" for rank, (host, part) in answers if part}
+        if not found:
+            return "the loss is finite on every rank", -1
+        rank = next(iter(found)) if len(found) == 1 else -1
+        return f"the loss is not finite on {list_some([*found.values()], '; ')}", rank
 
     def _went_back(self, judgement: Judgement) -> bool:
         """Reports a step that is not as it should be; returns whether the run went back to a checkpoint because of it.
@@ -293,7 +299,8 @@ class Trainer:
         if judgement.action is Action.STOP:
             raise DivergedError(
                 f"{text}. The weights were not updated. Lower optimizer.learning_rate, lengthen schedule.warmup_steps, "
-                "inspect the data of this step, or skip such updates (train.on_nonfinite=skip)"
+                "inspect the data of this step, or skip such updates (train.on_nonfinite=skip)",
+                judgement.rank,
             )
         if judgement.action is Action.ROLL_BACK:
             with self.watchdog.phase("rollback"):
@@ -405,6 +412,7 @@ class Trainer:
         """Takes the place in training that a new start would take; all ranks call it together."""
         assert start.saved is not None, "it is a checkpoint"
         self.engine.load(start.saved)
+        start.state.scratch_mib = self.state.scratch_mib  # which this start computes with
         self.state, self.checkpointer.latest = start.state, start.checkpoint
         for hook in self.hooks:
             # A hook that is not in the checkpoint was not enabled before this start of the run.

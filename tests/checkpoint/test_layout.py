@@ -1,6 +1,7 @@
 """Which checkpoints are complete or corrupt, and which one a path refers to."""
 
 import json
+import re
 
 import pytest
 
@@ -120,3 +121,20 @@ def test_no_checkpoint(tmp_path):
 def test_not_a_checkpoint_name(tmp_path):
     with pytest.raises(CheckpointError, match="step-7 is not named like a checkpoint"):
         step_of(tmp_path / "step-7")
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", "optimizer/part"])
+def test_a_disk_that_fails_does_not_make_a_checkpoint_corrupt(tmp_path, name):
+    older, newer = make(tmp_path, 1), make(tmp_path, 2)
+    (newer / "optimizer" / "part").write_bytes(b"")
+    seal(newer)
+    (newer / name).unlink()
+    (newer / name).symlink_to("/proc/self/mem")  # its size is 0, and reading it is an input/output error
+    message = f"{newer / name} cannot be read: Input/output error. The checkpoint may be intact: start again, or, if "
+    with pytest.raises(CheckpointError, match=re.escape(message)) as failure:
+        corrupt_reason(newer)
+    assert failure.value.retry
+    if name == "COMPLETE":
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            find_checkpoint(tmp_path)  # which would take the older one
+    assert corrupt_reason(older) is None

@@ -43,7 +43,9 @@ def main() -> int:
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {' '.join(ROWS)}")
     if reason := missing():
         parser.error(f"no SLURM: {reason}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also under nohup, which would have the ranks ignore SIGHUP too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     if not options.table:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         names = options.rows or list(ROWS)
@@ -212,7 +214,10 @@ def left_behind(case: Case, patience: float = 5) -> list[str]:
 
     def processes() -> list[str]:
         return [
-            f"process in state {state} on {node}" for node in cluster.nodes for state in cluster.ranks_on(node).values()
+            f"process in state {state} on {node}"
+            for node in cluster.nodes
+            for state in cluster.ranks_on(node).values()
+            if state != "Z"  # has ended, only its parent does not know yet
         ]
 
     with contextlib.suppress(TimeoutError):

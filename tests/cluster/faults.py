@@ -87,8 +87,14 @@ def hang(fault: dict) -> None:
 
 
 def hang_in_c(fault: dict) -> None:
-    """The main thread sleeps for ever in C and keeps the interpreter's lock, so that no other thread can run."""
-    in_forward(fault, lambda forward: ctypes.PyDLL(None).sleep(100_000))
+    """The main thread waits for ever in C and keeps the interpreter's lock, so that no other thread can run."""
+
+    def change(forward: Callable) -> Any:
+        library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)  # unlike sleep, it is not ended by a signal
+
+    in_forward(fault, change)
 
 
 def scale_loss(fault: dict) -> None:

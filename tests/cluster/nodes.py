@@ -145,7 +145,10 @@ class Cluster:
     @contextlib.contextmanager
     def listening(self, node: str, port: int) -> Iterator[None]:
         """Within this context, another program of the node listens on a port."""
-        program = f"import socket; s = socket.create_server(('', {port})); print('ready', flush=True); s.accept()"
+        program = (
+            f"import socket; s = socket.create_server(('', {port})); print('ready', flush=True); kept = []\n"
+            "while True: kept.append(s.accept())"
+        )
         listener = subprocess.Popen(
             self.command("node", node, sys.executable, "-c", program),
             env=self.environment(),

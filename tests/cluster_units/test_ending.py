@@ -36,7 +36,7 @@ def ending_of(rank, run=None, **options):
     ending.know(Environment(rank, rank, 2, 2, torch.device("cpu")))
     ending.host = f"n{rank}"
     if run is not None:
-        ending.hold(run)
+        ending.hold(run, "")
     return ending
 
 
@@ -91,7 +91,7 @@ def test_a_new_start_removes_the_file_of_the_last_one(run):
     with Lease(run, "wait") as lease:
         ending = Ending(leave, seconds=1e6)
         ending.lease = lease
-        ending.hold(run)
+        ending.hold(run, lease.token)
         assert not (run / ENDING).exists()
         ending.decide(ExitCode.DONE, "done")
         with pytest.raises(ExitError, match="0"):
@@ -110,6 +110,46 @@ def test_a_folder_that_was_lost_is_not_written_to(run):
     ending.abandon()
     ending.decide(ExitCode.UNFIT, "LeaseLostError")
     assert not (run / ENDING).exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_wakes_up_in_the_next_start_writes_nothing(run, rank):
+    with Lease(run, "wait") as lease:
+        suspended = ending_of(rank)
+        suspended.hold(run, lease.token)
+        suspended.open_log()
+    with Lease(run, "wait"):
+        suspended.before_exit = lambda: pytest.fail("writes into the run folder")
+        written = [path.read_bytes() for path in run.glob("logs/*")]
+        suspended.decide(ExitCode.RETRY, "lost rank")
+        assert sorted(os.listdir(run)) == ["checkpoints", "lease.json", "logs"]
+        with pytest.raises(ExitError, match="76"):
+            suspended.exit()
+        assert [path.read_bytes() for path in run.glob("logs/*")] == written
+
+
+def test_a_rank_that_ends_after_rank_0_has_released_the_folder_flushes_its_files(run):
+    with Lease(run, "wait") as lease:
+        last = ending_of(1)
+        last.hold(run, lease.token)
+    flushed = []
+    last.before_exit = lambda: flushed.append(True)
+    last.decide(ExitCode.DONE, "done", agreed=True)
+    with pytest.raises(ExitError, match="0"):
+        last.exit()
+    assert flushed
+
+
+def test_a_disk_without_hard_links(run, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", link)
+    first, second = ending_of(1, run), ending_of(0, run)
+    assert first.decide(ExitCode.RETRY, "a hang")
+    assert not second.decide(ExitCode.RETRY, "rank 1 was lost")
+    assert content(run)["reason"] == "a hang"
+    assert sorted(os.listdir(run)) == ["checkpoints", ENDING]
 
 
 def test_a_file_that_cannot_be_written_does_not_change_the_code(run, capsys):
@@ -142,13 +182,21 @@ def test_a_signal_before_training(run, capsys, number, code):
     ended = threading.Event()
     ending = Ending(lambda code: (codes.append(code), ended.set()), seconds=1e6)
     codes = []
-    ending.hold(run)
+    ending.hold(run, "")
     with ending.signals:
         os.kill(os.getpid(), number)
         assert ended.wait(10)
     assert codes == [code] == [content(run)["code"]]
     assert content(run)["reason"] == f"{number.name} before training"
+    assert (content(run)["step"], content(run)["checkpoint"]) == (None, None), "not known yet"
     assert capsys.readouterr().err.startswith(f"stopped    by {number.name} before training; earlier checkpoints are")
+
+
+def test_a_signal_that_srun_sends_since_another_rank_has_failed_does_not_hide_its_code(run):
+    ending_of(1, run).decide(ExitCode.FAILED, "OutOfMemoryError")
+    with pytest.raises(ExitError, match="1"):
+        ending_of(0, run).signalled("SIGTERM")
+    assert content(run)["code"] == 1
 
 
 def test_a_signal_while_another_thread_decides_does_not_change_the_code(run):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ class Ranks:
     def fail(self, rank, error, **seconds):
         ending = self.endings[rank]
         seconds = {"words_seconds": 0.2, "yield_seconds": 0.1, "hear_seconds": 0.1, **seconds}
-        failures = Failures(ending, REFUSALS, open_store=self.open, **seconds)
+        hosts = [other.host for other in self.endings]
+        failures = Failures(ending, REFUSALS, open_store=self.open, hosts=lambda: hosts, **seconds)
         try:
             with failures:
                 raise error
@@ -140,6 +142,27 @@ def test_the_rank_that_failed_first_speaks_and_all_have_its_code(run, capsys):
     assert (written["code"], written["rank"], written["reason"]) == (3, 1, "FloatingPointError")
 
 
+@pytest.mark.parametrize(
+    ("named", "rank", "host", "because"), [(1, 1, "n1", " because of rank 1 (n1)"), (-1, None, None, "")]
+)
+def test_an_error_that_all_ranks_raise_together_is_the_fault_of_the_rank_that_it_names(
+    run, capsys, named, rank, host, because
+):
+    error = FloatingPointError("step 4: nan on rank 1")
+    error.rank = named
+    ranks = Ranks(2, run, dist.HashStore())
+    ranks.endings[1].log = SimpleNamespace(path="rank-1.log", write=lambda text: None)
+    ranks.fail_together(
+        {number: caused(DataError("after a checkpoint"), error) for number in range(2)}, yield_seconds=30
+    )
+    assert list(ranks.said) == [0]
+    where = "" if host is None else f"on rank {rank} ({host}); "
+    assert ranks.said[0][0].splitlines()[1].startswith(f"  {where}noticed by rank 0")
+    written = json.loads((run / ENDING).read_text())
+    assert (written["rank"], written["host"]) == (rank, host)
+    assert capsys.readouterr().err == f"rank 1 (n1) ends{because}: after a checkpoint\n"
+
+
 def test_rank_0_keeps_the_store_until_the_others_have_heard(run):
     ranks = Ranks(3, run, dist.HashStore())
     first = threading.Thread(target=ranks.fail, args=(0, DataError("a")), kwargs={"hear_seconds": 30})
@@ -160,6 +183,15 @@ def test_what_rank_0_has_told_the_others_is_said_by_rank_0(kind, code):
         ranks.fail(rank, kind("rank 3 (n3) did not arrive", told=rank > 0))
     assert ranks.codes == {0: code, 1: code, 2: code}
     assert list(ranks.said) == [0]
+
+
+def test_if_rank_0_is_missing_rank_1_says_so():
+    ranks = Ranks(3)
+    for rank in (1, 2):
+        ranks.fail(rank, ArrivalError("rank 0 at n0:29500 does not answer"))
+    assert ranks.codes == {1: 76, 2: 76}
+    assert list(ranks.said) == [1]
+    assert ranks.said[1][0].startswith("error: rank 0 at n0:29500 does not answer\n  rank 1 (n1); ArrivalError")
 
 
 def test_an_error_that_all_ranks_raise_is_said_by_rank_0(run):
@@ -186,6 +218,26 @@ def test_a_killed_rank_is_named_by_those_that_lost_it(run):
     assert said.startswith(f"error: lost rank 1 (n1): {CLOSED}\n  noticed by rank ")
     written = json.loads((run / ENDING).read_text())
     assert (written["code"], written["reason"], written["rank"], written["host"]) == (76, "lost rank", 1, "n1")
+
+
+def test_only_one_rank_reads_all_heartbeats_to_name_a_lost_rank(run):
+    ranks = Ranks(8, run, dist.HashStore())
+    asked = []
+    for rank, ending in enumerate(ranks.endings):
+        ending.lost_ranks = lambda seconds, rank=rank: (asked.append(rank), {5: "n5"})[1]
+    ranks.fail_together({rank: RuntimeError(GLOO) for rank in range(8) if rank != 5}, words_seconds=10)
+    assert len(asked) == 1 == len(ranks.said)
+    assert set(ranks.codes.values()) == {76}
+    assert json.loads((run / ENDING).read_text())["rank"] == 5
+
+
+def test_a_rank_that_was_to_name_the_lost_one_and_is_lost_itself(run):
+    store = dist.HashStore()
+    store.compare_set("dcscale/first_failure/namer", "", "1")
+    ranks = Ranks(3, run, store, lost={1: "n1"})
+    ranks.fail(0, RuntimeError(GLOO))
+    assert ranks.codes == {0: 76}
+    assert ranks.said[0][0].startswith(f"error: lost rank 1 (n1): {CLOSED}\n  noticed by rank 0")
 
 
 def test_a_lost_rank_that_nobody_knows(run):

@@ -113,7 +113,9 @@ def leave_out_a_collective(rank, step):
 
 def hold_the_lock(rank, step, who=1):
     if rank.rank == who and step == FAULT_STEP:
-        ctypes.PyDLL(None).sleep(LONG)
+        library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)  # unlike sleep, it is not ended by a signal
 
 
 def hold_the_lock_of_rank_0(rank, step):
@@ -224,7 +226,7 @@ def test_the_block_is_printed_once_and_the_other_logs_have_a_line(results):
     result = results["python"]
     first, *ranks, last = result.log(0).splitlines()[1:]
     assert first == f"error: {result.ending['error']}"
-    assert [line.partition(":")[0] for line in ranks] == ["  ranks 0, 2", "  rank 1"]
+    assert [line.partition(":")[0] for line in ranks] == ["  ranks 0, 2", "  rank 1", "  limit of phase step"]
     (folder,) = (result.run / "hangs").iterdir()
     assert last == f"  stacks: {folder}; exit code 76 (try again: the same command resumes)"
     for rank in (1, 2):

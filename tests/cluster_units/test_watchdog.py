@@ -24,7 +24,10 @@ QUICK = Limits(start=60, step=0.3, pause=60, lost=1, beat=0.05, answer=0.2)
 def test_the_limits_of_a_run():
     limits = Limits.from_config(ParallelConfig(start_timeout_minutes=2, pause_timeout_minutes=3), world_size=16)
     assert (limits.start, limits.step, limits.pause, limits.lost, limits.beat) == (120, None, 180, 30, 2)
-    assert Limits.from_config(ParallelConfig(), world_size=1000).beat == 5
+    many = Limits.from_config(ParallelConfig(), world_size=1000)
+    assert (many.beat, many.lost) == (5, 30)
+    more = Limits.from_config(ParallelConfig(), world_size=8000)
+    assert (more.beat, more.lost) == (40, 200)
 
 
 @pytest.mark.parametrize(("hang_seconds", "lost"), [(5.0, 10), (15.0, 15), (600.0, 30)])
@@ -105,11 +108,24 @@ def test_a_single_process_that_hangs_ends_itself(start, tmp_path, capsys, monkey
     )
     (folder,) = (tmp_path / "hangs").iterdir()
     assert (
-        capsys.readouterr().err
-        == f"error: {reason}\n  stacks: {folder}; exit code 76 (try again: the same command resumes)\n"
+        capsys.readouterr().err == f"error: {reason}\n  limit of phase step: 0 s (parallel.hang_seconds)\n"
+        f"  stacks: {folder}; exit code 76 (try again: the same command resumes)\n"
     )
     assert "test_a_single_process_that_hangs_ends_itself" in (folder / "rank-0.txt").read_text()
     assert reason in (tmp_path / "for-torchrun.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("phase", "steps", "setting"),
+    [("start", 0, "start_timeout_minutes"), ("step", 0, "start_timeout_minutes"), ("validation", 1, "pause_timeout_")],
+)
+def test_the_setting_of_the_limit_is_named(start, capsys, phase, steps, setting):
+    watchdog, _, codes, _ = start(Limits(start=0.2, step=60, pause=0.2, lost=1, beat=0.05, answer=0.2))
+    for step in range(steps):
+        watchdog.step_done(step, 0.1)
+    with watchdog.phase(phase):
+        wait_for(lambda: codes)
+    assert f"\n  limit of phase {phase}: 0 s (parallel.{setting}" in capsys.readouterr().err
 
 
 def test_other_phases_have_other_limits(start):

@@ -383,8 +383,7 @@ FROM_ZERO = (
 FROM_ZERO_FLOAT = "model.compose.gate_init train.gradient_clipping optimizer.weight_decay samples.temperature"
 POSITIVE = (
     "model.norm_eps model.qk_norm_eps optimizer.learning_rate optimizer.eps log.peak_tflops "
-    "parallel.start_timeout_minutes parallel.hang_seconds parallel.pause_timeout_minutes train.stop_after_minutes "
-    "train.spike_score checkpoint.interval_minutes "
+    "train.stop_after_minutes train.spike_score checkpoint.interval_minutes "
     "data.timeout_seconds data.retry_backoff_seconds data.retry_total_seconds "
     "model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor"
 )
@@ -393,6 +392,9 @@ BOUNDS = {
     **dict.fromkeys(FROM_ZERO.split(), ([-1, 10**400], [0, 1])),
     **dict.fromkeys(FROM_ZERO_FLOAT.split(), ([-1e-9, math.inf, math.nan], [0.0, 1e-9, 1e30])),
     **dict.fromkeys(POSITIVE.split(), ([0.0, -1e-9, math.inf, math.nan], [1e-9, 1e30])),
+    "parallel.start_timeout_minutes": ([0.0, 525_600.1, math.nan], [1e-9, 525_600.0]),
+    "parallel.hang_seconds": ([0.0, 31_536_001.0, math.nan], [1e-9, 31_536_000.0]),
+    "parallel.pause_timeout_minutes": ([0.0, 525_600.1, math.nan], [1e-9, 525_600.0]),
     "model.compose.rank": ([0, 5], [1, 4]),
     "model.vocab_size": ([1, 2**31], [2, 2**31 - 1]),
     "model.rope_base": ([1.0, math.inf], [1.001, 500000.0]),

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
+import socket
 from typing import NamedTuple
 
 import pytest
@@ -108,7 +109,8 @@ class Faults(Hook):
 
 
 class Ran(NamedTuple):
-    error: tuple[type, str] | None
+    error: tuple[type, str, int] | None
+    """Type, text and the rank that it names."""
     lines: list[str]
     judged: list
     skips_changed_nothing: list[bool]
@@ -138,7 +140,7 @@ def train_jobs(jobs):
         try:
             write_summary(trainer, trainer.fit())
         except DivergedError as caught:
-            error = type(caught), str(caught)
+            error = type(caught), str(caught), caught.rank
         trainer.close()
         ran.append(Ran(error, console.lines, faults.judged, faults.skips_changed_nothing, trainer.state.step))
     return ran
@@ -218,6 +220,8 @@ def test_a_run_killed_before_or_after_a_rollback_ends_like_one_that_was_not(runs
     # Only a run that was killed before meets the spike again.
     expected = {2: [True, False, *steps_to_the_end], 3: steps_to_the_end}
     assert [accepted for *_, accepted in resume.judged] == expected[KILLED[case]]
+    # The run that goes on after an update that was skipped, or a rollback, has nothing left of it in its gradients.
+    assert resume.judged == runs[1][CASES.index(case)].judged[-len(resume.judged) :]
     run, killed = (runs[0] / f"{name_of(*case)}{suffix}" for suffix in ("", "-killed"))
     assert exact(run) == exact(killed)
     assert [record["step"] for record in exact(run)] == list(range(1, STEPS + 1))
@@ -252,7 +256,8 @@ def test_a_rollback_is_in_metrics_state_events_board_and_summary(runs):
     (skip,) = state["numerics"]["skips"]
     assert (skip["step"], skip["sequences"]) == (NOT_FINITE, [264, 272])
     # Rank 1 has every second sequence, two in a micro-batch; its last micro-batch was not finite.
-    assert skip["reason"] == "loss nan, gradient norm inf; the loss is not finite on rank 1: sequences 269, 271"
+    where = f"rank 1 ({socket.gethostname()}): sequences 269, 271"
+    assert skip["reason"] == f"loss nan, gradient norm inf; the loss is not finite on {where}"
 
     events = [
         event for event in read_events(event_path(run, 0)) if event["event"] in ("nonfinite", "spike", "rollback")
@@ -280,8 +285,9 @@ def test_what_happens_is_printed(runs):
     folder = runs[0] / name_of(0, "fp32")
     warnings = [line for line in rank0[0].lines if line.startswith("warning    step")]
     assert warnings[0] == (
-        "warning    step 34, sequences 264 to 271: loss nan, gradient norm nan; the loss is not finite on rank 1: "
-        "sequences 269, 271. The update is skipped (train.on_nonfinite=skip), 1 of at most 10 in a row"
+        "warning    step 34, sequences 264 to 271: loss nan, gradient norm nan; the loss is not finite on rank 1 "
+        f"({socket.gethostname()}): sequences 269, 271. The update is skipped (train.on_nonfinite=skip), "
+        "1 of at most 10 in a row"
     )
     assert warnings[1].startswith("warning    step 36, sequences 280 to 287: gradient norm ")
     assert " robust standard deviations above the median of " in warnings[1]
@@ -331,8 +337,8 @@ def warnings_of(ran):
 def test_too_many_skipped_updates_in_a_row_stop_after_a_checkpoint_that_the_next_start_resumes_from(policies):
     folder, ran = policies
     run = folder / "skipping-nan"
-    kind, text = ran["skipping-nan"].error
-    assert kind is DivergedError
+    kind, text, rank = ran["skipping-nan"].error
+    assert (kind, rank) == (DivergedError, -1)
     assert text == (
         f"the updates of 3 steps in a row, up to step {BASE + 3}, were skipped, and train.max_skipped_updates is 3: "
         "lower optimizer.learning_rate, or inspect the data of these steps. Newest checkpoint: "
@@ -349,13 +355,13 @@ def test_too_many_skipped_updates_in_a_row_stop_after_a_checkpoint_that_the_next
 
 def test_a_step_that_is_not_finite_stops_after_a_checkpoint_of_the_steps_before_it(policies):
     folder, ran = policies
-    kind, text = ran["stopping"].error
-    assert kind is DivergedError
+    kind, text, rank = ran["stopping"].error
+    assert (kind, rank) == (DivergedError, 0)
     assert text == (
-        f"step {BASE + 2}, sequences 272 to 279: loss nan, gradient norm inf; the loss is not finite on rank 0: "
-        "sequences 278, 279. The weights were not updated. Lower optimizer.learning_rate, lengthen "
-        "schedule.warmup_steps, inspect the data of this step, or skip such updates (train.on_nonfinite=skip). Newest "
-        f"checkpoint: {folder}/stopping/checkpoints/step-{BASE + 1:08d}"
+        f"step {BASE + 2}, sequences 272 to 279: loss nan, gradient norm inf; the loss is not finite on rank 0 "
+        f"({socket.gethostname()}): sequences 278, 279. The weights were not updated. Lower "
+        "optimizer.learning_rate, lengthen schedule.warmup_steps, inspect the data of this step, or skip such updates "
+        f"(train.on_nonfinite=skip). Newest checkpoint: {folder}/stopping/checkpoints/step-{BASE + 1:08d}"
     )
     assert ran["stopping"].step == BASE + 1
     assert checkpoints_of(folder / "stopping")[-1].name == f"step-{BASE + 1:08d}"
@@ -394,8 +400,8 @@ def test_skip_leaves_out_the_update_of_a_spike_but_reports_its_loss(policies):
 
 def test_too_many_rollbacks_to_one_checkpoint_stop(policies):
     folder, ran = policies
-    kind, text = ran["too-often"].error
-    assert kind is DivergedError
+    kind, text, rank = ran["too-often"].error
+    assert (kind, rank) == (DivergedError, -1)
     checkpoint = folder / f"too-often/checkpoints/step-{BASE:08d}"
     assert text == (
         f"step {BASE + 1} is a spike, and the run has gone back to {checkpoint} 2 times, which is "
@@ -418,3 +424,5 @@ def test_a_run_that_cannot_go_back_skips_the_update(policies, name, reason):
     assert ran[name].error is None
     assert exact(folder / name)[-1]["skipped_updates"] == 1
     assert not (folder / name / ROLLBACKS).exists()
+    (event,) = [event for event in read_events(event_path(folder / name, 0)) if event["event"] == "rollback_failure"]
+    assert reason in event["error"]

@@ -12,11 +12,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistNetworkError, HashStore, PrefixStore, TCPStore
 
 from dcscale.parallel import ArrivalError, Environment, LaunchError, free_port, new_store_client
 from dcscale.parallel.launchers import Launch
-from dcscale.parallel.rendezvous import current_rendezvous, join, launch_line, name_ranks
+from dcscale.parallel.rendezvous import Rendezvous, current_rendezvous, join, launch_line, name_ranks
 
 HOST = socket.gethostname()
 SECOND = 1 / 60  # in minutes
@@ -89,6 +89,14 @@ def test_another_thread_gets_a_connection_of_its_own():
         other.new_store_client(5).set("key", "value")
         waiting.result(30)
         assert client.get("key") == b"value"
+
+
+def test_a_store_that_is_gone_is_noticed_at_once():
+    gone = Rendezvous(HashStore(), ("n0", "n1"), ("127.0.0.1", free_port()), "prefix")
+    began = time.monotonic()
+    with pytest.raises(DistNetworkError, match=r"the store at 127.0.0.1:\d+ does not answer: Connection refused"):
+        gone.new_store_client(30)
+    assert time.monotonic() - began < 10
 
 
 def test_rank_0_may_be_the_last():

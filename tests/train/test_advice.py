@@ -106,6 +106,15 @@ def test_each_source_of_a_mixture_is_looked_at(small, tmp_path: Path) -> None:
     ]
 
 
+def test_a_rollback_needs_checkpoints() -> None:
+    assert advice(settings("train.on_spike=rollback", "checkpoint.interval=0"), 1, None, None) == [
+        'train.on_spike = "rollback": has no checkpoint to go back to: checkpoint.interval is 0, so only the end of a '
+        "start writes one; set checkpoint.interval or checkpoint.interval_minutes"
+    ]
+    for setting in ("checkpoint.interval=10", "checkpoint.interval_minutes=5"):
+        assert advice(settings("train.on_spike=rollback", "checkpoint.interval=0", setting), 1, None, None) == []
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "offload", "bytes_each"),
     [

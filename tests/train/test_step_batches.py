@@ -22,8 +22,8 @@ class Engine:
     def sum_over_ranks(self, values):
         return [own + other for own, other in zip(values, self.other, strict=True)]
 
-    def gather_errors(self, error):
-        return f"rank 0: {error}"
+    def gather_objects(self, error):
+        return [error, "gone" if self.other[2] else None]
 
 
 def failing(error):
@@ -58,3 +58,9 @@ def test_another_start_may_succeed_only_if_it_may_on_every_rank(error, other, re
     with pytest.raises(DataError, match=r"rank 0: ") as raised:
         next_step_batches(Engine(other), failing(error))
     assert raised.value.retry is retry
+
+
+def test_a_failure_of_another_rank_is_raised_here_too_and_names_it():
+    with pytest.raises(DataError, match=r"^rank 1: gone$") as raised:
+        next_step_batches(Engine([0, 0, 1, 0, 0, 0, 0, 0]), iter([[]]))
+    assert raised.value.rank == 1

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, choice, number
+from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, Range, choice, number
+
+YEAR_OF_SECONDS, YEAR_OF_MINUTES = Range(0, 31_536_000, open_low=True), Range(0, 525_600, open_low=True)
+"""Time limits: beyond some hundred years the timers of the operating system overflow."""
 
 
 @dataclass
@@ -32,13 +35,13 @@ class ParallelConfig:
     param_persistence_threshold: int = number(100_000, NOT_NEGATIVE)
     """Only ZeRO-3: parameters with fewer elements than this are not partitioned, as gathering them would cost more."""
 
-    start_timeout_minutes: float = number(10.0, POSITIVE)
+    start_timeout_minutes: float = number(10.0, YEAR_OF_MINUTES)
     """Minutes until all ranks must have arrived, and the longest that anything may take before the first step."""
 
-    hang_seconds: float | None = number(None, POSITIVE)
+    hang_seconds: float | None = number(None, YEAR_OF_SECONDS)
     """Seconds that a step may take before the run is ended as hanging, with the stacks of all ranks, to be started
     again; null: ten times the median step, at least 30. A rank without a sign of life is given up after 30 s, or after
     this if it is less."""
 
-    pause_timeout_minutes: float = number(30.0, POSITIVE)
+    pause_timeout_minutes: float = number(30.0, YEAR_OF_MINUTES)
     """The same for what is not a step, in minutes: waiting for data, validation, samples, waiting for a checkpoint."""

@@ -22,6 +22,9 @@ class Hook:
     def add_to_record(self, trainer: Trainer, record: Record) -> None:
         """Called before the record of a logged step is written; adds metrics to it."""
 
+    def before_rollback(self, trainer: Trainer) -> None:
+        """Called before the run goes back to its newest checkpoint; then comes :meth:`load_state_dict`."""
+
     def finish(self, trainer: Trainer, completed: bool) -> None:
         """Called after the last step of this start; ``completed``: the run is complete, not stopped early."""
 

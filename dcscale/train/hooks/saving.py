@@ -53,6 +53,9 @@ class Saving(Hook):
                     )
             self._try(trainer, trainer.save)
 
+    def before_rollback(self, trainer: Trainer) -> None:
+        self._try(trainer, trainer.checkpointer.wait)
+
     def finish(self, trainer: Trainer, completed: bool) -> None:
         self._try(trainer, trainer.checkpointer.wait)
         if trainer.state.step > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dcscale.config import Config, differences
 from dcscale.config.errors import show
 from dcscale.data import Stream
 from dcscale.data.shards.manifest import TokenizerInfo
-from dcscale.parallel import broadcast_from_rank0, gather_objects
+from dcscale.parallel import broadcast_from_rank0, gather_objects, run_on_all_ranks
 from dcscale.train.state import TrainState
 
 COMPUTE_ONLY_MODEL_FIELDS = ("model.backend", "model.scratch_mib")
@@ -41,19 +42,17 @@ def find_resumable_checkpoint(
         The checkpoint, or None for a new run; and the corrupt checkpoints that were passed over, with their problems.
 
     Raises:
-        CheckpointError: as :func:`checkpoint_to_resume`, or the checkpoint is corrupt.
+        CheckpointError: as :func:`checkpoint_to_resume`, or the checkpoint is corrupt, or the disk fails.
+        RankError: on the ranks where reading succeeded, if the disk fails on another.
     """
+    # A resume does not read WEIGHTS: the engine takes the optimizer's float32 weights.
+    check = partial(corrupt_reason, skip=WEIGHTS, rank=rank, ranks=ranks) if verify else incomplete_reason
     corrupt: dict[Path, str] = {}
     while True:
         checkpoint = broadcast_from_rank0(lambda: checkpoint_to_resume(config, corrupt))
         if checkpoint is None:
             return None, corrupt
-        # A resume does not read WEIGHTS: the engine takes the optimizer's float32 weights.
-        problems = gather_objects(
-            corrupt_reason(checkpoint, skip=WEIGHTS, rank=rank, ranks=ranks)
-            if verify
-            else incomplete_reason(checkpoint)
-        )
+        problems = gather_objects(run_on_all_ranks(partial(check, checkpoint)))
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
             return checkpoint, corrupt

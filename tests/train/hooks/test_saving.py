@@ -96,6 +96,19 @@ def test_a_failure_raises_or_is_counted():
     assert trainer.latest == "step 10"
 
 
+def test_before_a_rollback_it_waits_for_the_checkpoint_being_written():
+    trainer, hook = FakeTrainer(steps=99, failing=[3]), Saving(0, "warn")
+    for step, latest in ((2, "step 2"), (3, "step 2")):
+        trainer.state.step = step
+        trainer.save()
+        hook.before_rollback(trainer)
+        assert (trainer.busy, trainer.latest) == (False, latest)
+    assert [event["event"] for event in trainer.written] == ["checkpoint", "checkpoint_failure"]
+    trainer.save()
+    with pytest.raises(CheckpointError, match="step 3 was not written"):
+        Saving(0).before_rollback(trainer)
+
+
 def test_a_failed_checkpoint_does_not_prevent_the_next_one():
     trainer = FakeTrainer(steps=99, failing=[4])
     trainer.train(Saving(4, "warn"), steps=8)

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
 from dcscale.checkpoint import CheckpointError
 from dcscale.checkpoint.layout import MARKER
 from dcscale.train.restore.rollbacks import FORMAT, ROLLBACKS, Rollback, record_rollback, rollbacks_to
+from dcscale.train.restore.start import Start, StartKind
 from dcscale.train.state import TrainState
+from dcscale.train.trainer import Trainer
 
 SKIPPED = [{"name": "shard-000001.tar", "sha256": "ab", "tokens": 10, "reason": "it is gone"}]
 
@@ -35,6 +38,22 @@ def test_what_is_passed_over_ends_with_the_spike(checkpoint):
     rollback_to(checkpoint).apply(state)
     assert (state.step, state.sequences, state.skipped) == (10, 128, SKIPPED)
     assert state.passed_over[1:] == [{"step": 15, "reason": "loss 9", "first": 80, "end": 128}]
+
+
+def test_the_scratch_memory_stays_that_of_this_start(checkpoint):
+    """A checkpoint of an earlier start may have another; the next one must say what its steps were computed with."""
+    nothing, dropped = SimpleNamespace(load=lambda saved: None, clock=SimpleNamespace(pop=lambda: None)), []
+    trainer = SimpleNamespace(
+        engine=nothing,
+        state=TrainState(step=14, scratch_mib=7),
+        checkpointer=SimpleNamespace(latest=None),
+        hooks=[],
+        _reporter=SimpleNamespace(drop_after=dropped.append),
+    )
+    start = Start(StartKind.RESUME, TrainState(step=10, scratch_mib=64), checkpoint, saved=object())
+    Trainer.go_back_to(trainer, start)
+    assert (trainer.state.step, trainer.state.scratch_mib, trainer.checkpointer.latest) == (10, 7, checkpoint)
+    assert dropped == [10]
 
 
 def test_a_resume_finds_the_rollbacks_to_its_checkpoint_in_order(tmp_path, checkpoint):
