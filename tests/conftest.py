@@ -5,6 +5,9 @@ import os
 import subprocess
 
 import pytest
+
+# As launch/train.py sets it; torch, which reads it once, prints C++ backtraces of lost connections otherwise.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 
 if not torch.cuda.is_available():
