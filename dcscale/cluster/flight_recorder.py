@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -91,6 +92,35 @@ def members(group: str) -> list[int] | None:
     return None
 
 
+def unlikeness(collectives: Sequence[Collective], steps: Sequence[Interval], most_steps: int = 8) -> int:
+    """In how many collectives the last step differs from the most similar of the steps before it.
+
+    Tells which rank deviates most where the step is unlike earlier ones on all, such as the first after a checkpoint.
+
+    Args:
+        collectives, steps: see :func:`deviation`.
+        most_steps: steps to compare with, as a comparison takes time.
+    """
+    *before, last = _by_step(collectives, steps) or [[]]
+    counts, running = [], bool(steps) and steps[-1][1] is None
+    for step in before[-most_steps:]:
+        count = 0
+        kinds = [[_kind(collective) for collective in part] for part in (step, last)]
+        for edit, begin, end, start, stop in SequenceMatcher(None, *kinds, autojunk=False).get_opcodes():
+            if edit != "equal":
+                # What the step before had at its end may still come in one that is running.
+                missing = 0 if running and end == len(step) else end - begin
+                count += max(missing, stop - start)
+        counts.append(count)
+    return min(counts, default=0)
+
+
+def _by_step(collectives: Sequence[Collective], steps: Sequence[Interval]) -> list[list[Collective]]:
+    """The collectives of each step of which all are recorded."""
+    recorded = [step for step in steps if collectives and step[0] >= collectives[0].created]
+    return [[c for c in collectives if begin <= c.created <= (end or math.inf)] for begin, end in recorded]
+
+
 def deviation(collectives: Sequence[Collective], steps: Sequence[Interval]) -> str | None:
     """How the collectives of the last step differ from those of the steps before it.
 
@@ -104,11 +134,11 @@ def deviation(collectives: Sequence[Collective], steps: Sequence[Interval]) -> s
     Returns:
         A sentence without its subject; None if there is no difference, or no earlier step of which all is recorded.
     """
-    recorded = [step for step in steps if collectives and step[0] >= collectives[0].created]
+    recorded = _by_step(collectives, steps)
     if len(recorded) < 2:
         return None
-    *before, last = ([c for c in collectives if begin <= c.created <= (end or math.inf)] for begin, end in recorded)
-    running = recorded[-1][1] is None
+    *before, last = recorded
+    running = steps[-1][1] is None
     differences = []
     for step in reversed(before):
         same = sum(1 for _ in itertools.takewhile(lambda pair: _alike(*pair), zip(step, last)))
@@ -124,4 +154,8 @@ def deviation(collectives: Sequence[Collective], steps: Sequence[Interval]) -> s
 
 
 def _alike(one: Collective, other: Collective) -> bool:
-    return (one.group, one.op, one.sizes) == (other.group, other.op, other.sizes)
+    return _kind(one) == _kind(other)
+
+
+def _kind(collective: Collective) -> tuple[str, str, str]:
+    return collective.group, collective.op, str(collective.sizes)

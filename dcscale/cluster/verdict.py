@@ -67,6 +67,9 @@ class Answer:
     processes: dict[int, str]
     """What it sees of the processes of lost ranks on its own host, by rank."""
 
+    unlikeness: int = 0
+    """In how many collectives that step differs from the most similar one before."""
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Answer:
         collectives = {name: value[name] and Collective(**value[name]) for name in ("waiting", "latest")}
@@ -113,6 +116,9 @@ def judge(
     if stuck:
         return _stuck(stuck, answers, waiting, absent)
     deviating = sorted(rank for rank, answer in answers.items() if answer.deviation)
+    if len(deviating) == len(answers):  # a step of a new kind: then the one that deviates most
+        most = max(answer.unlikeness for answer in answers.values())
+        deviating = [rank for rank in deviating if answers[rank].unlikeness == most]
     if 0 < len(deviating) < len(answers):
         reason = f"{_names(deviating, current)} {answers[deviating[0]].deviation}; so the ranks wait for each other"
         return _verdict(deviating, current, reason)

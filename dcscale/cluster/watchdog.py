@@ -121,6 +121,7 @@ class Watchdog:
         self._threads = [threading.Thread(target=self._watch, name="dcscale-watchdog", daemon=True)]
         if self._heartbeats is not None:
             self._threads.append(threading.Thread(target=self._exchange, name="dcscale-heartbeat", daemon=True))
+        self._arm()  # also for a hang before the thread's first look at the clock
         for thread in self._threads:
             thread.start()
 
@@ -388,6 +389,7 @@ class Watchdog:
             members=None if waiting is None else flight_recorder.members(waiting.group),
             latest=recorded[-1] if recorded else None,
             deviation=self.deviation(),
+            unlikeness=flight_recorder.unlikeness(recorded, list(self._step_times)),
             processes={rank: process_text(state) for rank, state in states.items() if state is not None},
         )
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from dcscale.cluster import flight_recorder
-from dcscale.cluster.flight_recorder import Collective, deviation, recorded_collectives, started_collectives
+from dcscale.cluster.flight_recorder import (
+    Collective,
+    deviation,
+    recorded_collectives,
+    started_collectives,
+    unlikeness,
+)
 
 
 def collectives(*names):
@@ -47,6 +53,31 @@ def test_a_step_is_compared_with_the_step_before(names, last, expected):
 )
 def test_one_alike_among_the_steps_before_is_enough(names, expected):
     assert deviation(collectives(*names), [FIRST, SECOND, THIRD]) == expected
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ("abcd", 0),
+        ("abc", 0),  # d may still come
+        ("", 0),
+        ("xbc", 1),  # a step of a new kind
+        ("bcd", 1),
+        ("xbd", 2),  # of a new kind, and c was left out
+        ("abxcd", 1),
+        ("abcdx", 1),
+        ("xxx", 3),
+    ],
+)
+def test_in_how_many_collectives_a_running_step_differs(last, expected):
+    recorded = collectives(*"abcd", *"zzzz", *last)
+    assert unlikeness(recorded, [(1.0, 4.0), (5.0, 8.0), (9.0, None)]) == expected
+
+
+def test_what_a_complete_step_left_out_at_its_end_counts():
+    recorded = collectives(*"abcd", *"xbc")
+    assert unlikeness(recorded, [(1.0, 4.0), (5.0, 7.0)]) == 2
+    assert unlikeness(recorded, [(1.0, 4.0)]) == unlikeness(recorded, []) == unlikeness([], []) == 0
 
 
 def test_what_is_outside_of_the_steps_does_not_count():

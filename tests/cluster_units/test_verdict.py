@@ -17,8 +17,8 @@ def collective(sequence, group="0", op="all_reduce", sizes=((4096,),), created=5
     return Collective(group, sequence, op, [list(size) for size in sizes], created, done)
 
 
-def answer(own, waiting=None, members=None, deviation=None, processes=None, latest=None):
-    return Answer(own, "dcformer.py:41 in forward", waiting, members, latest, deviation, processes or {})
+def answer(own, waiting=None, members=None, deviation=None, processes=None, latest=None, unlikeness=0):
+    return Answer(own, "dcformer.py:41 in forward", waiting, members, latest, deviation, processes or {}, unlikeness)
 
 
 def judged(*answers, lost=(), silent=None, over=()):
@@ -107,6 +107,15 @@ def test_a_rank_that_left_out_a_collective():
         "rank 1 (n1, pid 101) left out all_reduce 80 of group 0 (4096) of a step before; "
         "so the ranks wait for each other"
     )
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_in_a_step_that_is_new_to_all_the_rank_that_deviates_most(wrong):
+    answers = []
+    for rank in (0, 1):
+        waiting = collective(88, sizes=[[2]] if rank == wrong else [[1]])
+        answers.append(answer(status(rank), waiting, deviation="started", unlikeness=3 + (rank == wrong)))
+    assert judged(*answers, over=[0, 1]).ranks == [wrong]
 
 
 @pytest.mark.parametrize("deviations", [(None, None), ("left out a", "left out a")])
