@@ -200,12 +200,12 @@ class Lease:
         lease, next_lease, announced = _Watch(self._path, self._clock), _Watch(self._next, self._clock), False
         try:
             while not self._take_if_free(lease, next_lease):
-                obstacle = lease.reading or next_lease.reading
-                if obstacle is not None and not announced:
+                other = lease.reading or next_lease.reading
+                if other is not None and not announced:
                     announced = True
-                    seconds = self._patience(obstacle)
+                    seconds = self._patience(other)
                     self._print_line(
-                        f"waiting    for {obstacle}, which may still use {self._folder}: {seconds:g} s at most"
+                        f"waiting    for {other}, which may still use {self._folder}: {seconds:g} s at most"
                     )
                 self._sleep(self._times.poll)
                 next_lease.look()

@@ -156,7 +156,7 @@ def incomplete_reason(folder: Path) -> str | None:
 
 
 def _unless_the_disk_fails(problem: str, error: Exception) -> str:
-    """The problem of a checkpoint, which must not be given up for a disk that is unreachable for a moment."""
+    """The problem of a checkpoint, which is not corrupt because its disk is unreachable for a moment."""
     if may_succeed_later(error):
         message = f"{problem}. The checkpoint may be intact: start again, or, if this stays so, move it elsewhere"
         raise CheckpointError(message, retry=True) from error

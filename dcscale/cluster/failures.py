@@ -200,7 +200,7 @@ class Failures:
         if self._ending.world_size == 1:  # or not known yet
             return own, False
         if isinstance(error, StartError):  # the ranks may not have met, or rank 0 has left already
-            if error.told:
+            if error.from_rank0:
                 return replace(own, rank=0, host=None, said_by=0), True
             return own, self._ending.rank <= 1  # rank 1 speaks if it is rank 0 that is missing
         lost_peer = any(map(is_lost_peer, _causes(error)))

@@ -71,7 +71,7 @@ class _Phase:
 
 
 class Unwatched:
-    """Stands in for a :class:`Watchdog` where a hang must not end the process, as in tests."""
+    """Replaces a :class:`Watchdog` where a hang must not end the process, as in tests."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """See :meth:`Watchdog.phase`."""

@@ -185,7 +185,7 @@ class MetricsFile:
         self, path: Path, last_step: int, warn: Callable[[str], None], check: Callable[[], None] = lambda: None
     ):
         check()
-        # A new file: a start that has lost the run folder, but does not know it yet, goes on writing to its own.
+        # A new file: a start that has lost the run folder, but does not know it yet, keeps writing to its own.
         write_atomically(path, "".join(lines_until(path, last_step)))
         self._lines = JsonLines(path, warn, before_opening=check)
 

@@ -63,7 +63,7 @@ class _Tasks(NamedTuple):
     local_world_size: tuple[str, ...]
     """The same."""
     nodes: str = ""
-    """The number of nodes, where the local world size is not told."""
+    """The number of nodes, where the local world size is not given."""
 
 
 _TORCH = _Tasks("torchrun", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))

@@ -28,12 +28,12 @@ class StartError(RuntimeError):
     """The ranks cannot start together.
 
     Args:
-        told: whether rank 0 has told this rank, so that rank 0 speaks for both.
+        from_rank0: whether this rank has the error from rank 0, which then speaks for both.
     """
 
-    def __init__(self, message: str, *, told: bool = False):
+    def __init__(self, message: str, *, from_rank0: bool = False):
         super().__init__(message)
-        self.told = told
+        self.from_rank0 = from_rank0
 
 
 class ArrivalError(StartError):
@@ -314,7 +314,7 @@ def receive_answer(store: Store, key: str, error_type: type[StartError]) -> Any:
     found = json.loads(store.get(key))
     store.add(f"{key}/readers", 1)
     if found["error"] is not None:
-        raise error_type(found["error"], told=True)
+        raise error_type(found["error"], from_rank0=True)
     return found["value"]
 
 

@@ -84,7 +84,7 @@ class Trainer:
         tokenizer_files: content of the data's tokenizer files, by file name; every checkpoint contains a copy.
         checkpoint: the checkpoint that the run resumes from, if any.
         lease: what rank 0 holds the run folder by; None: nobody else uses it.
-        watchdog: is told what this rank does; None: nobody ends a run that hangs.
+        watchdog: notified of what this rank does; None: nobody ends a run that hangs.
     """
 
     def __init__(

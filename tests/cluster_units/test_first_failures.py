@@ -180,7 +180,7 @@ def test_rank_0_keeps_the_store_until_the_others_have_heard(run):
 def test_what_rank_0_has_told_the_others_is_said_by_rank_0(kind, code):
     ranks = Ranks(3)  # without a store: the ranks may not have met
     for rank in range(3):
-        ranks.fail(rank, kind("rank 3 (n3) did not arrive", told=rank > 0))
+        ranks.fail(rank, kind("rank 3 (n3) did not arrive", from_rank0=rank > 0))
     assert ranks.codes == {0: code, 1: code, 2: code}
     assert list(ranks.said) == [0]
 

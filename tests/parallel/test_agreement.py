@@ -53,7 +53,7 @@ def test_all_ranks_name_ranks_hosts_and_keys_that_differ(meeting):
     del more["source dcscale/cli.py"]
     errors = compare(meeting, {0: FACTS, 1: other, 2: FACTS, 3: other, 4: more})
     assert {type(error) for error in errors} == {DisagreementError}
-    assert [error.told for error in errors] == [False, True, True, True, True]  # so rank 0 alone prints it
+    assert [error.from_rank0 for error in errors] == [False, True, True, True, True]  # so rank 0 alone prints it
     assert {str(error) for error in errors} == {
         "the ranks of this run have different configs or code:\n"
         "  model.dim is 96 on ranks 1 (n1), 3 (n2), 4 (n3), but 64 on rank 0 (n1)\n"

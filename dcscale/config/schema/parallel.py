@@ -40,7 +40,7 @@ class ParallelConfig:
 
     hang_seconds: float | None = number(None, YEAR_OF_SECONDS)
     """Seconds that a step may take before the run is ended as hanging, with the stacks of all ranks, to be started
-    again; null: ten times the median step, at least 30. A rank without a sign of life is given up after 30 s, or after
+    again; null: ten times the median step, at least 30. A rank without a heartbeat counts as lost after 30 s, or after
     this if it is less."""
 
     pause_timeout_minutes: float = number(30.0, YEAR_OF_MINUTES)
