@@ -187,6 +187,15 @@ def may_succeed_later(error: BaseException | None) -> bool:
     return False
 
 
+def process_stat(pid: int) -> list[str]:
+    """The fields of ``/proc/PID/stat`` of a process on this machine from its state on; empty if it is not known."""
+    try:
+        # "PID (NAME) STATE PPID ...". NAME may contain anything, also ")".
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # no Linux /proc, or no such process
+        return []
+
+
 def exit_with_parent() -> None:
     """Makes this process, which multiprocessing started, exit at once when its parent does, even if that was killed.
 

@@ -33,7 +33,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dcscale.files import parse_json, sync_folder
+from dcscale.files import parse_json, process_stat, sync_folder
 
 LEASE = "lease.json"
 _BYTES = 2048
@@ -435,12 +435,8 @@ def pid_namespace() -> str:
 
 def process_state(pid: int) -> tuple[str, int]:
     """State letter and start of a process, in clock ticks after the boot; empty and 0 if they are not known."""
-    try:
-        # "PID (NAME) STATE ...", and the start is the 22nd field. NAME may contain anything, also ")".
-        parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return parts[0], int(parts[19])
-    except (OSError, IndexError, ValueError):
-        return "", 0
+    stat = process_stat(pid)
+    return (stat[0], int(stat[19])) if stat else ("", 0)  # the start is the 22nd field of all
 
 
 def _is_running(pid: int, start: int) -> bool:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dcscale.files import process_stat
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """What batch systems, launchers, terminals and lost connections send to end a program."""
 
@@ -41,11 +43,8 @@ def launcher_pids(variables: Mapping[str, str] = os.environ) -> list[int]:
 
 def parent_pid(pid: int) -> int:
     """The parent of a process on this machine; 0 if it is not known."""
-    try:
-        # /proc/PID/stat is "PID (NAME) STATE PPID ...". NAME may contain anything, also ")".
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
+    stat = process_stat(pid)
+    return int(stat[1]) if stat else 0
 
 
 class StopSignals:

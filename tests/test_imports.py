@@ -38,6 +38,7 @@ MAY_IMPORT = {
     **{name: set() for name in BASE},
     "cli": {"files"},
     "lease": {"files"},
+    "signals": {"files"},
     "config": set(),
     "ops": set(),
     "models": {"config", "ops"},

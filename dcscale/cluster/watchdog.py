@@ -379,7 +379,7 @@ class Watchdog:
 
     def _answer(self, missing: Iterable[Status]) -> Answer:
         """What this rank does, and what it sees of the processes of the missing ones."""
-        recorded = flight_recorder.recorded_collectives()
+        recorded, steps = flight_recorder.recorded_collectives(), list(self._step_times)
         waiting = next((collective for collective in recorded if not collective.done), None)
         states = {status.rank: self._process(status) for status in missing}
         return Answer(
@@ -388,8 +388,8 @@ class Watchdog:
             waiting=waiting,
             members=None if waiting is None else flight_recorder.members(waiting.group),
             latest=recorded[-1] if recorded else None,
-            deviation=self.deviation(),
-            unlikeness=flight_recorder.unlikeness(recorded, list(self._step_times)),
+            deviation=flight_recorder.deviation(recorded, steps),
+            unlikeness=flight_recorder.unlikeness(recorded, steps),
             processes={rank: process_text(state) for rank, state in states.items() if state is not None},
         )
 

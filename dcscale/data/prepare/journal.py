@@ -20,11 +20,13 @@ spool files are not, but they are verified when they are used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,15 @@ from dcscale.lease import Lease, LeaseHeldError, LeaseLostError, LeaseTimes
 def state_folder(output: Path) -> Path:
     """Folder of the state of building ``output``."""
     return output.with_name(f".{output.name}.building")
+
+
+@contextlib.contextmanager
+def _lease_errors() -> Iterator[None]:
+    """Turns errors of the lease into a DataError."""
+    try:
+        yield
+    except (LeaseHeldError, LeaseLostError) as error:
+        raise DataError(str(error)) from error
 
 
 class Journal:
@@ -80,10 +91,8 @@ class Journal:
         """Whether ``result`` is complete."""
 
     def __enter__(self) -> Journal:
-        try:
+        with _lease_errors():
             self._lease.acquire()
-        except LeaseHeldError as error:
-            raise DataError(str(error)) from error
         try:
             return self._resume()
         except BaseException:
@@ -156,10 +165,8 @@ class Journal:
 
     def publish(self) -> None:
         """Make the result the output, replacing an earlier one, and remove all state."""
-        try:
+        with _lease_errors():
             self._lease.check()
-        except LeaseLostError as error:
-            raise DataError(str(error)) from error
         publish_folder(self.result, self._output, self._replaced)
         for folder in self._root.iterdir():
             if folder.is_dir():
@@ -179,10 +186,8 @@ class Journal:
         return entries, valid_bytes
 
     def _append(self, kind: str, value: Any = None) -> None:
-        try:
+        with _lease_errors():
             self._lease.raise_if_lost()
-        except LeaseLostError as error:
-            raise DataError(str(error)) from error
         self._file.write(json.dumps([kind, value]).encode() + b"\n")
         self._file.flush()
         self._apply(kind, value)
