@@ -19,7 +19,7 @@ from dcscale.testing.attention import WEIGHTS, AttentionInputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-SMALL_TILES = Tiles(Tile(16, 16, 4), Tile(8, 16, 4), Tile(32, 32, 4))
+SMALL_TILES = Tiles(Tile(16, 16, 4), Tile(8, 16, 4), Tile(32, 32, 4), block_queries=16)
 """A quarter of the real ones in each direction: products of 2 x 2 blocks, backward in halves of a block."""
 
 BLOCKWISE = SMALL_TILES._replace(product=Tile(16, 16, 4))

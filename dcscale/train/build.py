@@ -172,11 +172,10 @@ def choose_scratch(config: Config, stored_mib: int | None, memories: Sequence[in
     else:
         memory = _smallest(memories)
         shapes = {
+            "batch": config.train.micro_batch_size,
             "queries": config.data.sequence_length,
             "keys": config.data.sequence_length,
             "heads": model.heads,
-            "kv_heads": model.kv_heads or model.heads,
-            "head_dim": model.head_dim or model.dim // model.heads,
             "element_size": 2 if config.train.precision == "bf16" else 4,
         }
         mib = max(derived_scratch_bytes(memory, window=window, **shapes) for window in model.windows) // 2**20

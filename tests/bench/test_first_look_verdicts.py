@@ -163,7 +163,7 @@ def test_the_least_scratch_that_is_fast_is_derived():
     assert decision.expected == "model, for sums of dk and dv: 0.195 ms, 0.0992 ms, 0.0488 ms"
     (decision,) = decide("scratch", scratch(at_512=6.05, at_1008=8.0, at_2048=6.0))
     assert decision.decision == "derive 512 MiB here: 24% less"
-    assert decision.change == "scratch.py: LEAST_QUERIES (until then model.scratch_mib: 512)"
+    assert decision.change == "scratch.py: MEMORY_PARTS (until then model.scratch_mib: 512)"
 
 
 def test_scratch_that_does_not_fit():

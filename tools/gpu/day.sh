@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything worth learning from a GPU in under ten minutes: is it correct, does the model behind its design hold and
 # what should change (first_look), how fast is it, and why. Each stage has a time limit and a log in $OUT; the next one
-# runs whether it succeeds or fails. STAGES="facts tests" runs some of them; tune, which times more tiles, runs only so.
+# runs whether it succeeds or fails. STAGES="facts tests" runs some of them; counters and tune run only so.
 set -uo pipefail
 out=${OUT:-gpu-out}; mkdir -p "$out"
 export SCRATCH; SCRATCH=$(mktemp -d)  # packages, caches, shards and runs that nobody needs afterwards
@@ -26,7 +26,7 @@ data() {  # token shards of the standard library's sources: seconds
 }
 train() {  # a step of the 405M shape, composed and plain, at 2048 and 8192 tokens
     data || return 1
-    for length in 2048 8192; do for attention in dcmha mha; do
+    for length in ${LENGTHS:-2048 8192}; do for attention in dcmha mha; do
         echo "--- 405M $attention, $length tokens"
         timeout -k 5 35 python3 launch/train.py configs/model/dcformer-405m.yaml configs/train/405m.yaml data.train=$SCRATCH/shards/train model.vocab_size=50304 \
             model.attention=$attention data.sequence_length=$length data.validation=null validation.interval=0 train.steps=30 schedule.warmup_steps=5 train.global_batch_size=$((65536 / length)) \
@@ -35,12 +35,20 @@ train() {  # a step of the 405M shape, composed and plain, at 2048 and 8192 toke
         tail -n 1 $SCRATCH/runs/$attention-$length/metrics.jsonl
     done; done
 }
-profile() { data && python3 .gpu/profile_step.py; }
-export -f data train profile
+profile() { python3 .gpu/profile_step.py; }
+counters() {  # why each kernel is as fast as it is: stalls, issue slots, cache and memory rates
+    local ncu; ncu=$(command -v ncu || ls -d /opt/nvidia/nsight-compute/*/ncu | tail -n 1) || return 1
+    local sections=(SpeedOfLight WarpStateStats SchedulerStats Occupancy LaunchStats MemoryWorkloadAnalysis ComputeWorkloadAnalysis InstructionStats)
+    "$ncu" --clock-control none --profile-from-start off --kernel-name 'regex:compose_|multiply_' "${sections[@]/#/--section=}" \
+        --page details --csv --log-file "$out/counters.csv" python3 .gpu/one_pass.py
+    grep -c Duration "$out/counters.csv"
+}
+export out; export -f data train profile counters
 stage facts 20 bash -c facts
-stage tests 120 python3 -m pytest -q --maxfail=8 -p no:cacheprovider tests/ops/compose tests/models/test_triton_training.py -k "triton and not aot and not tune"
+stage tests 120 python3 -m pytest -q -n 12 --maxfail=8 -p no:cacheprovider tests/ops/compose tests/models/test_triton_training.py -k "triton and not aot and not tune"
 stage first_look 150 python3 tools/bench_attention.py --first-look --minutes 2.3 --output "$out/first-look.json"
 stage attention 100 python3 tools/bench_attention.py --quick --minutes 1.4 --output "$out/attention.json"
 stage train 150 bash -c train
 stage profile 45 bash -c profile
+stage counters 60 bash -c counters
 stage tune 90 bash -c 'python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096; python3 -m dcscale.ops.compose.triton.tune --heads 32 --head-dim 128 --length 4096 --window 256'

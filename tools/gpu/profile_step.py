@@ -19,17 +19,22 @@ def weights() -> ComposeWeights:
     return ComposeWeights(q1=q1, q2=q2, qg=normal(H, std=0.1), k1=k1, k2=k2, kg=normal(H, std=0.1))
 
 
+def arguments() -> tuple:
+    """q, k, v and the weights of both stages."""
+    return *(normal(H, D) for _ in range(3)), weights(), weights()
+
+
 def passes(count: int, window: int | None) -> None:
-    q, k, v = (normal(H, D) for _ in range(3))
-    pre, post = weights(), weights()
+    q, k, v, pre, post = arguments()
     for _ in range(count):
-        compose_attention(q, k, v, pre, post, window=window).sum().backward()
+        compose_attention(q, k, v, pre, post, window=window, backend="triton").sum().backward()
     torch.cuda.synchronize()
 
 
-for window in (None, 256):
-    passes(3, window)  # compiles the kernels and fills torch's caches
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        passes(PASSES, window)
-    print(f"window {window}: peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB; times of {PASSES} passes")
-    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=15, max_name_column_width=60))
+if __name__ == "__main__":
+    for window in (None, 256):
+        passes(3, window)  # compiles the kernels and fills torch's caches
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+            passes(PASSES, window)
+        print(f"window {window}: peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB; times of {PASSES} passes")
+        print(found.key_averages().table(sort_by="cuda_time_total", row_limit=15, max_name_column_width=60))

@@ -80,8 +80,8 @@ class ModelConfig:
     scratch_mib: int | None = number(None, COUNT)
     """Scratch memory of one attention call, in MiB: it holds the scores of one chunk of queries. More memory means
     fewer and larger chunks; a chunk is at least one tile of queries. Not used by the ``reference`` backend. null: 256
-    on a CPU; on GPUs, what one sequence needs for efficient chunks, between 256 and 1/24 of the total memory of the
-    smallest GPU. A run prints it, stores it and uses it again on a resume, also on other GPUs."""
+    on a CPU; on GPUs, what a micro-batch in one chunk needs, between 256 and 1/24 of the total memory of the smallest
+    GPU. A run prints it, stores it and uses it again on a resume, also on other GPUs."""
 
     vocab_size: int = number(256, Range(2, 2**31 - 1))  # tokens are int32
     """Rows of the embedding; at least the size of the tokenizer's vocabulary, which is in the manifest of the data."""

@@ -77,6 +77,11 @@ def test_products_of_several_blocks(product, options):
     check(options, SMALL_TILES._replace(product=product))
 
 
+def test_tiles_of_a_part_of_a_block():
+    tiles = SMALL_TILES._replace(forward=Tile(4, 16, 1), backward=Tile(2, 16, 1))
+    check({"queries": 40, "documents": 12, "window": 20}, tiles)
+
+
 @pytest.mark.parametrize("present", list(itertools.product((False, True), repeat=6))[::7])
 def test_any_weights_may_be_missing(present):
     """A subset in pre, its complement in post; a low-rank factor without its partner has no effect."""

@@ -98,7 +98,7 @@ def large_call(batch=1, window=None, scratch_bytes=None):
     q, k, v = (empty(HEADS, HEAD_DIM) for _ in range(3))
     weights = ComposeWeights(*(empty(*shape) for shape in ((2, HEADS), (2, HEADS), (HEADS,)) * 2))
     if scratch_bytes is None:
-        sizes = {"queries": LENGTH, "keys": LENGTH, "heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM}
+        sizes = {"batch": batch, "queries": LENGTH, "keys": LENGTH, "heads": HEADS}
         scratch_bytes = derived_scratch_bytes(80 * 2**30, **sizes, window=window, element_size=2)
     return Call(q, k, v, weights, weights, window=window, scratch_bytes=scratch_bytes)
 

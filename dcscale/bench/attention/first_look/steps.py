@@ -35,8 +35,8 @@ from dcscale.testing.attention import arguments
 
 MIB = 2**20
 CASE = Case("bf16", 1, 4096, 32, 128, None, 2)
-FORWARD_TILES = (Tile(64, 64, 4), Tile(64, 64, 8))
-BACKWARD_TILES = (Tile(32, 64, 4), Tile(64, 64, 8), Tile(16, 64, 4))
+FORWARD_TILES = (Tile(8, 64, 1), Tile(16, 64, 2), Tile(64, 64, 4))
+BACKWARD_TILES = (Tile(16, 64, 2), Tile(8, 64, 2), Tile(32, 64, 4))
 """To compare with those of the table."""
 PRODUCTS = {"dcomposed": "multiply_rows", "out": "multiply_map", "dv": "multiply_transposed_map"}
 """A product of each kernel; scores, dq and dk are like them."""
@@ -63,7 +63,7 @@ class Look:
     window: int = 256
     batches: tuple[int, ...] = (1, 8)
     chunk_queries: tuple[int, ...] = (128, 256, 512)
-    scratch_mib: tuple[int, ...] = (256, 512, 1024)
+    scratch_mib: tuple[int, ...] = (256, 1024, 2048)
     head_dims: tuple[int, ...] = (64, 80)
     copy_bytes: int = 2**30
     seconds: float = 1.0

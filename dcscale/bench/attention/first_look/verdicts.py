@@ -172,7 +172,7 @@ def _scratch(row: Row) -> Iterator[Decision]:
     decision, change = f"keep the default of {default['mib']:,} MiB", "-"
     if default["ms"] > enough:
         decision = f"derive {best['mib']:,} MiB here: {1 - best['ms'] / default['ms']:.0%} less"
-        change = f"scratch.py: LEAST_QUERIES (until then model.scratch_mib: {best['mib']})"
+        change = f"scratch.py: MEMORY_PARTS (until then model.scratch_mib: {best['mib']})"
     yield Decision(question, measured, decision, expected, change)
 
 

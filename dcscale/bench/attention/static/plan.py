@@ -74,11 +74,10 @@ def make_call(case: Case, memory: int | None, device: str = "meta") -> Call:
     q, k, v = (empty(heads, case.head_dim) for _ in range(3))
     scratch = derived_scratch_bytes(
         memory,
+        batch=case.batch,
         queries=case.length,
         keys=case.length,
         heads=heads,
-        kv_heads=heads,
-        head_dim=case.head_dim,
         window=case.window,
         element_size=q.element_size(),
     )

@@ -15,6 +15,8 @@ from dcscale.ops.compose.triton.common import (
     BY_QUERY,
     GEOMETRY,
     INTERPRETED,
+    MIX_STAGES,
+    SUM_STAGES,
     W1,
     W2,
     add_latents,
@@ -160,19 +162,17 @@ def compose_probabilities_backward(
     query_dlatents = zeros(QUERY_RANK, BLOCK_T, BLOCK_S)
     key_dlatents = zeros(KEY_RANK, BLOCK_T, BLOCK_S)
     if QUERY_RANK + KEY_RANK > 0:
-        for head in range(HEADS):
+        for head in tl.range(HEADS, num_stages=SUM_STAGES):
             x_TS = tl.load(probabilities_ptr + head * BLOCK).to(tl.float32)
+            dy_TS = tl.load(gradient_ptr + head * BLOCK).to(tl.float32)
             of_query, of_key = query_ptr + head * QUERY_LINE, key_ptr + head * KEY_LINE
             query_latents = add_latents(query_latents, x_TS, of_query, W1, QUERY_RANK, BLOCK_Q, BY_QUERY)
             key_latents = add_latents(key_latents, x_TS, of_key, W1, KEY_RANK, BLOCK_S, BY_KEY)
-        for i in range(HEADS):
-            head = HEADS - 1 - i
-            dy_TS = tl.load(gradient_ptr + head * BLOCK).to(tl.float32)
-            of_query, of_key = query_ptr + head * QUERY_LINE, key_ptr + head * KEY_LINE
             query_dlatents = add_latents(query_dlatents, dy_TS, of_query, W2, QUERY_RANK, BLOCK_Q, BY_QUERY)
             key_dlatents = add_latents(key_dlatents, dy_TS, of_key, W2, KEY_RANK, BLOCK_S, BY_KEY)
 
-    for head in range(HEADS):
+    for i in tl.range(HEADS, num_stages=MIX_STAGES):
+        head = HEADS - 1 - i
         offset = head * BLOCK
         x_TS = tl.load(probabilities_ptr + offset).to(tl.float32)
         dy_TS = tl.load(gradient_ptr + offset).to(tl.float32)
@@ -270,7 +270,7 @@ def compose_scores_backward(
     key_dlatents = zeros(KEY_RANK, BLOCK_T, BLOCK_S)
     query_latents, key_latents = query_dlatents, key_dlatents
     if QUERY_RANK + KEY_RANK > 0:
-        for head in range(HEADS):
+        for head in tl.range(HEADS, num_stages=SUM_STAGES):
             offset = head * BLOCK
             delta_T = tl.load(delta_ptr + head * DELTA_LINE)
             dy_TS = tl.load(gradient_ptr + offset).to(tl.float32) - delta_T[:, None]
@@ -286,7 +286,7 @@ def compose_scores_backward(
         for r in tl.static_range(KEY_RANK):
             key_latents = key_latents + (tl.load(latents_ptr + (QUERY_RANK + r) * BLOCK),)  # noqa: RUF005
 
-    for i in range(HEADS):
+    for i in tl.range(HEADS, num_stages=MIX_STAGES):
         head = HEADS - 1 - i
         offset = head * BLOCK
         delta_T = tl.load(delta_ptr + head * DELTA_LINE)

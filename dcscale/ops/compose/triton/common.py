@@ -37,6 +37,11 @@ BY_KEY = tl.constexpr(0)
 W1 = tl.constexpr(0)
 W2 = tl.constexpr(1)
 
+# Heads whose tiles a program has on their way to it or holds, in the loop that sums latents and in the one that
+# composes. A multiprocessor runs so few warps of these kernels that they would wait for memory otherwise.
+SUM_STAGES = tl.constexpr(5)
+MIX_STAGES = tl.constexpr(4)
+
 GEOMETRY = [
     "queries",  # of the call
     "keys",  # of the call

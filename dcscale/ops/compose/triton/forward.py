@@ -14,6 +14,8 @@ from dcscale.ops.compose.triton.common import (
     BY_KEY,
     BY_QUERY,
     GEOMETRY,
+    MIX_STAGES,
+    SUM_STAGES,
     W1,
     W2,
     add_latents,
@@ -89,18 +91,15 @@ def compose_scores(
     tile = (row.to(tl.int64) * tl.num_programs(1) + tile_t) * tl.num_programs(0) + tile_s
     partials_ptr += tile * (HEADS * 2 * BLOCK_T) + tl.arange(0, BLOCK_T)
 
-    # latent_r = sum_g w1[r, g] x[g]. The next head's scores are on their way while this one's are added.
+    # latent_r = sum_g w1[r, g] x[g]
     query_latents = zeros(QUERY_RANK, BLOCK_T, BLOCK_S)
     key_latents = zeros(KEY_RANK, BLOCK_T, BLOCK_S)
     if QUERY_RANK + KEY_RANK > 0:
-        next_TS = tl.load(scores_ptr)
-        for head in range(HEADS):
-            x_TS = next_TS.to(tl.float32)
-            next_TS = tl.load(scores_ptr + tl.minimum(head + 1, HEADS - 1) * BLOCK)
-            query_latents = add_latents(
-                query_latents, x_TS, query_ptr + head * QUERY_LINE, W1, QUERY_RANK, BLOCK_Q, BY_QUERY
-            )
-            key_latents = add_latents(key_latents, x_TS, key_ptr + head * KEY_LINE, W1, KEY_RANK, BLOCK_S, BY_KEY)
+        for head in tl.range(HEADS, num_stages=SUM_STAGES):
+            x_TS = tl.load(scores_ptr + head * BLOCK).to(tl.float32)
+            of_query, of_key = query_ptr + head * QUERY_LINE, key_ptr + head * KEY_LINE
+            query_latents = add_latents(query_latents, x_TS, of_query, W1, QUERY_RANK, BLOCK_Q, BY_QUERY)
+            key_latents = add_latents(key_latents, x_TS, of_key, W1, KEY_RANK, BLOCK_S, BY_KEY)
         if KEEP_LATENTS:
             LATENTS: tl.constexpr = QUERY_RANK + KEY_RANK
             latents_ptr += map_offsets(row, tile_t, tile_s, (row_queries, row_keys), LATENTS, BLOCK_Q, BLOCK_T, BLOCK_S)
@@ -116,7 +115,7 @@ def compose_scores(
         mask_TS = seen_TS(tile_t, tile_s, band, documents_ptr, DOCUMENTS, BLOCK_T, BLOCK_S)
         edge = tl.min(tl.min(mask_TS.to(tl.int32), 1), 0) == 0
     # y[h] = x[h] (1 + gates) + sum_r w2[r, h] latent_r
-    for i in range(HEADS):
+    for i in tl.range(HEADS, num_stages=MIX_STAGES):
         head = HEADS - 1 - i
         x_TS = tl.load(scores_ptr + head * BLOCK).to(tl.float32)
         of_query, of_key = query_ptr + head * QUERY_LINE, key_ptr + head * KEY_LINE
@@ -196,17 +195,14 @@ def compose_probabilities(
     query_latents = zeros(QUERY_RANK, BLOCK_T, BLOCK_S)
     key_latents = zeros(KEY_RANK, BLOCK_T, BLOCK_S)
     if QUERY_RANK + KEY_RANK > 0:
-        next_TS = tl.load(logits_ptr)
-        for head in range(HEADS):
+        for head in tl.range(HEADS, num_stages=SUM_STAGES):
             log_sum_T = tl.load(log_sums_ptr + head * BLOCK_Q)
-            x_TS = tl.exp2(next_TS.to(tl.float32) - log_sum_T[:, None])
-            next_TS = tl.load(logits_ptr + tl.minimum(head + 1, HEADS - 1) * BLOCK)
-            query_latents = add_latents(
-                query_latents, x_TS, query_ptr + head * QUERY_LINE, W1, QUERY_RANK, BLOCK_Q, BY_QUERY
-            )
-            key_latents = add_latents(key_latents, x_TS, key_ptr + head * KEY_LINE, W1, KEY_RANK, BLOCK_S, BY_KEY)
+            x_TS = tl.exp2(tl.load(logits_ptr + head * BLOCK).to(tl.float32) - log_sum_T[:, None])
+            of_query, of_key = query_ptr + head * QUERY_LINE, key_ptr + head * KEY_LINE
+            query_latents = add_latents(query_latents, x_TS, of_query, W1, QUERY_RANK, BLOCK_Q, BY_QUERY)
+            key_latents = add_latents(key_latents, x_TS, of_key, W1, KEY_RANK, BLOCK_S, BY_KEY)
 
-    for i in range(HEADS):
+    for i in tl.range(HEADS, num_stages=MIX_STAGES):
         head = HEADS - 1 - i
         offset = head * BLOCK
         log_sum_T = tl.load(log_sums_ptr + head * BLOCK_Q)

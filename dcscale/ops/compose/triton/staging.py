@@ -59,8 +59,8 @@ SUM_BLOCK = 256
 """Elements per program of the kernels that add partial sums."""
 MOST_ROWS = 65535
 """Rows of a chunk: the largest third dimension of a grid in CUDA."""
-PROGRAM_TILES = 4
-"""Tiles along keys of a program that makes scores: it reads its queries once for all of them."""
+PROGRAM_KEYS = 1024
+"""Of a program that makes scores: it reads its queries once for all of them."""
 STAGES = 3
 """Tiles that products and sums load ahead."""
 
@@ -358,7 +358,7 @@ class StagedAttention:
     ) -> None:
         """The map scale a b^T within +-limit, for kernels with this tile."""
         product = self.tiles.product
-        programs = triton.cdiv(chunk.row_keys // product.keys, PROGRAM_TILES)
+        programs = triton.cdiv(chunk.row_keys, PROGRAM_KEYS)
         grid = (chunk.row_queries // product.queries * programs, self.heads, chunk.rows)
         tensors = {"a_ptr": a, "b_ptr": b, "map_ptr": out}
         # Wider heads in parts: all of one would not leave enough registers and shared memory.
@@ -452,7 +452,7 @@ class StagedAttention:
         }
         block_queries, block_keys = self.tiles.block
         product = self.tiles.product
-        coarse = {"COARSE_T": product.queries, "COARSE_S": product.keys, "TILES": PROGRAM_TILES}
+        coarse = {"COARSE_T": product.queries, "COARSE_S": product.keys, "TILES": PROGRAM_KEYS // product.keys}
         blocks = {"BLOCK_Q": block_queries, "BLOCK_T": tile.queries, "BLOCK_S": block_keys}
         heads = {"HEADS": self.heads, "GROUP": self.heads // self.kv_heads, "HEAD_DIM": self.head_dim}
         takes = set(kernel.arg_names)

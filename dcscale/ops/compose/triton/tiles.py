@@ -27,38 +27,41 @@ class Tile(NamedTuple):
 
 class Tiles(NamedTuple):
     """Tiles of the kernels. All that mix heads have the same number of keys, which is that of a block of a map, and
-    the queries of the larger one are a multiple of the other's. A product's queries are a multiple of its keys, and
-    both of a block's."""
+    the queries of a block are a multiple of theirs. A product's queries are a multiple of its keys, and both of a
+    block's."""
 
     forward: Tile
     backward: Tile
-    product: Tile = Tile(128, 128, 8)
+    product: Tile = Tile(128, 64, 8)
     """Of the matrix products, made of blocks."""
     columns: int = 128
     """The most columns of a head that a program works on at a time."""
-    score_stages: int = 2
+    score_stages: int = 3
     """Tiles of keys that a program that makes scores holds: one that computes on, and others that are being loaded."""
+    block_queries: int = 64
+    """Queries of a block of a map."""
 
     @property
     def block(self) -> tuple[int, int]:
-        """Queries and keys of a block of a map: the largest tile that mixes heads."""
-        return self.forward.queries, self.forward.keys
+        """Queries and keys of a block of a map."""
+        return self.block_queries, self.forward.keys
 
 
-_TILES = Tiles(Tile(64, 64, 4), Tile(32, 64, 4))
-_AMPERE = {"score_stages": 1}  # compute capability 8.6, 8.9 and 12.0 have 99 KiB of shared memory
-_MANY_RANKS = Tiles(Tile(64, 64, 8), Tile(32, 64, 8))
-_FLOAT32 = Tiles(Tile(64, 64, 8), Tile(32, 64, 8), Tile(64, 64, 8), columns=32)
+# A warp to itself: in a program of several, sums over a tile and what they are stored as need barriers.
+_TILES = Tiles(Tile(32, 64, 4), Tile(8, 64, 1))
+_MANY_RANKS = Tiles(Tile(32, 64, 8), Tile(8, 64, 2))
+_FLOAT32 = _MANY_RANKS._replace(product=Tile(64, 64, 8), columns=32)
 _BLACKWELL = Tile(128, 128, 4)
 TABLE = {
-    80: {2: _TILES._replace(**_AMPERE), 4: _MANY_RANKS._replace(**_AMPERE), "float32": _FLOAT32},
+    80: {2: _TILES, 4: _MANY_RANKS, "float32": _FLOAT32},
     90: {2: _TILES, 4: _MANY_RANKS, "float32": _FLOAT32},
     100: {2: _TILES._replace(product=_BLACKWELL), 4: _MANY_RANKS._replace(product=_BLACKWELL), "float32": _FLOAT32},
 }
 TABLE[120] = TABLE[80]
 """Tiles by compute capability (10 * major + minor) and highest rank, or for float32, so that no registers are spilled.
 
-They were chosen by counted instructions (``tools/bench_attention.py --static``), not by measurement;
+Those of 90 and rank 2 were the fastest of 260 combinations of tiles and pipeline stages on an H100
+(tools/results/tiles-nvidia-h100-80gb-hbm3.json); the others follow them as far as registers allow.
 ``dcscale.ops.compose.triton.tune`` times the alternatives."""
 
 MAX_RANK = 4

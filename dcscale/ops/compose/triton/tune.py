@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from itertools import product
 
 import torch
 import triton
@@ -23,9 +22,10 @@ from dcscale.ops.compose.weights import ComposeWeights
 CANDIDATES = [
     *dict.fromkeys(tiles for of_gpu in TABLE.values() for rank, tiles in of_gpu.items() if rank != "float32"),
     *(
-        Tiles(Tile(64, keys, forward), Tile(queries, keys, backward), Tile(128, 128, products))
-        for keys, forward, queries, backward, products in product((64, 128), (4, 8), (16, 32, 64), (4, 8), (4, 8))
-        if 8 <= queries * keys / (32 * backward) <= 16 and 64 * keys / (32 * forward) <= 32
+        Tiles(forward, backward, product)
+        for forward in (Tile(8, 64, 1), Tile(16, 64, 2), Tile(32, 64, 8), Tile(64, 64, 4))
+        for backward in (Tile(8, 64, 1), Tile(8, 64, 2), Tile(16, 64, 2), Tile(32, 64, 4))
+        for product in (Tile(128, 64, 4), Tile(128, 64, 8), Tile(128, 128, 8))
     ),
 ]
 """The tiles in the table for 16-bit input, and others with 8 to 16 elements per thread in backward, up to 32 in
