@@ -382,6 +382,16 @@ def is_taken_over(folder: Path, token: str) -> bool:
     return reading is not None and reading.token != token
 
 
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds a folder, alive or not; None: nobody, or the lease is damaged.
+
+    Raises:
+        OSError: the lease cannot be read.
+    """
+    reading = _read(folder / LEASE)
+    return None if reading is None else reading.holder
+
+
 def describe_holder(folder: Path) -> str | None:
     """Who holds a folder and what that means for a start, for the user; None: nobody does."""
     try:

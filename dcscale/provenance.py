@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -13,13 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import dcscale
 
 # Libraries whose arithmetic or file formats a run depends on.
 LIBRARIES = ("torch", "deepspeed", "safetensors", "numpy")
 ROOT = Path(dcscale.__file__).parents[1]
+REVISION = "revision.json"
+"""In a copy of the code, what :func:`git_revision` says of the checkout that it was made from."""
 
 
 def versions() -> dict[str, str]:
@@ -29,7 +30,16 @@ def versions() -> dict[str, str]:
 
 
 def git_revision(root: Path = ROOT) -> dict[str, Any] | None:
-    """``{"commit": HASH, "dirty": whether tracked files have changed}``; None if ``root`` is not a git checkout."""
+    """``{"commit": HASH, "dirty": whether tracked files have changed}``; None if ``root`` is not a git checkout.
+
+    A copy of the code that ``launch/slurm/submit.py`` has made says in a file of what checkout it is.
+    """
+    if (root / REVISION).exists():
+        try:
+            content = json.loads((root / REVISION).read_bytes())
+            return {"commit": str(content["commit"]), "dirty": bool(content["dirty"])}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):  # somebody else has written it
+            return None
 
     def git(*arguments: str) -> str:
         # Allow a checkout that another user owns, such as a copy on another machine: it is only read.
@@ -52,6 +62,8 @@ def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict
         device: ``cpu`` or ``cuda``.
         packages: further packages whose versions matter; the version of a missing package is None.
     """
+    import torch
+
     return {
         "command": shlex.join(command),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -70,6 +82,8 @@ def facts(command: list[str], device: str, packages: Iterable[str] = ()) -> dict
 
 def machine(device: str) -> dict[str, Any]:
     """Processor, cores and memory of this machine, and the GPU if ``device`` is ``cuda``, as JSON."""
+    import torch
+
     processor = _processor()
     found = {
         "device": device,

@@ -29,7 +29,11 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         die "python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv (and remove .venv if it is still there)"
     fi
 fi
-pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile)
+
+# Writes the bytecode of packages on all cores; pip would on one, and for parts that nobody imports too. What is left out,
+# Python compiles when it is imported. An error is no failure: some packages have templates that are not valid Python.
+compile() { .venv/bin/python -m compileall -q -j 0 -x '/(pip|transformers/models|testing|tests?)/' "$@" >/dev/null || true; }
 
 version=$(sed -n 's/^torch==//p' launch/constraints.txt)
 if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$version')" 2>/dev/null; then
@@ -45,6 +49,10 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+
     fi
 fi
 say "Installing dcscale and its packages"
+compile .venv/lib/python*/site-packages/torch &  # while pip, on one core, installs the others
+compiling=$!
 "${pip[@]}" --constraint launch/constraints.txt --editable ".${extras:+[$extras]}"
+wait $compiling
+compile .venv/lib
 
 printf '%s\n' "$wanted" > "$stamp"

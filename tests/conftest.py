@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,37 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
+LONGEST_FIRST = (
+    "cluster/test_slurm.py",
+    "cluster/test_job.py",
+    "end_to_end/test_launchers.py",
+    "ops/compose/test_triton_aot.py",
+    "distributed/test_elastic_resume.py",
+    "data/stream/test_elastic.py",
+    "distributed/test_exact_resume.py",
+    "ops/compose/test_triton_self_test.py",
+    "ops/compose/test_compose_triton.py",
+    "ops/compose/test_triton_errors.py",
+    "distributed/test_data_faults.py",
+    "distributed/test_mixture_runs.py",
+    "distributed/test_failures.py",
+    "data/prepare/test_resume_build.py",
+    "end_to_end/test_bench_attention.py",
+    "distributed/test_skips_and_rollbacks.py",
+)
+"""Files of more than 25 s: a worker that began one of them last would work alone in the end."""
+
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # servers that tests start are on this machine
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the files of :data:`LONGEST_FIRST` to the front, where workers take them in the order of collection."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    missing = [str(path) for path in places if not path.exists()]
+    if missing:
+        raise pytest.UsageError(f"LONGEST_FIRST in tests/conftest.py names what is not there: {', '.join(missing)}")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from dcscale.config.cluster import cluster_table
 from dcscale.config.reference import reference
+from dcscale.doctor.local import checks_table
 from dcscale.observe.events import events_table
 from dcscale.observe.metrics import metrics_table
 
 ROOT = Path(__file__).parents[1]
-SETTINGS, TRAINING, OBSERVE = (ROOT / "dcscale" / folder / "README.md" for folder in ("config", "train", "observe"))
+SETTINGS, TRAINING, OBSERVE, DOCTOR = (
+    ROOT / "dcscale" / folder / "README.md" for folder in ("config", "train", "observe", "doctor")
+)
+CLUSTERS = ROOT / "configs" / "cluster" / "README.md"
 MOST_LINES_OF_README = 150
 
 
@@ -43,6 +48,8 @@ def generated() -> dict[Path, str]:
         SETTINGS: reference(),
         TRAINING: with_table(TRAINING, "metrics", metrics_table()),
         OBSERVE: with_table(OBSERVE, "events", events_table()),
+        DOCTOR: with_table(DOCTOR, "checks", checks_table()),
+        CLUSTERS: with_table(CLUSTERS, "cluster", cluster_table()),
     }
 
 

@@ -35,6 +35,9 @@ class Status:
     ending: bool = False
     """It is about to end and will not answer any more."""
 
+    stacks: str = ""
+    """Of rank 0: the folder that all ranks are asked to write their stacks into; empty: none."""
+
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid})" if self.pid else f"rank {self.rank} ({self.host})"
 

@@ -39,6 +39,7 @@ from dcscale.cluster.limits import MARGIN_SECONDS, AwakeClock, Limits
 from dcscale.cluster.verdict import Answer, Status, Verdict, judge, rank_lines
 from dcscale.config.schema import ParallelConfig
 from dcscale.lease import pid_namespace, process_state
+from dcscale.observe.requests import OUTPUT, STACKS, RequestError, RequestFiles
 from dcscale.parallel import Environment, current_rendezvous
 from dcscale.parallel.collectives import set_timeouts
 
@@ -47,6 +48,9 @@ START, STEP, NONE = "start", "step", "none"
 
 HANGS = "hangs"
 """Folder in the run folder."""
+
+LOOK_SECONDS = 1.0
+"""Between two looks for ``RUN/stacks``."""
 
 _numbers = itertools.count()
 T = TypeVar("T")
@@ -72,6 +76,8 @@ class _Phase:
 
 class Unwatched:
     """Replaces a :class:`Watchdog` where a hang must not end the process, as in tests."""
+
+    patient = False
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """See :meth:`Watchdog.phase`."""
@@ -118,9 +124,17 @@ class Watchdog:
         self._step_times: deque[flight_recorder.Interval] = deque(maxlen=32)
         self._closed, self._roll_call = threading.Event(), threading.Event()
         self._leaving = self._alarmed = False
+        self.patient = False
+        """Whether a rank may hold the lock of Python for minutes: it counts as lost after ten times the time."""
+        self._stacks = ""
+        self.on_stacks: Callable[[str], None] = lambda folder: None
+        """Called on rank 0, by another thread, when a user has asked for the stacks of all ranks."""
         self._threads = [threading.Thread(target=self._watch, name="dcscale-watchdog", daemon=True)]
         if self._heartbeats is not None:
             self._threads.append(threading.Thread(target=self._exchange, name="dcscale-heartbeat", daemon=True))
+        if rank == 0 and ending.run is not None:
+            files = RequestFiles(ending.run, [STACKS], seconds=0)
+            self._threads.append(threading.Thread(target=self._look, args=(files,), name="dcscale-look", daemon=True))
         self._arm()  # also for a hang before the thread's first look at the clock
         for thread in self._threads:
             thread.start()
@@ -220,7 +234,7 @@ class Watchdog:
         return f"limit of phase {phase}: {self._limit(phase):.0f} s (parallel.{setting})"
 
     def _lost_limit(self) -> float:
-        return self._limits.lost * (1 if self._seconds else 4)
+        return self._limits.lost * (10 if self.patient else 1 if self._seconds else 4)
 
     def _status(self) -> Status:
         phase, since = self._phase
@@ -234,6 +248,7 @@ class Watchdog:
             seconds=self._clock.now() - since,
             started=flight_recorder.started_collectives(),
             ending=self._leaving,
+            stacks=self._stacks,
         )
 
     # -- the thread that looks at the clock ---------------------------------------------------------------------------
@@ -283,7 +298,7 @@ class Watchdog:
         folder, (phase, since) = _folder_name(), self._phase
         lines = [self._limit_text(phase)] if self._clock.now() - since > self._limit(phase) else []
         speaks = self._decide(verdict)
-        self._write(folder, self._answer([]))
+        self._write(f"{HANGS}/{folder}", self._answer([]))
         if speaks:
             self._print(verdict, folder, lines)
         else:
@@ -316,6 +331,8 @@ class Watchdog:
                 heartbeats.beat(self._status(), all_ranks=self._rank == 0 or self._roll_call.is_set())
                 if self._closed.is_set():
                     return
+                if self._rank != 0:  # rank 0 would take an earlier request, in its own last heartbeat, for a new one
+                    self._write_stacks_once(heartbeats.statuses[0].stacks)
                 if (alarm := heartbeats.alarm() or self._suspect(heartbeats)) is not None:
                     self._attend(heartbeats, alarm)
                     return
@@ -349,12 +366,12 @@ class Watchdog:
             if alarm.over:
                 lines.append(self._limit_text(heartbeats.statuses[alarm.over[0]].phase))
             self._decide(verdict)
-            self._write(alarm.folder, answer)
+            self._write(f"{HANGS}/{alarm.folder}", answer)
             self._print(verdict, alarm.folder, lines)
             heartbeats.conclude(verdict)
             time.sleep(min(1.0, self._limits.beat))  # the others end first, so that none takes this end for the cause
         else:
-            self._write(alarm.folder, answer)
+            self._write(f"{HANGS}/{alarm.folder}", answer)
             verdict = _wait_for(heartbeats.verdict, 3 * patience) or Verdict(
                 [alarm.by], heartbeats.statuses[alarm.by].host, f"rank {alarm.by} suspected a hang and then fell silent"
             )
@@ -400,6 +417,28 @@ class Watchdog:
         state, _ = process_state(status.pid)
         return "" if state in ("Z", "X") else state
 
+    # -- stacks, when a user asks for them ----------------------------------------------------------------------------
+
+    def _look(self, files: RequestFiles) -> None:
+        """Looks for ``RUN/stacks``, in a thread of its own, as a disk may block it; heartbeats tell the other ranks."""
+        while not self._closed.wait(LOOK_SECONDS):
+            try:
+                if not files.waiting() or files.take(STACKS, 1) is None:
+                    continue
+            except RequestError as error:
+                print(f"warning    {error}", file=sys.stderr, flush=True)
+                continue
+            folder = f"{OUTPUT}/stacks-{_folder_name()}"
+            self._write_stacks_once(folder)
+            print(f"stacks     of all ranks: {self._ending.run}/{folder}", file=sys.stderr, flush=True)
+            self.on_stacks(folder)
+
+    def _write_stacks_once(self, folder: str) -> None:
+        """Writes this rank's stacks, unless it has done so: in another thread, so that no disk holds up a heartbeat."""
+        if folder and folder != self._stacks:
+            self._stacks = folder
+            threading.Thread(target=lambda: self._write(folder, self._answer([])), daemon=True).start()
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def _decide(self, verdict: Verdict) -> bool:
@@ -410,10 +449,10 @@ class Watchdog:
         return speaks
 
     def _write(self, folder: str, answer: Answer) -> None:
-        """Writes this rank's file into the folder of the hang."""
+        """Writes this rank's file into a folder of the run folder."""
         if self._ending.run is None:
             return
-        path = self._ending.run / HANGS / folder / f"rank-{self._rank}.txt"
+        path = self._ending.run / folder / f"rank-{self._rank}.txt"
         try:
             write_report(path, answer, flight_recorder.recorded_collectives())
         except OSError as error:

@@ -14,6 +14,7 @@ from dcscale.config.errors import Problem, show
 from dcscale.config.reference import FIELDS, get, has_type, type_name
 from dcscale.config.schema import Config
 from dcscale.config.schema.limits import NOT_NEGATIVE, POSITIVE, Range
+from dcscale.config.schema.observe import MOST_PROFILED_STEPS
 from dcscale.config.suggestions import choice_suggestion
 
 _SHARDS = "give a folder written by tools/make_shards.py"
@@ -84,7 +85,7 @@ def _single_values(config: Config) -> Findings:
             items = [f"{path}[{i}]" for i in range(len(value))] if isinstance(value, list) else [path]
             for item in items:
                 number = get(config, item)
-                if number is not None and (rule := _violated(field.range, number)):
+                if number is not None and (rule := violated(field.range, number)):
                     yield item, rule, fix
         elif path in _NEEDS_TEXT and value == "":
             yield path, "must not be empty", _NEEDS_TEXT[path]
@@ -184,7 +185,7 @@ def _sources_are_complete(config: Config) -> Findings:
         names.setdefault(source.name, i)
         if source.path == "":
             yield f"{path}.path", "must not be empty", _SHARDS
-        if rule := _violated(POSITIVE, source.weight):
+        if rule := violated(POSITIVE, source.weight):
             yield f"{path}.weight", rule, "weights are relative to each other; remove a source to use none of it"
 
 
@@ -277,6 +278,18 @@ def _stop_is_within_run(config: Config) -> Findings:
         yield "train.stop_after", f"must be at most train.steps = {steps}", "set it to null to train to the end"
 
 
+@_rule("log.profile_steps", "train.steps")
+def _profiled_steps_are_in_run(config: Config) -> Findings:
+    path, steps, last = "log.profile_steps", config.log.profile_steps, config.train.steps
+    if steps != sorted(set(steps)):
+        yield path, "must be ascending, each step once", f"use {show(sorted(set(steps)))}"
+    elif steps and steps[-1] > last:
+        yield path, f"must be at most train.steps = {last}", "leave out the later ones, or use [] for none"
+    elif too_many := [n for n, m in zip(steps, steps[MOST_PROFILED_STEPS:]) if m - n == MOST_PROFILED_STEPS]:
+        rule = f"has more than {MOST_PROFILED_STEPS} steps in a row, from {too_many[0]} on, which are one trace"
+        yield path, rule, f"leave out {too_many[0] + MOST_PROFILED_STEPS}"
+
+
 @_rule("parallel.offload_optimizer", "parallel.zero_stage")
 def _offload_has_partitions(config: Config) -> Findings:
     if config.parallel.offload_optimizer and config.parallel.zero_stage == 0:
@@ -296,9 +309,9 @@ def _rules_are_complete(config: Config) -> Findings:
         path = f"optimizer.rules[{i}]"
         if item.match == "":
             yield f"{path}.match", "must not be empty", "give a pattern of parameter names, such as *.compose.*"
-        if rule := _violated(NOT_NEGATIVE, item.lr_scale):
+        if rule := violated(NOT_NEGATIVE, item.lr_scale):
             yield f"{path}.lr_scale", rule, "0 freezes the parameters, 1 changes nothing"
-        if item.weight_decay is not None and (rule := _violated(NOT_NEGATIVE, item.weight_decay)):
+        if item.weight_decay is not None and (rule := violated(NOT_NEGATIVE, item.weight_decay)):
             yield f"{path}.weight_decay", rule, "0 is no decay, null changes nothing"
 
 
@@ -333,7 +346,7 @@ def _name_is_a_file_name(config: Config) -> Findings:
         yield "run.name", "must be usable as a folder name", "set the path with run.folder"
 
 
-def _violated(allowed: Range, number: float) -> str | None:
+def violated(allowed: Range, number: float) -> str | None:
     """The rule that a number violates, or None."""
     if isinstance(number, int) and number.bit_length() > 63:
         return "must fit in 64 bits"

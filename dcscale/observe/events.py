@@ -31,6 +31,12 @@ EVENTS = {
     "rollback": "the run goes back to `checkpoint` after the spike of `step`. `reason`, `sequences` [first, end) that "
     "are passed over",
     "rollback_failure": "the run could not go back after the spike of `step`, so its update was skipped. `error`",
+    "profile": "each rank that was asked: a trace of its steps was written (`RUN/profile`, log.profile_steps). `step`, "
+    "the first, `steps`, `files`, `bytes`, `seconds` that it took",
+    "memory": "the same of a look at its memory (`RUN/memory`)",
+    "stacks": "all ranks write their stacks (`RUN/stacks`). `step`, `folder`",
+    "request_failure": "each rank: what was asked for could not be done, or not be understood. `step`, `request` "
+    "(profile, memory, stacks), `error`",
     "ending": "each rank that can still write: this start ends. `code` (exit code), `reason`, `step`",
 }
 """Kinds of events, and their facts. Those of no rank in particular are written by rank 0."""

@@ -136,8 +136,11 @@ class Reporter:
             self._metrics = MetricsFile(self._run / "metrics.jsonl", step, self.warn, self._check)
             self._tensorboard.drop_after(step)
 
+    def line(self, text: str) -> None:
+        self._console.line(text)
+
     def warn(self, text: str) -> None:
-        self._console.line(f"warning    {text}")
+        self.line(f"warning    {text}")
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         if self._tensorboard is not None:

@@ -80,7 +80,7 @@ def check_agreement(
     store, rank, clock = rendezvous.store, environment.rank, Clock(seconds)
     if rank != 0:
         if appears(store, _FACTS, clock):
-            store.set(f"{_DIFFERENCES}/{rank}", json.dumps(_differences(facts, json.loads(store.get(_FACTS)))))
+            store.set(f"{_DIFFERENCES}/{rank}", json.dumps(differences(facts, json.loads(store.get(_FACTS)))))
         if not appears(store, _VERDICT, Clock(2 * seconds)):  # rank 0 may be waiting for others
             raise ArrivalError(f"rank 0 ({rendezvous.hosts[0]}) arrived, but did not compare configs and code")
         receive_answer(store, _VERDICT, DisagreementError)
@@ -102,7 +102,8 @@ Differences = list[tuple[str, str, str]]
 """Key, value of a rank, value of rank 0."""
 
 
-def _differences(facts: Mapping[str, str], expected: Mapping[str, str]) -> Differences:
+def differences(facts: Mapping[str, str], expected: Mapping[str, str]) -> Differences:
+    """Where the :func:`start_facts` of a rank are not as expected."""
     keys = list(dict.fromkeys([*facts, *expected]))
     pairs = ((key, facts.get(key, _ABSENT), expected.get(key, _ABSENT)) for key in keys)
     return [(key, own, other) for key, own, other in pairs if own != other]

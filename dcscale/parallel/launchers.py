@@ -12,6 +12,9 @@ from typing import NamedTuple
 DEFAULT_PORT = 29500
 """Where ranks on one machine meet if nothing else is set, as with torchrun and deepspeed."""
 
+DERIVED_PORTS = range(20_000, 30_000)
+"""Where ranks of a SLURM step meet if nothing else is set: below what Linux gives to outgoing connections."""
+
 _MOST_HOSTS = 100_000
 """In a range of host names."""
 
@@ -259,9 +262,9 @@ def _address(tasks: _Tasks, ranks: Ranks, variables: Mapping[str, str]) -> tuple
 
 
 def _derived_port(variables: Mapping[str, str]) -> int:
-    """20000 to 29999, below what Linux gives to outgoing connections; another one for each job, step and restart."""
+    """Another one of ``DERIVED_PORTS`` for each job, step and restart."""
     start = [variables.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
-    return 20_000 + zlib.crc32(".".join(start).encode()) % 10_000
+    return DERIVED_PORTS[zlib.crc32(".".join(start).encode()) % len(DERIVED_PORTS)]
 
 
 def _expected_hosts(ranks: Ranks, variables: Mapping[str, str]) -> tuple[str, ...]:

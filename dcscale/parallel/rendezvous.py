@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -37,7 +37,15 @@ class StartError(RuntimeError):
 
 
 class ArrivalError(StartError):
-    """The ranks of a run did not find each other; another start may succeed."""
+    """The ranks of a run did not find each other; another start may succeed.
+
+    Args:
+        missing: ranks that did not arrive, with their hosts; empty names where these are unknown.
+    """
+
+    def __init__(self, message: str, *, from_rank0: bool = False, missing: Mapping[int, str] | None = None):
+        super().__init__(message, from_rank0=from_rank0)
+        self.missing = dict(missing or {})
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ def join(
     *,
     notice_seconds: float = 60.0,
     answer_seconds: float = 120.0,
+    setting: str = "parallel.start_timeout_minutes",
 ) -> Rendezvous:
     """Meets all ranks of the run; returns on each of them once the last one has arrived.
 
@@ -121,7 +130,7 @@ def join(
         LaunchError: rank 0 knows of fewer ranks.
     """
     launch, rank = environment.launch, environment.rank
-    clock = Clock(60 * timeout_minutes, notice_seconds)
+    clock = Clock(60 * timeout_minutes, notice_seconds, setting)
     if launch.address is None:
         server = _serve_alone()
     elif rank == 0 and launch.serves_store:
@@ -142,15 +151,15 @@ def join(
 class Clock:
     """Time left until all must have answered, and until the next notice about who has not."""
 
-    def __init__(self, seconds: float, notice_seconds: float = float("inf")):
+    def __init__(self, seconds: float, notice_seconds: float = float("inf"), setting: str = ""):
         self._start = time.monotonic()
-        self._seconds, self._notice_seconds = seconds, notice_seconds
+        self._seconds, self._notice_seconds, self._setting = seconds, notice_seconds, setting
         self._next_notice = notice_seconds
 
     @property
     def limit(self) -> str:
         """For messages."""
-        return f"{self._seconds / 60:g} minutes (parallel.start_timeout_minutes)"
+        return f"{self._seconds / 60:g} minutes ({self._setting})"
 
     @property
     def timeout(self) -> timedelta:
@@ -263,16 +272,16 @@ def _meet(store: Store, environment: Environment, clock: Clock, print_line: Call
         return hosts
 
     def print_missing() -> None:
-        missing = _missing(store, environment)
-        if missing:
-            print_line(f"waiting    for {missing}: {clock.waited:.0f} s so far; the start fails after {clock.limit}")
+        if missing := _missing(store, environment):
+            who = _name_missing(missing)
+            print_line(f"waiting    for {who}: {clock.waited:.0f} s so far; the start fails after {clock.limit}")
 
     for other in range(world_size):
         if not appears(store, f"{_ARRIVED}/{other}", clock, print_missing):
-            error = _not_arrived(store, environment, clock)
+            error, missing = _not_arrived(store, environment, clock), _missing(store, environment)
             arrived = sum(store.check([f"{_ARRIVED}/{reader}"]) for reader in range(1, world_size))
             answer(store, _ALL_ARRIVED, error=error, readers=arrived)
-            raise ArrivalError(error)
+            raise ArrivalError(error, missing=missing)
     processes = store.multi_get([f"{_ARRIVED}/{other}" for other in range(world_size)])
     hosts = [json.loads(process)["host"] for process in processes]
     answer(store, _ALL_ARRIVED, hosts)
@@ -318,8 +327,8 @@ def receive_answer(store: Store, key: str, error_type: type[StartError]) -> Any:
     return found["value"]
 
 
-def _missing(store: Store, environment: Environment) -> str:
-    """Names the ranks that have not arrived, with the hosts they should be on; empty if all have."""
+def _missing(store: Store, environment: Environment) -> dict[int, str]:
+    """The ranks that have not arrived, with the hosts they should be on; empty names if these are unknown."""
     arrived, missing = [], []
     for rank in range(environment.world_size):
         (arrived if store.check([f"{_ARRIVED}/{rank}"]) else missing).append(rank)
@@ -328,22 +337,27 @@ def _missing(store: Store, environment: Environment) -> str:
     as_expected = len(hosts) == environment.world_size and all(
         _short(hosts[rank]) == _short(json.loads(process)["host"]) for rank, process in zip(arrived, processes)
     )
-    return name_ranks(missing, hosts if as_expected else ()) if missing else ""
+    return {rank: hosts[rank] if as_expected else "" for rank in missing}
+
+
+def _name_missing(missing: Mapping[int, str]) -> str:
+    return name_ranks(list(missing), missing if all(missing.values()) else ())
 
 
 def _not_arrived(store: Store, environment: Environment, clock: Clock) -> str:
+    who = _name_missing(_missing(store, environment))
     return (
-        f"{_missing(store, environment)} did not arrive at {_server_name(environment)} within {clock.limit}; look for "
-        "an error of these processes, and whether their hosts run"
+        f"{who} did not arrive at {_server_name(environment)} within {clock.limit}; look for an error of these "
+        "processes, and whether their hosts run"
     )
 
 
-def name_ranks(ranks: Sequence[int], hosts: Sequence[str] = (), most: int = 8) -> str:
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str] = (), most: int = 8) -> str:
     """Ranks for messages, ``rank 1 (n2)`` or ``ranks 8-15 (n2), 16-23 (n3) and 40 others``.
 
     Args:
         ranks: at least one, ascending.
-        hosts: host of every rank of the run; empty if unknown.
+        hosts: host of every rank of the run, or at least of these; empty if unknown.
         most: ranges that are named.
     """
     ranges: list[tuple[int, int, str]] = []

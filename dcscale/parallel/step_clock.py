@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 PHASES = ("data", "forward", "backward", "update")
 
@@ -53,9 +54,20 @@ class StepClock:
         self._own = dict.fromkeys(PHASES, 0.0)
         self._waiting = 0.0
 
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Adds the time within the context, which contains no other phase, to the phase ``name``.
+
+        A trace that is being recorded shows it as a span of that name.
+        """
+        return self._traced(name) if torch.autograd._profiler_enabled() else self._timed(name)
+
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time within the context, which contains no other phase, to the phase ``name``."""
+    def _traced(self, name: str) -> Iterator[None]:
+        with record_function(name), self._timed(name):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         if self._on_gpu and name in ("forward", "backward"):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

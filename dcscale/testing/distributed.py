@@ -31,8 +31,7 @@ def _context() -> multiprocessing.context.BaseContext:
     # A process has one server. That of data workers, which an earlier test may have left, has not made the imports.
     if server._forkserver_pid is None or server._forkserver_pid not in _own_servers:
         server._stop()
-        # The last has all of DeepSpeed and of torch.compile behind it, which every engine imports.
-        context.set_forkserver_preload(["dcscale.testing.runs", "deepspeed.runtime.zero.muon.original_muon"])
+        context.set_forkserver_preload(["dcscale.testing.starts"])
         server.ensure_running()
         _own_servers.add(server._forkserver_pid)
     return context

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+from dcscale.ops.compose.triton import staging
 from dcscale.ops.compose.triton.staging import StagedAttention
 from dcscale.ops.compose.triton.tiles import Launch, Launcher, Tile, Tiles
 from dcscale.testing.attention import WEIGHTS, AttentionInputs
@@ -49,8 +50,8 @@ def quicken_interpreter() -> None:
     """Halve the time of interpreted kernels, for the rest of the process.
 
     Triton's interpreter replaces Triton's language by its own for each kernel, and again in each call of a device
-    function; once is enough. And it adds and multiplies all integers twice to find overflows: see
-    :func:`find_overflows`.
+    function; once is enough. It adds and multiplies all integers twice to find overflows: see :func:`find_overflows`.
+    And backward kernels of a warp have few elements, but a tile costs the same whatever its size.
     """
     original = interpreter.InterpretedFunction.__call__
 
@@ -61,6 +62,9 @@ def quicken_interpreter() -> None:
 
     interpreter.InterpretedFunction.__call__ = call
     find_overflows(False)
+    if DEVICE == "cpu":
+        table = staging.tiles_for
+        staging.tiles_for = lambda *sizes: table(*sizes)._replace(backward=Tile(32, 64, 4))
 
 
 def find_overflows(enabled: bool) -> None:

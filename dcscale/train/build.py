@@ -18,9 +18,10 @@ from dcscale.checkpoint.probe import read_probe
 from dcscale.cluster.ending import Ending
 from dcscale.cluster.watchdog import Watchdog, start_watchdog
 from dcscale.config import Config, to_yaml
+from dcscale.doctor.start import check_nodes
 from dcscale.files import write_atomically
 from dcscale.lease import Lease, LeaseTimes, this_process
-from dcscale.models import DCFormer, initialize
+from dcscale.models import DCFormer, count_parameters, initialize
 from dcscale.observe import Console
 from dcscale.observe.events import EventFile, event_path
 from dcscale.observe.reporter import Reporter
@@ -59,6 +60,7 @@ def build_trainer(config: Config, environment: Environment, console: Console, en
             config, on this rank or on another. Unless it is the probe of a resumed checkpoint that differs, nothing
             has been written by then. CheckpointError also if the run folder cannot be written to.
         PreflightError: several of these.
+        NodeCheckError: a node would end the run later.
     """
     lease = _take_run_folder(config, environment, console, ending)
     watchdog = None
@@ -81,6 +83,10 @@ def _build(
     watchdog: Watchdog | None,
 ) -> Trainer:
     data, start, hooks = preflight(config, environment).result()
+    if config.parallel.check_nodes:
+        # A run that is complete writes no checkpoint.
+        count = count_parameters(config.model).total if start.state.step < config.train.steps else None
+        check_nodes(config, environment, lease, current_rendezvous().hosts, count)
     memories = gather_objects(total_memory(environment.device.type, environment.device.index))
     warnings = [
         *data.stream.warnings,
@@ -124,6 +130,8 @@ def _build(
         lease=lease,
         watchdog=watchdog,
     )
+    if watchdog is not None:
+        watchdog.on_stacks = lambda folder: events.write("stacks", step=trainer.state.step, folder=folder)
     if ending is not None:
         ending.progress = lambda: (trainer.state.step, trainer.latest_checkpoint)
         ending.before_exit = lambda: _close_files(ending, trainer)

@@ -180,6 +180,9 @@ class Requests(NamedTuple):
     save: bool = False
     """``checkpoint.interval_minutes`` have passed, by the clock of rank 0."""
 
+    look: bool = False
+    """Rank 0 found a request file in the run folder (:mod:`dcscale.observe.requests`)."""
+
 
 @dataclass(frozen=True)
 class StepBatches:

@@ -17,6 +17,7 @@ import torch
 from dcscale.checkpoint import CheckpointError
 from dcscale.config import Config, DataConfig
 from dcscale.data import DataError
+from dcscale.doctor.start import NodeCheckError
 from dcscale.files import may_succeed_later
 from dcscale.models import DCFormer
 from dcscale.observe.metrics import lines_until
@@ -45,8 +46,8 @@ class PreflightError(RuntimeError):
         self.retry = retry
 
 
-REFUSALS = (DataError, CheckpointError, RuleError, RankError, PreflightError)
-"""What is raised if data, checkpoint, optimizer rules or run folder do not fit the config."""
+REFUSALS = (DataError, CheckpointError, RuleError, RankError, PreflightError, NodeCheckError)
+"""What is raised if data, checkpoint, optimizer rules, run folder or nodes do not fit the config."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ from dcscale.lease import Lease
 from dcscale.observe.events import EventFile
 from dcscale.observe.metrics import Record
 from dcscale.observe.reporter import Reporter
+from dcscale.observe.requests import RequestFiles
 from dcscale.parallel import Engine, run_on_all_ranks
 from dcscale.provenance import git_revision
 from dcscale.signals import StopSignals
@@ -113,6 +114,9 @@ class Trainer:
         self.latest_batch: Batch | None = None
         self.save_requested = False
         """Whether a checkpoint is due after this step by the clock of rank 0."""
+        self.look_requested = False
+        """Whether rank 0 found a request file while the batches of this step were read."""
+        self.request_files = RequestFiles(run)
         self.seconds_now = time.monotonic
         """The clock for time limits."""
         self._last_save = self.seconds_now()
@@ -158,13 +162,15 @@ class Trainer:
                 break
             if self.lease is not None:
                 self.lease.raise_if_lost()
+            for hook in self.hooks:
+                hook.before_step(self)
             start = time.perf_counter()
             with self.watchdog.phase("data"), self.engine.clock.phase("data"):
                 inputs = self._next_batches(batches, signals)
             if inputs.requests.stop or inputs.requests.time_is_up:
                 stop_reason = StopReason.SIGNAL if inputs.requests.stop else StopReason.TIME_LIMIT
                 break
-            self.save_requested = inputs.requests.save
+            self.save_requested, self.look_requested = inputs.requests.save, inputs.requests.look
             tokens_before = self.state.tokens
             with self.watchdog.phase("step"):
                 lr, judgement = self._step(inputs)
@@ -206,13 +212,14 @@ class Trainer:
         return step
 
     def _requests(self, signals: StopSignals) -> Requests:
-        """What this rank asks for. Only rank 0 looks at its clock."""
+        """What this rank asks for. Only rank 0 looks at its clock, and for request files."""
         limit, interval = self.config.train.stop_after_minutes, self.config.checkpoint.interval_minutes
         now = self.seconds_now()
         return Requests(
             stop=signals.received is not None,
             time_is_up=self.environment.is_main and limit is not None and now - signals.started >= 60 * limit,
             save=self.environment.is_main and interval is not None and now - self._last_save >= 60 * interval,
+            look=self.environment.is_main and self.request_files.found(),
         )
 
     def _skip_shards(self, shards: Sequence[SkippedShard]) -> None:
@@ -429,6 +436,10 @@ class Trainer:
     def report(self, record: Record) -> None:
         """Writes a record to the metrics file, TensorBoard and the terminal."""
         self._reporter.record(record)
+
+    def line(self, text: str) -> None:
+        """Prints a line to the terminal."""
+        self._reporter.line(text)
 
     def warn(self, text: str) -> None:
         """Prints a warning to the terminal."""

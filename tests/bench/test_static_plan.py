@@ -1,5 +1,7 @@
 """The launches of a call, what they read and write, and their times."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -52,12 +54,12 @@ def test_every_launch_of_both_directions_is_planned(works):
 
 
 def test_tiles_are_counted_by_what_they_see(works):
-    tile = TILES.forward
-    assert tile.queries == tile.keys
-    side = LENGTH // tile.queries
-    assert works["forward", "compose_scores"].tiles == Tiles(
-        interior=side * (side - 1) // 2, edge=side, unseen=side * (side - 1) // 2
-    )
+    tile, counts = TILES.forward, Counter()
+    for first in range(0, LENGTH, tile.queries):
+        for key in range(0, LENGTH, tile.keys):
+            last = first + tile.queries - 1
+            counts["unseen" if key > last else "edge" if key + tile.keys - 1 > first else "interior"] += 1
+    assert works["forward", "compose_scores"].tiles == Tiles(**counts)
 
 
 def test_mixing_kernels_read_and_write_the_tiles_that_are_seen(works):
@@ -99,22 +101,26 @@ def test_scratch_is_doubled_until_forward_can_keep():
 
 
 def test_products_compute_and_move_the_tiles_that_are_seen(works):
-    seen = 3  # of 2 x 2 coarse tiles
-    of_tile = 2 * TILES.product.queries * HEAD_DIM * HEADS  # of an operand, for one coarse tile
+    seen = 6  # of 2 x 4 coarse tiles
+    # Of an operand, for one coarse tile.
+    queries, keys = (2 * positions * HEAD_DIM * HEADS for positions in (TILES.product.queries, TILES.product.keys))
     scores = works["forward", "scores"]
     assert (scores.kind, scores.elements, scores.flops) == ("product", seen * COARSE, 2 * HEAD_DIM * seen * COARSE)
     # Of the maps, the tiles of the kernels that mix heads.
     # A program reads its queries once for all its tiles of keys.
-    assert scores.traffic == Traffic(2 * ROWS, 0, 2 * SEEN, (2 + seen) * of_tile - 2 * ROWS)
-    for each in (works["forward", "out"], works["backward", "dv"]):
-        assert each.traffic == Traffic(2 * SEEN + ROWS, 0, ROWS, seen * of_tile - ROWS)
+    assert scores.traffic == Traffic(2 * ROWS, 0, 2 * SEEN, 2 * queries + seen * keys - 2 * ROWS)
+    for each, operand in ((works["forward", "out"], keys), (works["backward", "dv"], queries)):
+        assert each.traffic == Traffic(2 * SEEN + ROWS, 0, ROWS, seen * operand - ROWS)
 
 
 def test_a_map_is_read_again_for_each_block_of_columns():
     works = by_name(plan(make_call(Case("bf16", 1, LENGTH, HEADS, 256, None, 2), None), ARCH))
-    rows, of_tile = 2 * LENGTH * HEADS * 256, 2 * TILES.product.queries * 256 * HEADS
-    for each in (works["forward", "out"], works["backward", "dv"]):
-        assert each.traffic.operands == 3 * of_tile - rows + 2 * SEEN
+    line = 2 * 256 * HEADS
+    for each, positions in (
+        (works["forward", "out"], TILES.product.keys),
+        (works["backward", "dv"], TILES.product.queries),
+    ):
+        assert each.traffic.operands == 6 * positions * line - LENGTH * line + 2 * SEEN
 
 
 def test_keys_before_the_first_are_not_read():
@@ -144,7 +150,7 @@ def test_sums_over_several_chunks_are_added_in_float32():
     call = make_call(CASE, None)._replace(scratch_bytes=1)
     (dk,) = (work for work, _ in plan(call, ARCH) if work.name == "dk")
     assert dk.launches == 2
-    keys = TILES.product.keys * HEADS * HEAD_DIM
+    keys = LENGTH // 2 * HEADS * HEAD_DIM
     assert dk.traffic.written == 2 * 2 * keys
     assert dk.traffic.added == 2 * 4 * keys
 

@@ -69,7 +69,7 @@ def test_a_call_is_modelled_by_its_tiles_and_code(call):
     slots = ((tiles["interior"] + tiles["edge"]) * 24 + tiles["unseen"] * 1) * threads / VISIBLE
     assert row["slots_in_all"] == pytest.approx(slots)
     assert row["instructions"] == {"interior": 24, "edge": 24, "unseen": 1}
-    assert row["loops"] == pytest.approx([4 * 5 * threads / (4 * 64 * 64)])
+    assert row["loops"] == pytest.approx([4 * 5 * threads / (4 * 32 * 64)])
     assert row["loops_with_assumed_trips"] == 0
     assert (row["registers"], row["spilled"], row["shared"]) == (64, 8, 1024)
     assert row["ps"] >= row["bounds"]["HBM"] > 0
@@ -103,7 +103,7 @@ def test_what_forward_keeps_under_activation_checkpointing_is_modelled_too(call)
     assert kept["sums"]["backward"]["ps"] < sums["backward"]["ps"]
     (line,) = (line for line in lines(call) if "kept under activation checkpointing, with the default scratch" in line)
     assert line.endswith(", ".join(f"{each} {kept['sums'][each]['ps']:.1f} ps" for each in ("forward", "backward")))
-    large = tool.model_case(replace(CASE, length=4096), Compiled(90), Rates())
+    large = tool.model_case(replace(CASE, length=8192, heads=32), Compiled(90), Rates())
     assert not large["kept"]["by_default"]
     assert any(f"with {large['kept']['scratch_mib']} MiB of scratch: forward" in line for line in lines(large))
 

@@ -52,6 +52,8 @@ def merge(settings: Sequence[str]) -> list[str]:
 class Cluster:
     """Context manager: two nodes named ``{name}1`` and ``{name}2``, each with a server of warm ranks.
 
+    A third, ``{name}3``, is for jobs in the partition ``all`` only.
+
     Args:
         folder: where SLURM, the servers and the starts keep their files; made if it is missing.
         name: names the nodes; another for each cluster on the machine.
@@ -61,7 +63,7 @@ class Cluster:
 
     def __init__(self, folder: Path, name: str, disk_mib: int = 64, kill_wait: int = 30):
         self.folder, self.name, self.disk = folder.resolve(), name, folder.resolve() / "disk"
-        self.nodes = [f"{name}1", f"{name}2"]
+        self.nodes, self.third = [f"{name}1", f"{name}2"], f"{name}3"
         self._disk_mib, self._kill_wait, self._starts = disk_mib, kill_wait, 0
 
     def __enter__(self) -> Cluster:
@@ -78,8 +80,8 @@ class Cluster:
             )
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self._disk_mib}m", "tmpfs", self.disk], check=True)
         try:
-            self.do("up", "2", log="up")
-            for node in self.nodes:
+            self.do("up", "2", "1", log="up")
+            for node in (*self.nodes, self.third):
                 self._serve(node)
         except BaseException:
             self.__exit__()
@@ -141,6 +143,26 @@ class Cluster:
             yield
         finally:
             self.do("node", node, "umount", ROOT / path)
+
+    @contextlib.contextmanager
+    def slow_link(self, node: str, rate: str) -> Iterator[None]:
+        """Within this context, a node sends no faster than ``rate``, such as ``20mbit``."""
+        qdisc = ["dev", "eth0", "root"]
+        self.do("node", node, "tc", "qdisc", "add", *qdisc, "tbf", "rate", rate, "burst", "32k", "latency", "50ms")
+        try:
+            yield
+        finally:
+            self.do("node", node, "tc", "qdisc", "del", *qdisc)
+
+    @contextlib.contextmanager
+    def dead_link(self, node: str, other: str) -> Iterator[None]:
+        """Within this context, what a node sends to another gets lost; all other links work."""
+        place = [f"10.77.0.{other.removeprefix(self.name)}", "dev", "eth0"]
+        self.do("node", node, "ip", "neigh", "replace", *place, "lladdr", "02:00:00:00:00:99", "nud", "permanent")
+        try:
+            yield
+        finally:
+            self.do("node", node, "ip", "neigh", "del", *place)
 
     @contextlib.contextmanager
     def listening(self, node: str, port: int) -> Iterator[None]:
@@ -250,6 +272,7 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         srun: Sequence[str] = ("--nodes=2", "--ntasks=2"),
         batch: str | None = None,
+        program: str = "launch/train.py",
     ) -> Start:
         """Starts ``launch/train.py`` by srun, one rank on each node.
 
@@ -262,14 +285,14 @@ class Cluster:
             environment: further variables.
             srun: options of srun, which say on how many nodes.
             batch: a job script for sbatch, with the word SRUN for the command, instead of srun alone.
+            program: another file of the repository than ``launch/train.py``.
         """
         self._starts += 1
         path = self.folder / "starts" / f"{self._starts}.json"
         path.parent.mkdir(exist_ok=True)
-        program = [str(ROOT / "launch" / "train.py")]
-        arguments = {"all": [*program, *merge(settings)]}
+        arguments = {"all": [str(ROOT / program), *merge(settings)]}
         for rank, more in (rank_settings or {}).items():
-            arguments[str(rank)] = None if more is None else [*program, *merge([*settings, *more])]
+            arguments[str(rank)] = None if more is None else [str(ROOT / program), *merge([*settings, *more])]
         values = {
             "arguments": arguments,
             "cold": cold,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A real SLURM of N nodes on one machine. Root, Debian/Ubuntu; no systemd needed.
 #   slurm.sh install          packages (45 s the first time)
-#   slurm.sh up DIR [N]       N nodes (default 2) up and idle; writes all into DIR (on a disk that the nodes share: any)
+#   slurm.sh up DIR [N [M]]   N nodes (default 2) up and idle, and M more (default 0) that only partition "all" has;
+#                             writes all into DIR (on a disk that the nodes share: any)
 #   slurm.sh ctl DIR CMD...   run a command where sbatch/srun/scancel/squeue work
 #   slurm.sh node DIR n1 CMD  run a command inside a node
 #   slurm.sh linkdown|linkup DIR n2   cut / restore a node's switch port
@@ -13,7 +14,7 @@ set -euo pipefail
 self=$(readlink -f "${BASH_SOURCE[0]}")
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
-[ $# -ge 1 ] || { sed -n 2,12p "$self"; exit 2; }
+[ $# -ge 1 ] || { sed -n 2,13p "$self"; exit 2; }
 act=$1; shift
 prefix=${PREFIX:-dcx} net=10.77.0 node=${NODE:-n}
 
@@ -31,17 +32,17 @@ ctlns=$prefix-ctl
 
 wait_idle() {  # wait until N nodes are idle, at most 30 s
     for _ in $(seq 300); do
-        [ "$("$self" ctl "$D" sinfo -h -t idle -p main -o %D 2>/dev/null | head -1)" = "$1" ] && return 0; sleep 0.1
+        [ "$("$self" ctl "$D" sinfo -h -t idle -p all -o %D 2>/dev/null | head -1)" = "$1" ] && return 0; sleep 0.1
     done; die "not $1 idle nodes after 30 s; see $D/log"
 }
 
 case $act in
 up)
-    N=${1:-2}
+    N=${1:-2} T=$((${1:-2} + ${2:-0}))
     ip netns list | grep -q "^$ctlns" && die "a cluster with prefix $prefix is up already"
     mkdir -p "$D"/{munge,state,log,run}; chmod 700 "$D/munge"
     rm -f "$D"/run/*.initpid
-    { echo "127.0.0.1 localhost"; echo "$net.254 ctl"; for i in $(seq "$N"); do echo "$net.$i $node$i"; done; } > "$D/hosts"
+    { echo "127.0.0.1 localhost"; echo "$net.254 ctl"; for i in $(seq "$T"); do echo "$net.$i $node$i"; done; } > "$D/hosts"
     ip netns add $ctlns; ip -n $ctlns link set lo up
     ip -n $ctlns link add br0 type bridge; ip -n $ctlns addr add "$net.254/24" dev br0; ip -n $ctlns link set br0 up
     [ -f "$D/munge/key" ] || { head -c 1024 /dev/urandom > "$D/munge/key"; chmod 600 "$D/munge/key"; }
@@ -86,9 +87,10 @@ JobCompType=jobcomp/filetxt
 JobCompLoc=$D/log/jobcomp.log
 SlurmctldDebug=info
 SlurmdDebug=info
-$(for i in $(seq "$N"); do echo "NodeName=$node$i NodeAddr=$net.$i CPUs=8 RealMemory=4000 State=UNKNOWN"; done)
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=${GRACE:-20} PreemptMode=REQUEUE
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
+$(for i in $(seq "$T"); do echo "NodeName=$node$i NodeAddr=$net.$i CPUs=8 RealMemory=4000 State=UNKNOWN"; done)
+PartitionName=main Nodes=$node[1-$N] Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=${GRACE:-20} PreemptMode=REQUEUE
+PartitionName=urgent Nodes=$node[1-$N] MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
+PartitionName=all Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
     cat > "$D/cgroup.conf" <<CONF
 CgroupPlugin=cgroup/v1
@@ -99,8 +101,8 @@ ConstrainRAMSpace=no
 CONF
     nsenter --net=/run/netns/$ctlns unshare --uts --mount --propagation private bash -c \
         "hostname ctl; mount --bind '$D/hosts' /etc/hosts; exec slurmctld -f '$D/slurm.conf'" </dev/null >"$D/log/ctld.start" 2>&1 || { cat "$D/log/ctld.start"; exit 1; }
-    for i in $(seq "$N"); do "$self" addnode "$D" "$i"; done
-    wait_idle "$N"; "$self" ctl "$D" sinfo ;;
+    for i in $(seq "$T"); do "$self" addnode "$D" "$i"; done
+    wait_idle "$T"; "$self" ctl "$D" sinfo ;;
 addnode)
     i=$1 n=$prefix-$node$1
     [ -e "/run/netns/$n" ] || {

@@ -1,4 +1,4 @@
-"""A SLURM of two nodes: signals, time limit and requeue, a second start, ranks that differ, are killed or stopped.
+"""A SLURM of two nodes: signals, a second start, ranks that differ, are killed or stopped. Jobs: ``test_job.py``.
 
 Ranks are forked from servers that have made their imports (``warm.py``), but where it is about what comes before.
 """
@@ -44,23 +44,6 @@ def ending(run):
 
 def pace(seconds, **more):
     return {"kind": "pace", "seconds": seconds, **more}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def time_limit(cluster, shards, tmp_path_factory):
-    """A job with a time limit and the job script's way to come back; it trains while the other tests run."""
-    run = tmp_path_factory.mktemp("time-limit") / "run"
-    script = (
-        "#!/bin/bash\n"
-        "#SBATCH --time=1 --signal=USR1@60 --requeue --open-mode=append\n"
-        "SRUN\n"
-        "code=$?; echo srun ended with $code\n"
-        "if [ $code = 75 ]; then scontrol requeue $SLURM_JOB_ID; exit 0; fi\n"
-        "exit $code\n"
-    )
-    # SLURM looks at its limits every 30 s: the first start needs longer than that for its steps.
-    start = cluster.start(settings(run, shards), batch=script, faults=[pace(3, restart=0)])
-    return run, start
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +145,3 @@ def test_a_stopped_rank_is_named(cluster, shards, tmp_path, uninterrupted):
     assert (found["code"], found["rank"], found["host"]) == (76, 1, cluster.nodes[1]), f"{found}\n{start.text}"
     assert list((run / "hangs").glob("*/rank-0.txt"))
     assert finish(cluster, run, shards, "checkpoint.interval=4") == uninterrupted
-
-
-def test_time_limit_requeue_and_the_end(cluster, time_limit, uninterrupted):
-    run, start = time_limit
-    assert start.wait(120) == 0, start.text
-    output = start.path.with_suffix(".out").read_text()
-    assert "srun ended with 75" in output, output
-    assert "srun ended with 0" in output, output
-    assert "resuming   from" in output
-    assert curve(run) == uninterrupted

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import gc
-import importlib
 import json
 import os
 import runpy
@@ -29,13 +27,10 @@ FREEZER = Path("/sys/fs/cgroup/freezer")
 
 
 def main() -> None:
-    # The last has all of DeepSpeed and of torch.compile behind it, which every engine imports.
-    for name in ("dcscale.testing.runs", "deepspeed.runtime.zero.muon.original_muon"):
-        importlib.import_module(name)
     import faults
 
-    gc.collect()
-    gc.freeze()
+    import dcscale.testing.starts  # noqa: F401
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         pid, path = line.split()

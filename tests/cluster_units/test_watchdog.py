@@ -211,6 +211,16 @@ def test_a_rank_that_reaches_nobody_ends_by_itself(start, rank):
     assert texts[rank] in ending.read()["error"]
 
 
+def test_while_a_rank_may_be_silent_none_counts_as_lost(start):
+    began = time.monotonic()
+    limits = Limits(start=60, step=60, pause=60, lost=0.2, beat=0.05, answer=0.1)
+    watchdog, _, codes, _ = start(limits, rank=1, hosts=["n0", "n1"], open_store=no_answer)
+    watchdog.step_done(1, 0.1)
+    watchdog.patient = True
+    wait_for(lambda: codes)
+    assert time.monotonic() - began > 10 * limits.lost
+
+
 def test_without_a_store_rank_0_is_the_lost_one(start):
     watchdog, *_ = start(Limits(start=60, step=60, pause=60), rank=1, hosts=["n0", "n1", "n2"], open_store=no_answer)
     assert watchdog.lost_ranks(0.1) == {0: "n0"}

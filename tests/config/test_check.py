@@ -208,6 +208,16 @@ VIOLATIONS = [
         "train.stop_after=1001",
         "train.stop_after = 1001: must be at most train.steps = 1000; set it to null to train to",
     ),
+    ("log.profile_steps=[3,2,3]", "log.profile_steps = [3, 2, 3]: must be ascending, each step once; use [2, 3]"),
+    (
+        "log.profile_steps=[1000,1001]",
+        "log.profile_steps = [1000, 1001]: must be at most train.steps = 1000; leave out the later ones, or use []",
+    ),
+    (
+        "log.profile_steps=[2,4,5,6,7,8,9,10,11,12,13,14]",
+        "log.profile_steps = [2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]: has more than 10 steps in a row, from 4 on, "
+        "which are one trace; leave out 14",
+    ),
     ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]: must be two numbers; the default is [0.9, 0.95]"),
     ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas = [0.9, 0.9, 0.9]: must be two numbers"),
     ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1] = 1.0: must be in [0, 1); the default is [0.9, 0.95]"),
@@ -294,6 +304,7 @@ VALID_OVERRIDES = [
     ("validation.interval=5", "data.validation=x"),
     ("samples.prompts=[]",),
     ("train.stop_after=1000",),
+    ("log.profile_steps=[1,2,3,4,5,6,7,8,9,10,12,1000]",),
     ("optimizer.betas=[0,0]",),
     ("optimizer.rules=[{match: a, lr_scale: 0, weight_decay: 0}, {match: b}]",),
     ("data.train=''", "data.sources=[{name: a-1, path: b}, {name: b.2_, path: b, weight: 1e-9}]"),
@@ -374,7 +385,7 @@ COUNTS = (
     "train.steps train.stop_after train.max_skipped_updates train.global_batch_size train.micro_batch_size "
     "schedule.decay_steps parallel.bucket_size validation.sequences samples.new_tokens "
     "checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best "
-    "log.interval"
+    "log.interval log.profile_steps"
 )
 FROM_ZERO = (
     "data.prefetch_steps data.workers data.read_ahead train.loss_chunk schedule.warmup_steps "

@@ -92,7 +92,7 @@ def make_writable(disk):
 def _train(config, changes, hide_disk_usage):
     """Returns the error of training, the last finished step and the printed warnings."""
     if hide_disk_usage:
-        checkpointer.shutil.disk_usage = lambda folder: namedtuple("usage", "free")(1 << 40)
+        checkpointer.shutil.disk_usage = lambda folder: namedtuple("usage", "free total")(1 << 40, 1 << 40)
     environment = discover()
     start_distributed(environment, 1)
     trainer = build_trainer(config, environment, Console(enabled=False))

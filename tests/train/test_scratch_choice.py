@@ -28,8 +28,8 @@ def test_a_new_run_derives_scratch_from_the_smallest_device():
     for memories in ([80 * GIB, 141 * GIB], [141 * GIB, 80 * GIB], [80 * GIB]):
         mib, line = choose_scratch(large(), None, memories)
         assert (mib, line) == (
-            1008,
-            "scratch    1,008 MiB for an attention call (from the shapes and 80.0 GiB a device; "
+            3413,
+            "scratch    3,413 MiB for an attention call (from the shapes and 80.0 GiB a device; "
             "model.scratch_mib changes it)",
         )
     assert choose_scratch(large(), None, [80 * GIB, 12 * GIB])[0] == 512
@@ -38,11 +38,11 @@ def test_a_new_run_derives_scratch_from_the_smallest_device():
 @pytest.mark.parametrize(
     ("overrides", "mib"),
     [
-        (["model.windows=[256]"], 504),
-        (["model.kv_heads=8"], 672),
-        (["model.head_dim=80"], 672),
-        (["train.precision=fp32"], 1968),
-        (["train.micro_batch_size=8"], 1008),
+        (["model.windows=[256]", "train.micro_batch_size=1"], 552),
+        (["model.windows=[256]", "train.micro_batch_size=4"], 2208),
+        (["model.windows=[256]", "train.micro_batch_size=1", "train.precision=fp32"], 936),
+        (["model.kv_heads=8"], 3413),
+        (["data.sequence_length=1024", "train.micro_batch_size=2"], 736),
     ],
 )
 def test_scratch_is_derived_from_the_settings(overrides, mib):

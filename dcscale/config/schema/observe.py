@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from dcscale.config.schema.limits import COUNT, NOT_NEGATIVE, POSITIVE, Range, number
 
+MOST_PROFILED_STEPS = 10
+"""Steps in one trace: more would show no more, and take memory and minutes to write."""
+
 
 @dataclass
 class ValidationConfig:
@@ -50,6 +53,10 @@ class LogConfig:
     compose_interval: int = number(100, NOT_NEGATIVE)
     """Optimizer steps between measurements of how much compose differs from the identity; also measured at the first
     and last step. Each measurement costs a forward pass of one sequence. 0 turns them off."""
+
+    profile_steps: list[int] = number([], COUNT)
+    """Optimizer steps of which rank 0 writes a profile into ``profiles/`` of the run folder, in ascending order, such
+    as [100, 101, 102]; steps in a row, at most 10, are one trace. ``touch RUN/profile`` asks a running job for one."""
 
     peak_tflops: float | None = number(None, POSITIVE)
     """Peak dense TFLOP/s of one device in the run's precision, for MFU. null takes it from a table of known devices;

@@ -38,6 +38,11 @@ class ParallelConfig:
     start_timeout_minutes: float = number(10.0, YEAR_OF_MINUTES)
     """Minutes until all ranks must have arrived, and the longest that anything may take before the first step."""
 
+    check_nodes: bool = True
+    """Check all nodes before the model is built, for what would end the run later: limits of processes, shared memory,
+    defects of GPUs, space for a checkpoint, a run folder that not all nodes share, a wrong all-reduce. What is found
+    ends the start: code 76 if another start may be free of it, else 2. ``tools/doctor.py`` checks more."""
+
     hang_seconds: float | None = number(None, YEAR_OF_SECONDS)
     """Seconds that a step may take before the run is ended as hanging, with the stacks of all ranks, to be started
     again; null: ten times the median step, at least 30. A rank without a heartbeat counts as lost after 30 s, or after

@@ -14,6 +14,7 @@ inputs and, with the document mask, document ids, concatenated.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import signal
@@ -39,6 +40,41 @@ CLOSED = "this iterator was closed, by BatchLoader.close() or a later steps(); c
 
 _GROUP_TOKENS, GROUP_SEQUENCES = 1 << 18, 256
 """A worker passes on at least this many tokens or sequences at once: some milliseconds of its work."""
+
+
+def _memory_shape(
+    step_sequences: int,
+    length: int,
+    workers: int,
+    prefetch_steps: int,
+    *,
+    document_mask: bool,
+    group_sequences: int = GROUP_SEQUENCES,
+) -> tuple[int, int, tuple[int, int, int]]:
+    """Steps of a group, groups that are prefetched, and the shape [G, N, X] of the shared memory."""
+    # Groups large enough that passing one on costs little, in complete steps, over all workers.
+    sequences = min(-(-_GROUP_TOKENS // length), group_sequences)
+    group_steps = -(-sequences * workers // step_sequences)
+    groups = max(2, -(-prefetch_steps // group_steps))
+    parts = 3 if document_mask else 2
+    # One group more than is prefetched: the one whose steps the consumer is using.
+    return group_steps, groups, (groups + 1, group_steps * step_sequences, length * parts + 2)
+
+
+def shared_bytes(
+    step_sequences: int, sequence_length: int, workers: int, prefetch_steps: int, document_mask: bool
+) -> int:
+    """Shared memory that the workers of a rank need, in bytes.
+
+    Args:
+        step_sequences: sequences of the rank in a step.
+        sequence_length: tokens of a sequence.
+        workers: processes, at least 1.
+        prefetch_steps: steps to prepare ahead.
+        document_mask: whether document ids are prepared too.
+    """
+    _, _, shape = _memory_shape(step_sequences, sequence_length, workers, prefetch_steps, document_mask=document_mask)
+    return 4 * math.prod(shape)
 
 
 class WorkerSequences:
@@ -70,14 +106,16 @@ class WorkerSequences:
         group_sequences: int = GROUP_SEQUENCES,
     ) -> None:
         self._steps, self._workers, self._length = steps, workers, stream.identity["sequence_length"]
-        # Groups large enough that passing one on costs little, in complete steps, over all workers.
-        sequences = min(-(-_GROUP_TOKENS // self._length), group_sequences)
-        step_sequences = len(next(iter(steps), range(sequences)))
-        self._group_steps = -(-sequences * workers // step_sequences)
-        groups = max(2, -(-prefetch_steps // self._group_steps))
-        parts = 3 if stream.identity["document_mask"] else 2
-        # One group more than is prefetched: the one whose steps the consumer is using.
-        shape = (groups + 1, self._group_steps * step_sequences, self._length * parts + 2)
+        # The first step tells how many sequences a step has; without any step, the number does not matter.
+        step_sequences = len(next(iter(steps), range(group_sequences)))
+        self._group_steps, groups, shape = _memory_shape(
+            step_sequences,
+            self._length,
+            workers,
+            prefetch_steps,
+            document_mask=stream.identity["document_mask"],
+            group_sequences=group_sequences,
+        )
         try:
             self._memory_GNX = torch.empty(shape, dtype=torch.int32).share_memory_()
         except RuntimeError as error:

@@ -50,7 +50,7 @@ def derived_scratch_bytes(
 
     Args:
         memory: total memory of the device, in bytes; None for a CPU, where scratch has its default size.
-        batch: B. Whether a whole sequence is one chunk does not depend on it, and so neither do the bits of its results.
+        batch: B. Whether a sequence is one chunk does not depend on it, and so neither do the bits of its results.
         queries: T of a sequence.
         keys: S.
         heads: H.

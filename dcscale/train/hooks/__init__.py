@@ -9,6 +9,7 @@ from dcscale.parallel import Environment
 from dcscale.train.data import RunData
 from dcscale.train.hooks.base import Hook
 from dcscale.train.hooks.compose_distance import ComposeDistance
+from dcscale.train.hooks.on_demand import OnDemand
 from dcscale.train.hooks.progress import DataEpochs, SkippedData, SkippedUpdates, Throughput
 from dcscale.train.hooks.samples import Samples
 from dcscale.train.hooks.saving import Saving
@@ -22,6 +23,8 @@ __all__ = ["Hook", "build_hooks"]
 def build_hooks(config: Config, environment: Environment, data: RunData, state: TrainState) -> list[Hook]:
     """Builds the hooks that ``config`` enables, in calling order, with their state restored from ``state``."""
     hooks: list[Hook] = [
+        # First, so that a trace ends before the other hooks do what belongs to no step.
+        OnDemand(config.log.profile_steps),
         Throughput(
             count_flops(config.model, config.data.sequence_length).total,
             peak_tflops(environment.device, config.train.precision, config.log.peak_tflops),

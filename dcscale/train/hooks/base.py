@@ -16,6 +16,9 @@ class Hook:
     name: str = ""
     """Key of the hook's state in checkpoints."""
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Called before the batches of each optimizer step are read, outside of what is timed as the step."""
+
     def after_step(self, trainer: Trainer) -> None:
         """Called after each optimizer step, and after its record if the step is logged."""
 

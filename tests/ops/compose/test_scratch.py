@@ -7,55 +7,57 @@ import torch
 
 from dcscale.ops import compose_attention
 from dcscale.ops.compose import api, scratch
-from dcscale.ops.compose.custom_op import SCRATCH_BYTES
+from dcscale.ops.compose.custom_op import SCRATCH_BYTES, Call
 from dcscale.ops.compose.scratch import default_scratch_bytes, derived_scratch_bytes, total_memory
+from dcscale.ops.compose.weights import ComposeWeights
 from dcscale.ops.flash import assume_constant_result
 
+pytest.importorskip("triton", reason="triton is not installed")
+from dcscale.ops.compose.triton import staging
+
 MIB, GIB = 2**20, 2**30
-LARGE = {"queries": 4096, "keys": 4096, "heads": 32, "kv_heads": 32, "head_dim": 128, "window": None, "element_size": 2}
+LARGE = {"batch": 1, "queries": 4096, "keys": 4096, "heads": 32, "window": None, "element_size": 2}
 
 
 def derived(memory=80 * GIB, **changes):
     return derived_scratch_bytes(memory, **{**LARGE, **changes})
 
 
-def gradient_traffic(chunk, heads, kv_heads, head_dim):
-    """Bytes a score that adding a chunk's dk and dv to float32 sums reads and writes."""
-    return 2 * 2 * 4 * head_dim * kv_heads / (heads * chunk)
+@pytest.mark.parametrize(("heads", "window", "batch"), [(32, None, 1), (16, None, 8), (32, 256, 4), (8, 256, 4)])
+def test_a_backward_pass_that_fits_is_one_chunk(heads, window, batch):
+    found = derived(1000 * GIB, heads=heads, window=window, batch=batch)
 
+    def normal(*shape):
+        return torch.empty(batch, 4096, *shape, device="meta", dtype=torch.bfloat16)
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"),
-    [(32, 32, 128), (32, 8, 128), (32, 32, 80), (16, 16, 64), (4, 4, 256), (1, 1, 16)],
-)
-def test_a_chunk_that_fits_adds_up_few_gradients(heads, kv_heads, head_dim):
-    found = derived(1000 * GIB, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-    # A score takes 8 bytes of maps a head, and 16 of latents; there is room for more.
-    chunk = found // (4096 * (8 * heads + 16))
-    assert chunk >= 512
-    assert gradient_traffic(chunk, heads, kv_heads, head_dim) <= 3
+    weights = ComposeWeights(*(normal(*shape) for shape in ((2, heads), (2, heads), (heads,)) * 2))
+    q, k, v = (normal(heads, 64) for _ in range(3))
+    attention = staging.StagedAttention(Call(q, k, v, weights, weights, window=window, scratch_bytes=found))
+    assert len(attention.backward_chunks) == 1
+    attention = staging.StagedAttention(Call(q, k, v, weights, weights, window=window, scratch_bytes=found * 4 // 5))
+    assert len(attention.backward_chunks) > 1
 
 
 def test_the_memory_of_well_known_models():
-    assert derived() == 1008 * MIB  # 768 queries of 4,096 keys
-    assert derived(kv_heads=8) == derived(head_dim=80) == 672 * MIB  # 512 queries
-    assert derived(window=256) == 504 * MIB  # all blocks of 384 keys
-    assert derived(element_size=4) == 1968 * MIB
+    assert derived() == 3413 * MIB  # of 5,888 for all queries and keys
+    assert derived(batch=8) == derived()
+    assert derived(heads=16, queries=2048, keys=2048) == 768 * MIB
+    assert derived(window=256) == 552 * MIB  # all blocks of 384 keys
+    assert derived(window=256, batch=4) == 4 * derived(window=256)
+    assert derived(window=256, element_size=4) == 936 * MIB
 
 
 def test_more_of_anything_never_makes_less_scratch():
     larger = {
         "queries": (1, 100, 1000, 4096, 40_000),
         "keys": (1, 100, 4096, 40_000),
+        "batch": (1, 2, 8),
         "heads": (4, 8, 16, 64),
-        "kv_heads": (1, 8, 32),
-        "head_dim": (16, 64, 256),
         "window": (1, 256, 1000, 4096, None),
         "element_size": (2, 4, 8),
     }
     for name, values in larger.items():
-        fixed = {"kv_heads": 4} if name == "heads" else {}
-        sizes = [derived(200 * GIB, **fixed, **{name: value}) for value in values]
+        sizes = [derived(2000 * GIB, **{name: value}) for value in values]
         assert sizes == sorted(sizes), name
         assert sizes[0] < sizes[-1], name
     sizes = [derived(memory * GIB) for memory in (1, 8, 16, 24, 40, 80)]
@@ -93,9 +95,9 @@ def test_the_shapes_of_a_call_are_used(monkeypatch):
     monkeypatch.setattr(scratch, "total_memory", lambda device_type, index: 80 * GIB)
     q = torch.empty(2, 4096, 32, 128, device="meta", dtype=torch.bfloat16)
     k = torch.empty(2, 8192, 8, 128, device="meta", dtype=torch.bfloat16)
-    assert default_scratch_bytes(q, k, None, True) == derived(keys=8192, kv_heads=8)
+    assert default_scratch_bytes(q, k, None, True) == derived(keys=8192, batch=2)
     for causal in (True, False):
-        expected = derived(keys=8192, kv_heads=8, window=256, causal=causal)
+        expected = derived(keys=8192, batch=2, window=256, causal=causal)
         assert default_scratch_bytes(q, k, 256, causal) == expected
 
 
@@ -126,6 +128,6 @@ def test_a_call_takes_what_its_device_and_shapes_give(monkeypatch, compiled):
     if compiled:
         attend = torch.compile(attend, backend="eager", fullgraph=True)
     attend(q, k)
-    shape = {"queries": 2000, "keys": keys, "kv_heads": 8, "window": 900, "causal": False}
+    shape = {"queries": 2000, "keys": keys, "window": 900, "causal": False}
     assert used == [derived(1000 * GIB, **shape)]
     assert used[0] > SCRATCH_BYTES
